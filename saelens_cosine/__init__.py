@@ -1,0 +1,23 @@
+"""Cosine-scored sparse autoencoders for SAELens. Importing this package registers their architectures in SAELens."""
+
+from saelens_cosine.registry import (
+    INFERENCE_ARCHITECTURES,
+    TRAINING_ARCHITECTURES,
+    register_inference,
+    register_training,
+)
+from saelens_cosine.saes import *  # noqa: F403
+from saelens_cosine.saes import __all__ as _sae_names
+from saelens_cosine.score import cosine_score, folded_score
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "INFERENCE_ARCHITECTURES",
+    "TRAINING_ARCHITECTURES",
+    "cosine_score",
+    "folded_score",
+    "register_inference",
+    "register_training",
+    *_sae_names,
+]

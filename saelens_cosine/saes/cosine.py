@@ -1,0 +1,204 @@
+"""The cosine score on SAEs: its parameters, its exact folds, and the way from the training to the inference form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from sae_lens.saes.sae import SAEConfig
+from torch import nn
+from typing_extensions import override
+
+from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE, ScoredTrainingSAE
+from saelens_cosine.score import cosine_score, fold_scale, folded_score, wide
+
+PLUGIN_NOTE = (
+    "pip install saelens-cosine, then `import saelens_cosine` before SAE.load_from_disk or SAE.from_pretrained"
+)
+"""Saved in each cosine SAE's metadata: without the import, SAELens answers with a bare `KeyError: '<architecture>'`."""
+
+_REFUSED_NORMALISATIONS = {
+    "covariance_whitening": (
+        "a whitened input's norm is a Mahalanobis norm of the raw input, which no SAE weight can reproduce, so the "
+        "whitening could not be folded into the saved SAE"
+    ),
+    "constant_norm_rescale": "it gives every token the same norm, so the exponent has nothing to learn from",
+    "layer_norm": "it gives every token the same norm, so the exponent has nothing to learn from",
+}
+
+
+def refuse_normalisation(config: SAEConfig) -> None:
+    """Raise ValueError when `config.normalize_activations` makes a cosine score meaningless or impossible to save."""
+    reason = _REFUSED_NORMALISATIONS.get(config.normalize_activations)
+    if reason is not None:
+        raise ValueError(
+            f"normalize_activations={config.normalize_activations!r} does not go with architecture="
+            f"{config.architecture()!r}: {reason}. Use 'none' or 'expected_average_only_in'."
+        )
+
+
+@dataclass(kw_only=True)
+class CosineScoreConfig(ConfigMixin):
+    """
+    Configuration of the cosine score exp(log_scale) * norm ** norm_exponent * cosine + b_enc.
+
+    Args:
+        norm_exponent_init (float): Start of the exponent on the centred input's norm. 0 is cosine, 1 is inner product with unit encoder rows.
+        learn_norm_exponent (bool): Whether the exponent is trained. False keeps it at norm_exponent_init.
+        log_scale_init (float | None): Start of the log-scale (natural log). None is log(sqrt(d_in)), the paper's default (section 5.4 of its released recipe).
+        log_scale_from_data (bool): Start the log-scale at the log of the first batch's mean centred norm instead. Better than the default where activations are much smaller than sqrt(d_in); worse for long runs where they are larger.
+        learn_log_scale (bool): Whether the log-scale is trained.
+    """
+
+    norm_exponent_init: float = 0.0
+    learn_norm_exponent: bool = True
+    log_scale_init: float | None = None
+    log_scale_from_data: bool = False
+    learn_log_scale: bool = True
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.metadata.requires = PLUGIN_NOTE
+        refuse_normalisation(self)
+        if self.log_scale_from_data and self.log_scale_init is not None:
+            raise ValueError(
+                f"log_scale_from_data=True measures the start that log_scale_init={self.log_scale_init} fixes; set one."
+            )
+
+
+class CosineScore(ScoredTrainingSAE):
+    """Training form: encoder direction, exponent and log-scale are separate parameters."""
+
+    per_feature: ClassVar[bool] = False
+    norm_exponent: nn.Parameter
+    log_scale: nn.Parameter
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        cfg: Any = self.cfg
+        # from d_in now, not in the config: SAELens' synthetic runner corrects d_in after the config was made
+        log_scale = math.log(math.sqrt(cfg.d_in)) if cfg.log_scale_init is None else cfg.log_scale_init
+        self.norm_exponent = _score_parameter(self, cfg.norm_exponent_init, cfg.learn_norm_exponent)
+        self.log_scale = _score_parameter(self, log_scale, cfg.learn_log_scale)
+
+    @override
+    def score(self, x_centered: torch.Tensor) -> torch.Tensor:
+        return cosine_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent, self.log_scale)
+
+    @override
+    @torch.no_grad()
+    def initialize_from_data(self, batch: torch.Tensor) -> None:
+        super().initialize_from_data(batch)  # first b_dec, which the norm is measured from
+        if self.cfg.log_scale_from_data:
+            mean_norm = self.process_sae_in(batch).norm(dim=-1).mean()
+            self.log_scale.fill_(mean_norm.log())
+
+    @override
+    def training_metrics(self) -> dict[str, torch.Tensor]:
+        exponent = self.norm_exponent.detach()
+        return {
+            **super().training_metrics(),
+            "norm_exponent_mean": exponent.mean(),
+            "norm_exponent_min": exponent.min(),
+            "norm_exponent_max": exponent.max(),
+            "norm_exponent_share_above_0.5": (exponent > 0.5).double().mean(),
+            "log_scale_mean": self.log_scale.detach().mean(),
+        }
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Make an SAE trained on `s * x` exact on `x`: `b += a log s`; `b_enc` is in score units and stays."""
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.log_scale.add_(self.norm_exponent * math.log(scaling_factor))
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Move decoder norms `r_i` into the score: `b_i += log r_i`, `b_enc_i *= r_i`.
+
+        Raises:
+            NotImplementedError: one log-scale for all features cannot hold a norm per feature.
+        """
+        if not self.per_feature:
+            raise NotImplementedError(
+                f"{self.cfg.architecture()!r} has one log_scale for all features, which cannot hold a decoder norm per "
+                "feature. Save it (save_inference_model): the inference form folds decoder norms exactly."
+            )
+        W_enc = self.W_enc.clone()
+        norms = self.get_W_dec_norm()
+        super().fold_W_dec_norm()
+        self.W_enc.copy_(W_enc)  # SAELens scales the columns, which a cosine does not see
+        self.log_scale.add_(norms.log())
+
+    @override
+    def fold_activation_whitening(
+        self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
+    ) -> None:
+        _refuse_whitening(self)
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = fold_scale(state_dict["W_enc"], state_dict.pop("log_scale")).contiguous()
+        super().process_state_dict_for_saving_inference(state_dict)
+
+
+class PerFeatureCosineScore(CosineScore):
+    """One exponent and one log-scale per feature, the form that the paper's authors published."""
+
+    per_feature = True
+
+
+class FoldedCosineScore(ScoredSAE):
+    """Inference form: `W_enc` columns carry the scale, so only the exponent stands beside SAELens' tensors.
+
+    A plain SAELens class refuses such a file because of the extra key instead of loading it as an inner product. SAELens'
+    decoder-norm and threshold folds are exact as they are.
+    """
+
+    per_feature: ClassVar[bool] = False
+    norm_exponent: nn.Parameter
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.norm_exponent = _score_parameter(self, 0.0, learn=True)
+
+    @override
+    def score(self, x_centered: torch.Tensor) -> torch.Tensor:
+        return folded_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Make an SAE for `s * x` exact on `x`: `W_enc *= s ** a`. SAELens' fold multiplies by `s`."""
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        self.W_enc.mul_(torch.pow(scaling_factor, self.norm_exponent - 1).to(self.W_enc.dtype))
+
+    @override
+    def fold_activation_whitening(
+        self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
+    ) -> None:
+        _refuse_whitening(self)
+
+
+class FoldedPerFeatureCosineScore(FoldedCosineScore):
+    """Inference form with one exponent per feature."""
+
+    per_feature = True
+
+
+def _score_parameter(sae: CosineScore | FoldedCosineScore, value: float, learn: bool) -> nn.Parameter:
+    shape = (sae.cfg.d_sae,) if sae.per_feature else ()
+    data = torch.full(shape, value, dtype=wide(sae.dtype), device=sae.device)
+    return nn.Parameter(data, requires_grad=learn)
+
+
+def _refuse_whitening(sae: ScoredSAE) -> None:
+    raise NotImplementedError(
+        f"A whitening cannot be folded into {sae.cfg.architecture()!r}: {_REFUSED_NORMALISATIONS['covariance_whitening']}."
+    )

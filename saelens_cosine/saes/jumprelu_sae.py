@@ -1,0 +1,67 @@
+"""JumpReLU, the form in which threshold selectors are saved: SAELens' `JumpReLUSAE` with the cosine score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from torch import nn
+from typing_extensions import override
+
+from saelens_cosine.registry import register_inference
+from saelens_cosine.saes.cosine import FoldedCosineScore, FoldedPerFeatureCosineScore, refuse_normalisation
+from saelens_cosine.saes.scored_sae import ScoredSAE
+from saelens_cosine.score import wide
+
+
+@dataclass
+class CosineJumpReLUSAEConfig(JumpReLUSAEConfig):
+    """Configuration of a saved cosine SAE with a threshold per feature; fields as in SAELens' JumpReLUSAEConfig."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "cosine_jumprelu"
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_normalisation(self)
+
+
+@dataclass
+class PerFeatureCosineJumpReLUSAEConfig(CosineJumpReLUSAEConfig):
+    """Configuration of a saved per-feature cosine SAE with a threshold per feature."""
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "per_feature_cosine_jumprelu"
+
+
+class ThresholdSelector(ScoredSAE):
+    """SAELens' JumpReLU rule, `relu(pre) * (pre > threshold)`, with the threshold in float32 or wider."""
+
+    threshold: nn.Parameter
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.threshold = nn.Parameter(self.threshold.data.to(wide(self.dtype)))
+
+    @override
+    def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        return self.activation_fn(hidden_pre) * (hidden_pre > self.threshold)
+
+
+class CosineJumpReLUSAE(FoldedCosineScore, ThresholdSelector, JumpReLUSAE):
+    """SAELens' JumpReLUSAE with the cosine score, inference form."""
+
+
+class PerFeatureCosineJumpReLUSAE(FoldedPerFeatureCosineScore, ThresholdSelector, JumpReLUSAE):
+    """SAELens' JumpReLUSAE with the cosine score and one exponent per feature, inference form."""
+
+
+register_inference(CosineJumpReLUSAE, CosineJumpReLUSAEConfig)
+register_inference(PerFeatureCosineJumpReLUSAE, PerFeatureCosineJumpReLUSAEConfig)

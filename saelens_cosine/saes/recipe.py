@@ -1,0 +1,262 @@
+"""The paper's training recipe as far as it lives in the SAE, so that SAELens' trainer runs it unchanged.
+
+Each part is an option, and each option's other value is SAELens' own behaviour. What lives outside the SAE (learning rate,
+schedule, batch, token filter) is in `saelens_cosine.training.recipe`. Source: the released code of arXiv 2606.15054,
+recipe B (the dictionary_learning recipe), which all published checkpoints and the headline table use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import act_times_W_dec
+from typing_extensions import override
+
+from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
+
+CHECK_EVERY_STEPS = 10
+"""How often a training step looks for non-finite losses: SAELens' default logging interval."""
+
+
+@dataclass(kw_only=True)
+class RecipeConfig(ConfigMixin):
+    """
+    The paper's recipe, as far as it lives in the SAE.
+
+    Args:
+        unit_decoder (bool): Keep decoder rows at norm 1: project their gradient onto the sphere's tangent and renormalise before each step. False leaves them free, as SAELens does.
+        decoder_init_norm (float | None): Norm of decoder rows and encoder columns at the start. Must be 1 (or None) with unit_decoder.
+        b_dec_init (Literal["geometric_median", "zeros"]): Start of the decoder bias: geometric median of the first training batch, or SAELens' zeros.
+        normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance and let it see rectified scores, as the paper does. False is SAELens' un-normalised loss on raw scores.
+        aux_loss_coefficient (float): Weight of the auxiliary loss. The paper uses 1/32 with the normalised loss; SAELens 1 with its own.
+        dead_feature_window_tokens (int): A feature is dead when it has not fired for this many training tokens. Counted by the SAE, in tokens; the paper uses 10,000,000 of 500,000,000.
+        rescale_acts_by_decoder_norm (bool): Multiply scores by decoder norms before selecting. Needless with unit_decoder.
+    """
+
+    unit_decoder: bool = True
+    decoder_init_norm: float | None = 1.0
+    b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"
+    normalize_aux_loss: bool = True
+    aux_loss_coefficient: float = 1 / 32
+    dead_feature_window_tokens: int = 10_000_000
+    rescale_acts_by_decoder_norm: bool = False
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit_decoder and self.rescale_acts_by_decoder_norm:
+            raise ValueError(
+                "unit_decoder=True keeps every decoder norm at 1, where rescale_acts_by_decoder_norm=True does nothing; "
+                "set one of them."
+            )
+        if self.unit_decoder and self.decoder_init_norm not in (None, 1.0):
+            raise ValueError(
+                f"unit_decoder=True keeps decoder rows at norm 1, but decoder_init_norm={self.decoder_init_norm}; "
+                "set decoder_init_norm=1.0 or unit_decoder=False."
+            )
+        k = getattr(self, "k", None)
+        if k is not None and not 0 < k <= self.d_sae:
+            raise ValueError(f"k={k} features cannot be active out of d_sae={self.d_sae}; 0 < k <= d_sae is needed.")
+        if self.dead_feature_window_tokens <= 0:
+            raise ValueError(
+                f"dead_feature_window_tokens={self.dead_feature_window_tokens} must be a positive token count."
+            )
+
+
+class RecipeTrainingSAE(ScoredTrainingSAE):
+    """Mix in between a score and a SAELens training class."""
+
+    training_state: ClassVar[dict[str, torch.dtype]] = {
+        "tokens_since_fired": torch.int64,
+        "initialized_from_data": torch.bool,
+    }
+    """Buffers that only training needs: saved in checkpoints, left out of the inference form."""
+
+    tokens_since_fired: torch.Tensor
+    initialized_from_data: torch.Tensor
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        device = self.W_dec.device
+        self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
+        self.register_buffer("initialized_from_data", torch.zeros((), dtype=torch.bool, device=device))
+
+    @property
+    def dead_features(self) -> torch.Tensor:
+        """`[d_sae]` booleans: not fired in the last `cfg.dead_feature_window_tokens` training tokens."""
+        return self.tokens_since_fired >= self.cfg.dead_feature_window_tokens
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        # the flag is asked only at step 0: it costs a device synchronisation, and guards fine-tuning from a checkpoint
+        if step_input.n_training_steps == 0 and not self.initialized_from_data:
+            self.initialize_from_data(step_input.sae_in)
+            self.initialized_from_data.fill_(True)
+        if self.cfg.unit_decoder:
+            self.normalize_decoder()
+            self._project_next_decoder_gradient()
+        output = super().training_forward_pass(step_input)
+        if step_input.is_logging_step or step_input.n_training_steps % CHECK_EVERY_STEPS == 0:
+            self._check_finite(step_input, output)
+        if step_input.is_logging_step:
+            output.metrics.update(self.training_metrics())
+        return output
+
+    @override
+    @torch.no_grad()
+    def initialize_from_data(self, batch: torch.Tensor) -> None:
+        super().initialize_from_data(batch)
+        if self.cfg.b_dec_init == "geometric_median":
+            self.b_dec.copy_(geometric_median(batch.to(self.b_dec.dtype)))
+
+    @override
+    def training_metrics(self) -> dict[str, torch.Tensor]:
+        return {
+            **super().training_metrics(),
+            "dead_features_in_token_window": self.dead_features.sum(),
+            "dead_feature_window_tokens": torch.tensor(self.cfg.dead_feature_window_tokens),
+        }
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Count this step's firings, then the auxiliary loss over the features that are dead after it.
+
+        The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
+        """
+        self._count_firings(feature_acts)
+        dead = self.dead_features
+        if not self.cfg.normalize_aux_loss:
+            step_input = TrainStepInput(**{**vars(step_input), "dead_neuron_mask": dead})
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        loss = self._normalized_aux_loss(step_input.sae_in - sae_out, hidden_pre, dead)
+        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+
+    def _normalized_aux_loss(
+        self, residual: torch.Tensor, hidden_pre: torch.Tensor, dead: torch.Tensor
+    ) -> torch.Tensor:
+        """`mean ||e - e_hat||^2 / mean ||e - mean(e)||^2`, `e_hat` from the top `d_in // 2` dead features of each token."""
+        columns = dead.nonzero().squeeze(-1)
+        if len(columns) == 0:
+            return residual.new_zeros(())
+        residual = residual.detach()
+        scores = hidden_pre[:, columns].relu()
+        top = scores.topk(min(self.cfg.d_in // 2, len(columns)), dim=-1, sorted=False)
+        codes = torch.zeros_like(scores).scatter(-1, top.indices, top.values)
+        prediction = act_times_W_dec(codes, self.W_dec[columns], self.cfg.rescale_acts_by_decoder_norm)
+        error = (residual - prediction).pow(2).sum(dim=-1).mean()
+        variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
+        return (error / variance.clamp_min(1e-8)).nan_to_num(0.0)
+
+    @torch.no_grad()
+    def _count_firings(self, feature_acts: torch.Tensor) -> None:
+        codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+        fired = (codes != 0).any(dim=0)
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + codes.shape[0])
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale decoder rows back to norm 1, in place. What the next training step would do first."""
+        self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1))
+
+    def _project_next_decoder_gradient(self) -> None:
+        """Remove the part of the next gradient that would change decoder norms, before SAELens clips it.
+
+        A hook that removes itself: a lasting one would be lost whenever loading or copying replaces the parameter.
+        """
+        if not (torch.is_grad_enabled() and self.W_dec.requires_grad):
+            return
+
+        def project(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            rows = self.W_dec.detach()
+            return gradient - (gradient * rows).sum(dim=-1, keepdim=True) * rows
+
+        handle = self.W_dec.register_hook(project)
+
+    def _check_finite(self, step_input: TrainStepInput, output: TrainStepOutput) -> None:
+        if bool(output.loss.isfinite()):
+            return
+        bad = int((~step_input.sae_in.isfinite()).any(dim=-1).sum())
+        cause = (
+            f"{bad} of {len(step_input.sae_in)} activations in this batch are not finite"
+            if bad
+            else (
+                "the activations of this batch are finite, so the weights are not: an earlier batch or the learning rate"
+            )
+        )
+        raise FloatingPointError(
+            f"Loss is {output.loss.item()} at training step {step_input.n_training_steps}, hook "
+            f"{self.cfg.metadata.hook_name}, architecture {self.cfg.architecture()}: {cause}. "
+            "Training stops; checkpoints written so far are kept."
+        )
+
+    @override
+    def train(self, mode: bool = True) -> Any:
+        # the optimizer has moved the rows since the last projection; eval mode shows what would be saved
+        if not mode and self.cfg.unit_decoder:
+            self.normalize_decoder()
+        return super().train(mode)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        if self.cfg.unit_decoder:
+            self.normalize_decoder()
+            self.cfg.unit_decoder = False  # the fold makes the rows 1/s long, for good
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
+    ) -> None:
+        if self.cfg.unit_decoder:
+            self.normalize_decoder()
+            self.cfg.unit_decoder = False
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        broken = [name for name, tensor in state_dict.items() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise FloatingPointError(
+                f"Not saved: {', '.join(broken)} of {self.cfg.architecture()} at {self.cfg.metadata.hook_name} hold "
+                "non-finite values. The checkpoints written before are kept; resume from the last one."
+            )
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        for name in self.training_state:
+            del state_dict[name]
+        if self.cfg.unit_decoder:
+            state_dict["W_dec"] = state_dict["W_dec"] / self.get_W_dec_norm().unsqueeze(-1)
+        super().process_state_dict_for_saving_inference(state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        for name, dtype in self.training_state.items():
+            if name in state_dict:  # SAELens' loaders have cast them to the SAE's dtype
+                state_dict[name] = state_dict[name].to(dtype)
+
+
+@torch.no_grad()
+def geometric_median(points: torch.Tensor, max_steps: int = 100, tolerance: float = 1e-5) -> torch.Tensor:
+    """The point with the smallest sum of distances to `points` `[n, d]`, by Weiszfeld's iteration from the mean."""
+    median = points.mean(dim=0)
+    for _ in range(max_steps):
+        weights = 1 / (points - median).norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        previous, median = median, (weights * points).sum(dim=0) / weights.sum()
+        if (median - previous).norm() < tolerance:
+            break
+    return median

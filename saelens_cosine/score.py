@@ -1,0 +1,79 @@
+"""The cosine score: the one definition that everything else in this package is tested against.
+
+    x_c   = x - b_dec                                    centred input
+    n     = max(||x_c||, 1e-8)
+    cos_i = <x_c / n, w_i / ||w_i||>                     w_i is column i of W_enc
+    pre_i = exp(a_i * log n + b_i) * cos_i + b_enc_i     a: norm_exponent, b: log_scale
+
+`a = 0` scores by cosine, `a = 1, b = 0` by inner product with unit encoder rows. Source: "Size Doesn't Matter:
+Cosine-Scored Sparse Autoencoders" (arXiv 2606.15054), the global and the per-feature adaptive encoders.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NORM_FLOOR = 1e-8
+"""Smallest norm that is told apart from zero; keeps the score and its gradients finite at `x = b_dec`."""
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that norms, exponents, scales and thresholds are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def centred_norm(x_centered: torch.Tensor) -> torch.Tensor:
+    """Norm of each centred input, float32 or wider: `[..., d_in] -> [..., 1]`, never below `NORM_FLOOR`."""
+    x_centered = x_centered.to(wide(x_centered.dtype))
+    return x_centered.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+
+
+def cosine_score(
+    x_centered: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    norm_exponent: torch.Tensor,
+    log_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Pre-activations of a cosine-scored SAE, training form.
+
+    Args:
+        x_centered: `[..., d_in]`, the input after `b_dec` is subtracted.
+        W_enc: `[d_in, d_sae]`. Only the direction of each column matters.
+        b_enc: `[d_sae]`, added outside the scale.
+        norm_exponent: `a`, `[]` or `[d_sae]`.
+        log_scale: `b`, `[]` or `[d_sae]`.
+
+    Returns:
+        `[..., d_sae]` in the dtype of `x_centered`. Norm, exponent and scale are computed in float32 or wider.
+    """
+    norm = centred_norm(x_centered)
+    direction = (x_centered / norm).to(W_enc.dtype)
+    column_norm = W_enc.to(wide(W_enc.dtype)).norm(dim=0).clamp_min(NORM_FLOOR)
+    cosine = (direction @ W_enc) / column_norm
+    scale = torch.exp(norm_exponent * norm.log() + log_scale)
+    return (scale * cosine + b_enc).to(x_centered.dtype)
+
+
+def folded_score(
+    x_centered: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    norm_exponent: torch.Tensor,
+) -> torch.Tensor:
+    """The same pre-activations from the inference form, `n^(a_i - 1) * <x_c, W_enc column i> + b_enc_i`.
+
+    Here column i of `W_enc` is `exp(b_i) * w_i / ||w_i||` (`fold_scale` makes it), so nothing is normalised at inference
+    and the columns' lengths mean what they mean in any other SAE. At `a = 1` this is the inner-product score, bit for bit.
+
+    Args and result: as in `cosine_score`.
+    """
+    gain = torch.exp((norm_exponent - 1) * centred_norm(x_centered).log())
+    product = x_centered.to(W_enc.dtype) @ W_enc
+    return (gain * product + b_enc).to(x_centered.dtype)
+
+
+def fold_scale(W_enc: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+    """`W_enc` of the inference form: `[d_in, d_sae]` columns of length `exp(log_scale)`, in the dtype of `W_enc`."""
+    columns = W_enc.to(wide(W_enc.dtype))
+    return (columns * (log_scale.exp() / columns.norm(dim=0).clamp_min(NORM_FLOOR))).to(W_enc.dtype)
