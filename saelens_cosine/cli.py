@@ -1,0 +1,193 @@
+"""`saelens-cosine`: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sae_lens.training._interruption import InterruptedException
+from tqdm.auto import tqdm
+
+from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
+from saelens_cosine.evaluation.report import as_tables, draw, write_json
+from saelens_cosine.training.command import train
+
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if args[:1] == ["train"]:  # everything behind it is SAELens' own
+        return _train(args[1:])
+    options = parser.parse_args(args)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"saelens-cosine {options.command}: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="saelens-cosine", description="Train, compare and load cosine-scored sparse autoencoders in SAELens."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser(
+        "train", add_help=False, help="train one SAE: SAELens' own flags, with our architectures in them"
+    )
+    parser_of_compare = commands.add_parser(
+        "compare",
+        help="train several architectures on one activation stream and compare them on held-out text",
+        description="Train several architectures on one activation stream and compare them on held-out text. With no "
+        "arguments: the language model and the corpus that ship with the package, on the CPU, in a few minutes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_compare_options(parser_of_compare)
+    parser_of_compare.set_defaults(run=_compare)
+    return parser
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    default = ComparisonSettings()
+    add = parser.add_argument
+    add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
+    add("--layer", type=int, help="block whose residual output is hooked; the middle one if not given")
+    add("--hook", help="a hook point by name instead of --layer")
+    add("--model", default=default.model, help="'bundled', a TransformerLens or Hugging Face name, or a local folder")
+    add("--dataset", default=default.dataset, help="'bundled', a Hugging Face name, or a local file or saved dataset")
+    add("--tokens", type=_count, default=default.tokens, help="training tokens of each SAE")
+    add("--k", type=int, default=default.k, help="active features per token")
+    add("--d-sae", type=int, default=default.d_sae, help="number of features")
+    add("--seeds", type=int, default=default.seeds, help="runs with different initialisation and data order")
+    add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
+    add(
+        "--max-norm-multiple",
+        type=_multiple,
+        default=default.max_norm_multiple,
+        help="drop tokens above this multiple of the median norm, in training and evaluation; 'none' keeps them",
+    )
+    add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1, mps")
+    add("--output", default="runs/compare", help="folder for the SAEs, comparison.json and comparison.png")
+    add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
+    add("--quiet", action="store_true", help="print only the tables")
+
+
+def _count(text: str) -> int:
+    """An integer, also written 1_500_000, 1e6, 500k or 2M."""
+    factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
+    try:
+        value = float(text[:-1]) * factor if factor else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (1500000, 1.5M, 500k)") from None
+    return int(value)
+
+
+def _multiple(text: str) -> float | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
+
+
+def _compare(options: Any) -> int:
+    _hush_libraries()
+    settings = ComparisonSettings(
+        arms=tuple(options.arms),
+        model=options.model,
+        dataset=options.dataset,
+        layer=options.layer,
+        hook=options.hook,
+        tokens=options.tokens,
+        k=options.k,
+        d_sae=options.d_sae,
+        seeds=options.seeds,
+        recipe=options.recipe,
+        max_norm_multiple=options.max_norm_multiple,
+        device=options.device,
+    )
+    folder = Path(options.output)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=options.quiet)
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            for task in bar.task_ids:
+                bar.update(task, completed=bar.tasks[task].total)
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    def keep(comparison: Comparison) -> None:
+        write_json(comparison, folder / "comparison.json")
+        draw(comparison, folder / "comparison.png")
+
+    try:
+        with bar:
+            comparison = compare(settings, folder, overwrite=options.overwrite, on_progress=progress, on_seed=keep)
+    except (KeyboardInterrupt, InterruptedException):
+        print(f"Interrupted. What was finished is in {folder}.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    console = Console()
+    console.width = max(console.width, 110)  # a wrapped line is read more easily than a cut figure
+    for table in as_tables(comparison):
+        console.print(table)
+    if not options.quiet:
+        console.print(f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:", highlight=False)
+        for arm in comparison.arms:
+            console.print(f'  SAE.load_from_disk("{folder / arm.path}")', highlight=False)
+    return 0
+
+
+def _hush_libraries() -> None:
+    """One progress bar of ours instead of several of other libraries', and their errors only."""
+    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+_TRAIN_HELP = """\
+saelens-cosine train takes the flags of SAELens' training runner, which follow, and one more:
+
+  --max-norm-multiple M  drop tokens whose norm is above M times their batch's median before they reach the SAE
+                         (default 10; 'none' keeps them). The share dropped is stored in the SAE's metadata.
+
+--model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
+"""
+
+
+def _train(arguments: list[str]) -> int:
+    extra = argparse.ArgumentParser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
+    extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=_multiple, default=10.0)
+    options, rest = extra.parse_known_args(arguments)
+    if not rest or {"-h", "--help"} & set(rest):
+        print(_TRAIN_HELP)  # noqa: T201
+    try:
+        norm_filter = train(rest, options.max_norm_multiple)
+    except (argparse.ArgumentError, ValueError, OSError, FloatingPointError) as error:
+        print(f"saelens-cosine train: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(  # noqa: T201
+        f"High-norm tokens dropped: {norm_filter.dropped_share:.2%} of {norm_filter.tokens_seen:,}.", file=sys.stderr
+    )
+    return 0

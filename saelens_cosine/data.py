@@ -1,0 +1,69 @@
+"""Text for training and held-out text, from the bundled corpus, the Hugging Face Hub or local files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saelens_cosine.bundled import BUNDLED, stdlib_corpus
+
+HELDOUT_STREAM_DOCUMENTS = 1000
+"""Documents set aside for evaluation at the head of a streamed dataset."""
+
+_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class TextSplits(NamedTuple):
+    """Disjoint training and held-out documents, as iterable Hugging Face datasets in an order that depends on the seed."""
+
+    train: Any
+    heldout: Any
+
+
+def load_text(name: str, seed: int = 0) -> TextSplits:
+    """Training and held-out text of a dataset.
+
+    `"bundled"` splits Python's standard library by file. A local file or saved dataset gives up 5 % of its rows, at least
+    one. A dataset on the Hub is streamed: its first 1000 documents are held out.
+
+    Raises:
+        ValueError: the dataset has no rows, or too few to hold one out.
+        FileNotFoundError: a path that does not exist and cannot be the name of a Hub dataset.
+    """
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    path = Path(name)
+    if name == BUNDLED:
+        train, heldout = stdlib_corpus("train"), stdlib_corpus("heldout")
+        return TextSplits(_iterable(train.shuffle(seed=seed)), _iterable(heldout))
+    if path.suffix in _LOADERS or path.exists():
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file {name!r}.")
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
+        rows = load_from_disk(name) if path.is_dir() else load_dataset(_LOADERS[path.suffix], data_files=name)["train"]
+        if not isinstance(rows, Dataset):
+            raise ValueError(
+                f"{name!r} holds several splits ({', '.join(map(str, rows))}); save one of them by itself."
+            )
+        if len(rows) < 2:
+            raise ValueError(
+                f"Dataset {name!r} has {len(rows)} rows; at least one to train on and one to hold out are needed."
+            )
+        rows = rows.shuffle(seed=seed)
+        n_heldout = max(1, len(rows) // 20)
+        return TextSplits(_iterable(rows.select(range(n_heldout, len(rows)))), _iterable(rows.select(range(n_heldout))))
+    stream = load_dataset(name, split="train", streaming=True)
+    if next(iter(stream), None) is None:
+        raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
+    heldout, train = stream.take(HELDOUT_STREAM_DOCUMENTS), stream.skip(HELDOUT_STREAM_DOCUMENTS)
+    if next(iter(train), None) is None:
+        raise ValueError(
+            f"Dataset {name!r} has no more than the {HELDOUT_STREAM_DOCUMENTS} documents that are held out."
+        )
+    return TextSplits(train.shuffle(seed=seed, buffer_size=10_000), heldout)
+
+
+def _iterable(dataset: Any) -> Any:
+    # SAELens sets a torch format on a map-style dataset, which some versions of datasets cannot do for text
+    return dataset.to_iterable_dataset()

@@ -1,0 +1,327 @@
+"""Train several architectures on one activation stream and compare them on held-out text."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE, ActivationsStore, LoggingConfig, MultiSAETrainingRunner
+from sae_lens.registry import get_sae_training_class
+
+from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.data import load_text
+from saelens_cosine.evaluation.reconstruction import (
+    Reconstruction,
+    ce_loss_recovered,
+    evaluate_reconstruction,
+    heldout_activations,
+)
+from saelens_cosine.models import HookedModel, load_hooked_model
+from saelens_cosine.registry import check_training_architecture
+from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
+from saelens_cosine.training.norm_filter import filter_high_norm_tokens
+from saelens_cosine.training.recipe import get_recipe, multi_runner_config
+
+DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
+
+
+@dataclass
+class ComparisonSettings:
+    """
+    What to train and how to compare it.
+
+    Args:
+        arms (tuple[str, ...]): Architectures registered for training; the first is what the others are compared with.
+        model (str): `bundled`, a TransformerLens or Hugging Face name, or a local folder.
+        dataset (str): `bundled`, a Hugging Face name, or a local file or saved dataset with a text column.
+        layer (int | None): Block whose residual output is hooked; the middle one if None.
+        hook (str | None): A hook point by name instead of a layer.
+        tokens (int): Training tokens of each SAE.
+        k (int): Active features per token (BatchTopK: on average).
+        d_sae (int): Features.
+        seeds (int): Runs with different initialisation and data order.
+        recipe (str): `paper` or `saelens`.
+        max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm, in training and evaluation. None keeps them all in both.
+        device (str): Where everything runs.
+        context_size (int): Tokens per context, as far as the model allows.
+        eval_tokens (int): Held-out tokens for reconstruction; also the window of the dead fraction.
+        eval_prompts (int): Held-out contexts for the cross-entropy.
+    """
+
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    model: str = BUNDLED
+    dataset: str = BUNDLED
+    layer: int | None = None
+    hook: str | None = None
+    tokens: int = 1_500_000
+    k: int = 32
+    d_sae: int = 2048
+    seeds: int = 1
+    recipe: str = "paper"
+    max_norm_multiple: float | None = 10.0
+    device: str = "cpu"
+    context_size: int = 128
+    eval_tokens: int = 100_000
+    eval_prompts: int = 128
+
+    def __post_init__(self) -> None:
+        self.arms = tuple(check_training_architecture(arm) for arm in self.arms)
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
+        batch = get_recipe(self.recipe, self.tokens).runner["train_batch_size_tokens"]
+        if self.tokens < 2 * batch:
+            raise ValueError(f"tokens={self.tokens} is less than two training steps of {batch} tokens.")
+        if not 0 < self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """
+    One trained SAE: its saved form on held-out text, and how it got there.
+
+    Args:
+        architecture (str): Training architecture.
+        seed (int): Seed of initialisation and data order.
+        path (str): Folder of the SAE, relative to the output folder.
+        reconstruction (Reconstruction): On held-out activations, filtered as in training.
+        ce_loss_recovered (float): On held-out text, high-norm tokens passed through.
+        norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
+        exponents (tuple[float, ...]): Every exponent, for the histogram; empty for scores without one.
+        seconds (float): Training time of this SAE alone.
+        log (tuple[TrainingLogEntry, ...]): The course of its training.
+    """
+
+    architecture: str
+    seed: int
+    path: str
+    reconstruction: Reconstruction
+    ce_loss_recovered: float
+    norm_exponent: tuple[float, float, float] | None
+    exponents: tuple[float, ...] = field(repr=False)
+    seconds: float
+    log: tuple[TrainingLogEntry, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    All results of a comparison.
+
+    Args:
+        settings (ComparisonSettings): As resolved.
+        hook_name (str): Hook point.
+        d_in (int): Size of the activations there.
+        high_norm_share_dropped (float): Share of the training tokens that the filter dropped.
+        high_norm_share_dropped_heldout (float): The same for the held-out tokens.
+        arms (tuple[ArmResult, ...]): Seed by seed, in the order of the settings' arms.
+    """
+
+    settings: ComparisonSettings
+    hook_name: str
+    d_in: int
+    high_norm_share_dropped: float
+    high_norm_share_dropped_heldout: float
+    arms: tuple[ArmResult, ...]
+
+
+def compare(
+    settings: ComparisonSettings,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_seed: Callable[[Comparison], None] | None = None,
+) -> Comparison:
+    """Train all arms on one stream per seed, save them, and measure the saved SAEs on held-out text.
+
+    Each SAE lands in `output/<architecture>/seed<seed>`, complete or not at all. With the same settings, machine and
+    thread count the numbers are the same every time.
+
+    Args:
+        settings: what to compare.
+        output: folder for the SAEs; must not hold an earlier comparison.
+        overwrite: replace an earlier comparison.
+        on_progress: called with what is being done, how much of it, and out of how much.
+        on_seed: called with everything measured so far after each seed.
+
+    Raises:
+        FileExistsError: the folder holds files and `overwrite` is off.
+        OSError: the folder cannot be written.
+        ValueError: settings that cannot be run, such as an empty dataset.
+    """
+    folder = prepare_output(output, overwrite)
+    progress = on_progress or (lambda _what, _done, _total: None)
+    progress("Loading the model", 0, 1)
+    model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
+    heldout = _HeldOut(settings, model)
+    arms: list[ArmResult] = []
+    dropped: list[float] = []
+    for seed in range(settings.seeds):
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as workspace:
+            results, share = _run_seed(settings, model, heldout, seed, Path(workspace), progress)
+            for arm in results:
+                target = folder / arm.path
+                target.parent.mkdir(exist_ok=True)
+                (Path(workspace) / arm.architecture).rename(target)
+        arms.extend(results)
+        dropped.append(share)
+        comparison = Comparison(
+            settings, model.hook_name, model.d_in, sum(dropped) / len(dropped), heldout.dropped_share, tuple(arms)
+        )
+        if on_seed is not None:
+            on_seed(comparison)
+    return comparison  # pyright: ignore[reportPossiblyUnboundVariable]  (there is at least one seed)
+
+
+def prepare_output(output: str | Path, overwrite: bool) -> Path:
+    """An empty, writable folder for a comparison; see `compare` for what is raised."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            if not overwrite:
+                raise FileExistsError(
+                    f"{folder} is not empty. Pass --overwrite (overwrite=True) to replace what is there, or choose "
+                    "another --output."
+                )
+            if not (folder / "comparison.json").exists() and not any(folder.glob("*/seed*/cfg.json")):
+                raise FileExistsError(
+                    f"{folder} holds files that no comparison has written; they are not deleted. Choose another --output."
+                )
+            shutil.rmtree(folder)
+            folder.mkdir()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        if folder.is_dir():
+            raise
+        raise NotADirectoryError(f"Cannot write to {folder}: it is a file. Choose another --output.") from None
+    except OSError as error:
+        raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another --output.") from error
+    return folder
+
+
+def _run_seed(
+    settings: ComparisonSettings,
+    model: HookedModel,
+    heldout: _HeldOut,
+    seed: int,
+    workspace: Path,
+    progress: Callable[[str, int, int], None],
+) -> tuple[list[ArmResult], float]:
+    config = multi_runner_config(
+        {arm: arm for arm in settings.arms},
+        d_in=model.d_in,
+        d_sae=settings.d_sae,
+        k=settings.k,
+        training_tokens=settings.tokens,
+        recipe=settings.recipe,
+        sae={"device": settings.device, "reshape_activations": _reshape(model.hook_name)},
+        hook_names=model.hook_name,
+        model_name=model.name,
+        model_class_name=model.class_name,
+        model_from_pretrained_kwargs={},
+        dataset_path=settings.dataset,
+        context_size=min(settings.context_size, model.context_size),
+        n_batches_in_buffer=256,
+        store_batch_size_prompts=16,
+        device=settings.device,
+        seed=seed,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=None,
+    )
+    saes: dict[str, Any] = {}
+    for name, sae in config.saes.items():
+        torch.manual_seed(seed)  # every arm starts from the same decoder
+        saes[name] = get_sae_training_class(sae.architecture())[0](sae)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+        runner = MultiSAETrainingRunner(
+            config,
+            override_dataset=load_text(settings.dataset, seed).train,
+            override_model=model.model,
+            override_saes=saes,
+        )
+        norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
+        what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
+        done = 0
+
+        def count(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(what, min(done, settings.tokens), settings.tokens)
+
+        monitor = TrainingMonitor(
+            saes, config.hook_names_per_sae, max(1, config.total_training_steps // 40), on_step=count
+        )
+        monitor.attach(runner)
+        torch.manual_seed(seed)
+        runner.run()
+        monitor.detach()
+    results: list[ArmResult] = []
+    for i, (arm, sae) in enumerate(saes.items()):
+        progress("Evaluating on held-out text", i, len(saes))
+        sae.save_inference_model(workspace / arm)
+        reconstruction, ce = heldout.evaluate(workspace / arm)
+        exponent = getattr(sae, "norm_exponent", None)
+        exponents = tuple(exponent.detach().double().flatten().tolist()) if exponent is not None else ()
+        results.append(
+            ArmResult(
+                architecture=arm,
+                seed=seed,
+                path=f"{arm}/seed{seed}",
+                reconstruction=reconstruction,
+                ce_loss_recovered=ce,
+                norm_exponent=(sum(exponents) / len(exponents), min(exponents), max(exponents)) if exponents else None,
+                exponents=exponents,
+                seconds=monitor.seconds[arm],
+                log=tuple(monitor.log[arm]),
+            )
+        )
+    progress("Evaluating on held-out text", len(saes), len(saes))
+    return results, norm_filter.dropped_share
+
+
+class _HeldOut:
+    """Held-out activations and prompts, the same for every arm and seed, gathered when first needed."""
+
+    def __init__(self, settings: ComparisonSettings, model: HookedModel):
+        self.settings, self.model = settings, model
+        self.activations: torch.Tensor | None = None
+        self.prompts: list[torch.Tensor] = []
+        self.dropped_share = 0.0
+
+    def evaluate(self, folder: Path) -> tuple[Reconstruction, float]:
+        sae = SAE.load_from_disk(folder, device=self.settings.device)
+        if self.activations is None:
+            self._gather(sae)
+        assert self.activations is not None
+        sae.turn_off_forward_pass_hook_z_reshaping()  # the store has flattened the heads
+        reconstruction = evaluate_reconstruction(sae, self.activations)
+        return reconstruction, ce_loss_recovered(sae, self.model.model, self.prompts, self.settings.max_norm_multiple)
+
+    def _gather(self, sae: SAE[Any]) -> None:
+        text = load_text(self.settings.dataset).heldout
+        store = ActivationsStore.from_sae(
+            self.model.model, sae, text, store_batch_size_prompts=16, device=self.settings.device
+        )
+        for _ in range(max(1, self.settings.eval_prompts // 16)):
+            self.prompts.append(store.get_batch_tokens())
+        self.activations, norm_filter = heldout_activations(
+            store, self.settings.eval_tokens, self.settings.max_norm_multiple
+        )
+        self.dropped_share = norm_filter.dropped_share
+
+
+def _reshape(hook_name: str) -> str:
+    return "hook_z" if hook_name.endswith("hook_z") else "none"

@@ -1,0 +1,262 @@
+"""A comparison as JSON, as a table and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+from scipy import stats
+
+from saelens_cosine.evaluation.comparison import ArmResult, Comparison
+from saelens_cosine.evaluation.reconstruction import FVE_DEFINITION
+
+SCHEMA = "saelens-cosine/comparison/1"
+"""Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
+
+PACKAGES = ("saelens-cosine", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
+
+
+class PairedDifference(NamedTuple):
+    """Mean over seeds of `arm - first arm`, each pair on one seed's stream, with its 95 % t-interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(values: list[float], baseline: list[float]) -> PairedDifference:
+    """Student's interval of the mean difference of pairs; needs at least two pairs.
+
+    Raises:
+        ValueError: fewer than two pairs, or lists of different lengths.
+    """
+    if len(values) != len(baseline) or len(values) < 2:
+        raise ValueError(f"{len(values)} values and {len(baseline)} baselines: at least two pairs are needed.")
+    differences = [value - base for value, base in zip(values, baseline, strict=True)]
+    mean = statistics.mean(differences)
+    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return PairedDifference(mean, mean - float(half), mean + float(half))
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The content of `comparison.json`."""
+    settings = comparison.settings
+    return {
+        "schema": SCHEMA,
+        "arms": [_arm_as_json(arm, comparison) for arm in comparison.arms],
+        "settings": {
+            **asdict(settings),
+            "hook_name": comparison.hook_name,
+            "d_in": comparison.d_in,
+            "fve_definition": FVE_DEFINITION,
+            "dead_definition": "share of features with no activation on the dead_window_tokens held-out tokens",
+            "evaluated": "the saved inference form, on held-out text",
+        },
+        "high_norm_tokens": {
+            "in_training": settings.max_norm_multiple is None,
+            "in_evaluation": settings.max_norm_multiple is None,
+            "max_norm_multiple": settings.max_norm_multiple,
+            "share_dropped_in_training": comparison.high_norm_share_dropped,
+            "share_dropped_in_evaluation": comparison.high_norm_share_dropped_heldout,
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
+    measured = arm.reconstruction
+    exponent = dict(zip(("mean", "min", "max"), arm.norm_exponent or (None,) * 3, strict=True))
+    return {
+        "architecture": arm.architecture,
+        "seed": arm.seed,
+        "path": arm.path,
+        "k": comparison.settings.k,
+        "d_sae": comparison.settings.d_sae,
+        "tokens": comparison.settings.tokens,
+        "fve": measured.fve,
+        "l0": measured.l0,
+        "dead_fraction": measured.dead_fraction,
+        "dead_window_tokens": measured.tokens,
+        "ce_loss_recovered": arm.ce_loss_recovered,
+        "norm_exponent": exponent,
+        "fve_by_norm_quartile": [asdict(norm_bin) for norm_bin in measured.by_norm],
+        "seconds": arm.seconds,
+        "training_log": [asdict(entry) for entry in arm.log],
+    }
+
+
+def write_json(comparison: Comparison, path: Path) -> None:
+    """Write `comparison.json` whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(as_json(comparison), indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
+
+
+_MEASURES: dict[str, tuple[str, str, Callable[[ArmResult], float]]] = {
+    "fve": ("FVE", "{:.4f}", lambda arm: arm.reconstruction.fve),
+    "l0": ("L0", "{:.1f}", lambda arm: arm.reconstruction.l0),
+    "dead": ("dead", "{:.1%}", lambda arm: arm.reconstruction.dead_fraction),
+    "ce": ("CE recov.", "{:.4f}", lambda arm: arm.ce_loss_recovered),
+    "seconds": ("train s", "{:.0f}", lambda arm: arm.seconds),
+}
+
+_TRAINING_METRICS = {
+    "norm_exponent_mean": ("a", "{:.3f}"),
+    "norm_exponent_min": ("a min", "{:.3f}"),
+    "norm_exponent_max": ("a max", "{:.3f}"),
+    "norm_exponent_share_above_0.5": ("a>0.5", "{:.1%}"),
+    "log_scale_mean": ("b", "{:.3f}"),
+    "topk_threshold": ("threshold", "{:.3f}"),
+    "dead_features_in_token_window": ("dead", "{:.0f}"),
+}
+
+
+def as_tables(comparison: Comparison) -> list[Table]:
+    """Results, FVE by norm, the score's parameters, and with several seeds the paired differences to the first arm."""
+    tables = [_results(comparison), _by_norm(comparison), _score_parameters(comparison)]
+    if comparison.settings.seeds > 1 and len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
+        tables.append(_differences(comparison))
+    return tables
+
+
+def _results(comparison: Comparison) -> Table:
+    s, first = comparison.settings, comparison.arms[0].reconstruction
+    sinks = (
+        "high-norm tokens kept in training and evaluation"
+        if s.max_norm_multiple is None
+        else f"tokens above {s.max_norm_multiple:g} times the median norm dropped: "
+        f"{comparison.high_norm_share_dropped:.2%} in training, {comparison.high_norm_share_dropped_heldout:.2%} in "
+        "evaluation"
+    )
+    spread = f", mean ± sd over {_n_seeds(comparison)} seeds" if _n_seeds(comparison) > 1 else ""
+    table = _table(
+        f"{s.model} at {comparison.hook_name}: {s.d_sae} features, k={s.k}, {s.tokens:,} tokens, recipe {s.recipe}"
+        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (the window of dead); {sinks}",
+        [heading for heading, _, _ in _MEASURES.values()],
+    )
+    for arm, results in _by_arm(comparison).items():
+        table.add_row(arm, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
+    return table
+
+
+def _by_norm(comparison: Comparison) -> Table:
+    bins = range(len(comparison.arms[0].reconstruction.by_norm))
+    table = _table("FVE by quartile of the norm, smallest norms first", [f"Q{q + 1}" for q in bins])
+    for arm, results in _by_arm(comparison).items():
+        cells = [_mean_and_spread((r.reconstruction.by_norm[q].fve for r in results), "{:.4f}") for q in bins]
+        table.add_row(arm, *cells)
+    return table
+
+
+def _score_parameters(comparison: Comparison) -> Table:
+    window = comparison.arms[0].log[-1].metrics.get("dead_feature_window_tokens")
+    dead = f"; dead: features that did not fire in {window:,.0f} training tokens" if window else ""
+    table = _table(
+        f"End of training, mean over seeds: exponent a, log-scale b{dead}",
+        [heading for heading, _ in _TRAINING_METRICS.values()],
+    )
+    for arm, results in _by_arm(comparison).items():
+        logs = [result.log[-1].metrics for result in results]
+        cells = [
+            _or_dash(statistics.mean(log.get(name, math.nan) for log in logs), form)
+            for name, (_, form) in _TRAINING_METRICS.items()
+        ]
+        table.add_row(arm, *cells)
+    return table
+
+
+def _differences(comparison: Comparison) -> Table:
+    by_arm, first = _by_arm(comparison), comparison.settings.arms[0]
+    table = _table(
+        f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds", ["measure", "mean", "95 % interval", ""]
+    )
+    for arm in comparison.settings.arms[1:]:
+        for measure in ("fve", "ce", "dead"):
+            heading, _, get = _MEASURES[measure]
+            d = paired_difference(list(map(get, by_arm[arm])), list(map(get, by_arm[first])))
+            verdict = "" if d.low > 0 or d.high < 0 else "no difference seen"
+            table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
+    return table
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("architecture", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _by_arm(comparison: Comparison) -> dict[str, list[ArmResult]]:
+    return {
+        arm: [result for result in comparison.arms if result.architecture == arm] for arm in comparison.settings.arms
+    }
+
+
+def _n_seeds(comparison: Comparison) -> int:
+    return len(comparison.arms) // len(comparison.settings.arms)
+
+
+def _mean_and_spread(values: Iterable[float], form: str) -> str:
+    values = list(values)
+    mean = form.format(statistics.mean(values))
+    return f"{mean}±{form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def draw(comparison: Comparison, path: Path) -> None:
+    """`comparison.png`: training curves, exponents, FVE by quartile of the norm. All seeds are drawn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    curves, exponents, quartiles = figure.subplots(1, 3)
+    arms = comparison.settings.arms
+    colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
+    width = 0.8 / len(arms)
+    for result in comparison.arms:
+        colour, first = colours[result.architecture], result.seed == 0
+        label = result.architecture if first else None
+        tokens = [entry.training_tokens / 1e6 for entry in result.log]
+        curves.plot(tokens, [entry.fve for entry in result.log], color=colour, label=label, alpha=0.9, lw=1.4)
+        if result.norm_exponent:
+            mean, low, high = (
+                [entry.metrics[f"norm_exponent_{what}"] for entry in result.log] for what in ("mean", "min", "max")
+            )
+            exponents.plot(tokens, mean, color=colour, label=label, lw=1.4)
+            exponents.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
+    for i, arm in enumerate(arms):
+        results = [result.reconstruction.by_norm for result in comparison.arms if result.architecture == arm]
+        means = [statistics.mean(bins[q].fve for bins in results) for q in range(len(results[0]))]
+        spread = [statistics.stdev(b[q].fve for b in results) for q in range(len(means))] if len(results) > 1 else None
+        places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]
+        quartiles.bar(places, means, width, yerr=spread, color=colours[arm], label=arm, capsize=3)
+    curves.set(xlabel="training tokens (millions)", ylabel="FVE of the coming batch", title="Training")
+    last = [result.log[-1].fve for result in comparison.arms]
+    curves.set_ylim(min(0.9 * min(last), max(0.0, min(last) - 0.4)), None)
+    exponents.set(xlabel="training tokens (millions)", ylabel="norm exponent a", title="Exponents: mean, min to max")
+    if not exponents.lines:
+        exponents.text(0.5, 0.5, "no arm has an exponent", ha="center", va="center", transform=exponents.transAxes)
+    bins = comparison.arms[0].reconstruction.by_norm
+    quartiles.set_xticks(range(len(bins)), [f"Q{q + 1}\n{b.low:.0f} to {b.high:.0f}" for q, b in enumerate(bins)])
+    lowest = min(b.fve for result in comparison.arms for b in result.reconstruction.by_norm)
+    quartiles.set_ylim(max(0.0, lowest - 0.15) if lowest > 0 else None, None)
+    quartiles.set(xlabel="norm of the activation, quartiles", ylabel="FVE, held out", title="By norm (axis is cut)")
+    quartiles.legend(loc="lower right", fontsize=8)
+    for axes in (curves, exponents, quartiles):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    unfinished = path.with_name(f".{path.stem}.unfinished.png")
+    figure.savefig(unfinished, dpi=130)
+    unfinished.replace(path)

@@ -1,0 +1,114 @@
+"""Watch SAEs train under SAELens' multi-SAE runner, without a W&B account and without touching its loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
+
+from saelens_cosine.evaluation.reconstruction import explained_variance
+
+
+@dataclass(frozen=True)
+class TrainingLogEntry:
+    """
+    One SAE at one moment of its training, measured on a batch that it has not been trained on yet.
+
+    Args:
+        training_tokens (int): Tokens trained on so far.
+        fve (float): Fraction of variance explained on up to 1024 tokens of the coming batch.
+        l0 (float): Active features per token there.
+        metrics (dict[str, float]): What the architecture logs: exponents, scale, threshold, dead features in tokens.
+    """
+
+    training_tokens: int
+    fve: float
+    l0: float
+    metrics: dict[str, float]
+
+
+@dataclass
+class TrainingMonitor:
+    """
+    Measures every SAE of a multi-SAE run at regular intervals and times each one's share of the steps.
+
+    Args:
+        saes (dict[str, TrainingSAE[Any]]): The runner's SAEs, in its order.
+        hook_names (dict[str, str]): Hook point of each.
+        every_steps (int): Steps between two entries.
+        on_step (Callable[[int], None] | None): Called with each batch's number of tokens.
+        log (dict[str, list[TrainingLogEntry]]): The entries of each SAE.
+        seconds (dict[str, float]): Time spent training each SAE: forward, backward and optimizer.
+    """
+
+    saes: dict[str, TrainingSAE[Any]]
+    hook_names: dict[str, str]
+    every_steps: int = 20
+    on_step: Callable[[int], None] | None = None
+    log: dict[str, list[TrainingLogEntry]] = field(default_factory=dict[str, list[TrainingLogEntry]])
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+    _current: str | None = field(default=None, init=False, repr=False)
+    _lap_start: float = field(default=0.0, init=False, repr=False)
+
+    def attach(self, runner: Any) -> None:
+        """Watch a `MultiSAETrainingRunner` that has been built but not run.
+
+        Its batches come from its store's `get_multi_hook_data_loader`, which is wrapped. SAEs are trained one after the
+        other on each batch, so the time from one's forward pass to the next one's is its step.
+        """
+        store = runner.activations_store
+        batches = store.get_multi_hook_data_loader
+        store.get_multi_hook_data_loader = lambda: self._watch(batches())
+        for name, sae in self.saes.items():
+            self.log[name], self.seconds[name] = [], 0.0
+            sae.training_forward_pass = self._timed(name, sae.training_forward_pass)
+
+    def detach(self) -> None:
+        """Give each SAE its own `training_forward_pass` back."""
+        for sae in self.saes.values():
+            vars(sae).pop("training_forward_pass", None)
+
+    def _timed(self, name: str, forward: Callable[..., TrainStepOutput]) -> Callable[[TrainStepInput], TrainStepOutput]:
+        def timed(step_input: TrainStepInput) -> TrainStepOutput:
+            self._lap(name)
+            return forward(step_input=step_input)
+
+        return timed
+
+    def _lap(self, name: str | None) -> None:
+        now = time.perf_counter()
+        if self._current is not None:
+            self.seconds[self._current] += now - self._lap_start
+        self._current, self._lap_start = name, now
+
+    def _watch(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        tokens = 0
+        for step, batch in enumerate(batches):
+            if step % self.every_steps == 0:
+                self.record(batch, tokens)
+            n_tokens = len(next(iter(batch.values())))
+            yield batch
+            self._lap(None)
+            tokens += n_tokens
+            if self.on_step is not None:
+                self.on_step(n_tokens)
+
+    @torch.no_grad()
+    def record(self, batch: dict[str, torch.Tensor], training_tokens: int) -> None:
+        """Add an entry for every SAE, measured on `{hook: [tokens, d_in]}`."""
+        for name, sae in self.saes.items():
+            x = batch[self.hook_names[name]][:1024].to(sae.device)
+            codes = sae.encode(x)
+            metrics: dict[str, torch.Tensor] = getattr(sae, "training_metrics", dict)()
+            self.log[name].append(
+                TrainingLogEntry(
+                    training_tokens=training_tokens,
+                    fve=explained_variance(x, sae.decode(codes)),
+                    l0=(codes.to_dense() != 0).sum(dim=-1).double().mean().item(),
+                    metrics={key: value.item() for key, value in metrics.items()},
+                )
+            )
