@@ -50,9 +50,8 @@ def load_text(name: str, seed: int = 0) -> TextSplits:
             raise ValueError(
                 f"Dataset {name!r} has {len(rows)} rows; at least one to train on and one to hold out are needed."
             )
-        rows = rows.shuffle(seed=seed)
-        n_heldout = max(1, len(rows) // 20)
-        return TextSplits(_iterable(rows.select(range(n_heldout, len(rows)))), _iterable(rows.select(range(n_heldout))))
+        split = rows.train_test_split(test_size=max(1, len(rows) // 20), seed=0)  # the same for every seed
+        return TextSplits(_iterable(split["train"].shuffle(seed=seed)), _iterable(split["test"]))
     stream = load_dataset(name, split="train", streaming=True)
     if next(iter(stream), None) is None:
         raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")

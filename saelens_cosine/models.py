@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.load_model import load_model
-from transformer_lens.loading_from_pretrained import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_cosine.bundled import BUNDLED, load_bundled_model
 
@@ -56,26 +56,30 @@ def load_hooked_model(name: str, device: str = "cpu", layer: int | None = None, 
         class_name = "HookedTransformer" if _known_to_transformer_lens(name) else "AutoModelForCausalLM"
         model = load_model(class_name, name, device=device)
     if class_name == "HookedTransformer":
-        n_layers, context = model.cfg.n_layers, model.cfg.n_ctx
+        sizes: tuple[int, int] = model.cfg.n_layers, model.cfg.n_ctx
         layer_hook = "blocks.{}.hook_resid_post"
     else:
         config = model.model.config.get_text_config()
-        n_layers, context = config.num_hidden_layers, config.max_position_embeddings
-        layer_hook = _layer_path(model.model, n_layers) + ".{}"
-    layer = n_layers // 2 if layer is None else layer
-    if not 0 <= layer < n_layers:
+        sizes = config.num_hidden_layers, config.max_position_embeddings
+        layer_hook = _layer_path(model.model, sizes[0]) + ".{}"
+    n_layers, context = sizes
+    block = n_layers // 2 if layer is None else layer
+    if not 0 <= block < n_layers:
         raise ValueError(f"layer={layer} is not a layer of {name}: it has {n_layers}, numbered from 0.")
-    hook_name = hook or layer_hook.format(layer)
+    hook_name = hook or layer_hook.format(block)
     if hook_name not in model.hook_dict:
         raise ValueError(
-            f"{name} has no hook point {hook_name!r}. For this layer there are: {_hooks_of(model, layer)}."
+            f"{name} has no hook point {hook_name!r}. In block {block} there are: {_hooks_of(model, block)}."
         )
     return HookedModel(model, name, class_name, hook_name, size_at_hook(model, hook_name), context)
 
 
 def _known_to_transformer_lens(name: str) -> bool:
-    aliases = {alias.lower() for names in MODEL_ALIASES.values() for alias in names}
-    return name.lower() in aliases | {official.lower() for official in OFFICIAL_MODEL_NAMES}
+    try:
+        get_official_model_name(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _layer_path(model: Any, n_layers: int) -> str:

@@ -56,9 +56,10 @@ class BatchTopKThreshold(ScoredTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        before = self.topk_threshold  # 0, or what a checkpoint brought
         output = super().training_forward_pass(step_input)
         if step_input.n_training_steps < self.cfg.topk_threshold_start_step:
-            self.topk_threshold = torch.zeros_like(self.topk_threshold)
+            self.topk_threshold = before
         return output
 
     @torch.no_grad()

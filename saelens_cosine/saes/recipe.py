@@ -7,7 +7,7 @@ recipe B (the dictionary_learning recipe), which all published checkpoints and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -127,7 +127,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         feature_acts: torch.Tensor,
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor]:
         """Count this step's firings, then the auxiliary loss over the features that are dead after it.
 
         The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
@@ -135,8 +135,9 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         self._count_firings(feature_acts)
         dead = self.dead_features
         if not self.cfg.normalize_aux_loss:
-            step_input = TrainStepInput(**{**vars(step_input), "dead_neuron_mask": dead})
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            saelens: Any = super()
+            step_input = replace(step_input, dead_neuron_mask=dead)
+            return saelens.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         loss = self._normalized_aux_loss(step_input.sae_in - sae_out, hidden_pre, dead)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 

@@ -10,7 +10,6 @@ from sae_lens.llm_sae_training_runner import (
     _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]  (SAELens' parser has no public name)
 )
 
-import saelens_cosine  # noqa: F401  (registers the architectures that the parser offers)
 from saelens_cosine.bundled import BUNDLED, load_bundled_model
 from saelens_cosine.data import load_text
 from saelens_cosine.models import size_at_hook

@@ -65,7 +65,7 @@ class TrainingMonitor:
         store.get_multi_hook_data_loader = lambda: self._watch(batches())
         for name, sae in self.saes.items():
             self.log[name], self.seconds[name] = [], 0.0
-            sae.training_forward_pass = self._timed(name, sae.training_forward_pass)
+            vars(sae)["training_forward_pass"] = self._timed(name, sae.training_forward_pass)
 
     def detach(self) -> None:
         """Give each SAE its own `training_forward_pass` back."""

@@ -1,0 +1,52 @@
+"""Shared fixtures: one thread, no network, one tiny language model for the whole session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+from helpers import tiny_model
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A `HookedSAETransformer` with random weights: 2 layers, d_model 16, 2 heads of 8, vocabulary of 32 words."""
+    return tiny_model()
+
+
+@pytest.fixture
+def registries():
+    """SAELens' registries and this package's lists of names, put back as they were after the test."""
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    from saelens_cosine import registry
+
+    dicts = (SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY)
+    lists = (registry.TRAINING_ARCHITECTURES, registry.INFERENCE_ARCHITECTURES)
+    saved_dicts, saved_lists = [dict(d) for d in dicts], [list(names) for names in lists]
+    yield
+    for live, saved in zip(dicts, saved_dicts, strict=True):
+        live.clear()
+        live.update(saved)
+    for live, saved in zip(lists, saved_lists, strict=True):
+        live[:] = saved

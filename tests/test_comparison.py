@@ -1,0 +1,264 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from saelens_cosine.cli import main
+from saelens_cosine.evaluation.comparison import ComparisonSettings, compare, prepare_output
+from saelens_cosine.evaluation.report import SCHEMA, paired_difference
+
+TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
+ARMS = ["inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_evaluation_tokens():
+    before = ComparisonSettings.eval_tokens, ComparisonSettings.eval_prompts
+    defaults = ComparisonSettings.__init__.__defaults__
+    assert defaults[-2:] == before
+    ComparisonSettings.__init__.__defaults__ = (*defaults[:-2], 8000, 32)
+    yield
+    ComparisonSettings.__init__.__defaults__ = defaults
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two seeds of the default arms by the command, with its standard output."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    import contextlib
+    import io
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["compare", *TINY, "--seeds", "2", "--output", str(folder)]) == 0
+    return folder, json.loads((folder / "comparison.json").read_text()), printed.getvalue()
+
+
+def test_one_entry_per_arm_and_seed_with_every_field(run):
+    folder, result, _ = run
+    assert result["schema"] == SCHEMA
+    assert [(arm["architecture"], arm["seed"]) for arm in result["arms"]] == [(a, s) for s in (0, 1) for a in ARMS]
+    for arm in result["arms"]:
+        assert (arm["k"], arm["d_sae"], arm["tokens"]) == (8, 128, 40_000)
+        assert arm["dead_window_tokens"] == 8000
+        assert 0.1 < arm["fve"] < 1
+        assert 0 <= arm["dead_fraction"] < 1
+        assert 0.3 < arm["ce_loss_recovered"] < 1
+        assert arm["seconds"] > 0
+        assert sum(quartile["tokens"] for quartile in arm["fve_by_norm_quartile"]) == 8000
+        edges = [(quartile["low"], quartile["high"]) for quartile in arm["fve_by_norm_quartile"]]
+        assert edges == sorted(edges)
+        assert len(edges) == 4
+        exponent = arm["norm_exponent"]
+        if arm["architecture"].startswith("inner"):
+            assert exponent == {"mean": None, "min": None, "max": None}
+        else:
+            assert exponent["min"] <= exponent["mean"] <= exponent["max"]
+            assert exponent["mean"] != 0
+    assert result["settings"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert result["high_norm_tokens"]["in_evaluation"] is False
+    assert set(result["versions"]) >= {"python", "sae-lens", "torch", "saelens-cosine"}
+
+
+def test_the_training_log_shows_exponents_scale_threshold_and_dead_features(run):
+    _, result, _ = run
+    entry = result["arms"][2]["training_log"][-1]["metrics"]
+    assert set(entry) == {
+        "norm_exponent_mean",
+        "norm_exponent_min",
+        "norm_exponent_max",
+        "norm_exponent_share_above_0.5",
+        "log_scale_mean",
+        "topk_threshold",
+        "dead_features_in_token_window",
+        "dead_feature_window_tokens",
+    }
+    tokens = [entry["training_tokens"] for entry in result["arms"][0]["training_log"]]
+    assert tokens == sorted(tokens)
+    assert tokens[0] == 0
+    assert result["arms"][0]["training_log"][-1]["fve"] > result["arms"][0]["training_log"][0]["fve"]
+
+
+def test_the_saved_saes_load_in_saelens_and_are_what_was_measured(run):
+    folder, result, _ = run
+    for arm in result["arms"]:
+        sae = SAE.load_from_disk(folder / arm["path"])
+        assert sae.cfg.metadata.training_architecture == arm["architecture"]
+        assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+        assert sae.cfg.metadata.max_norm_multiple == 10.0
+        exponent = getattr(sae, "norm_exponent", None)
+        if exponent is not None:
+            assert exponent.mean().item() == pytest.approx(arm["norm_exponent"]["mean"], rel=1e-6)
+
+
+def test_the_measured_fve_is_that_of_an_independent_forward_pass(run):
+    # heldout activations by transformers, codes and reconstruction by hand in float64
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from saelens_cosine.bundled import model_folder, stdlib_corpus
+
+    folder, result, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    stream = [0]
+    for text in stdlib_corpus("heldout")["text"]:
+        stream += [*tokenizer(text)["input_ids"], 0]
+        if len(stream) > 9000:
+            break
+    rows = [[0, *stream[1 + i * 127 : 1 + (i + 1) * 127]] for i in range(64)]
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.tensor(rows), output_hidden_states=True).hidden_states[4]
+    x = states.flatten(0, 1)[:8000].double()
+    arm = result["arms"][1]
+    w = {name: value.double() for name, value in SAE.load_from_disk(folder / arm["path"]).state_dict().items()}
+    centred = x - w["b_dec"]
+    norm = centred.norm(dim=-1, keepdim=True)
+    pre = norm ** (w["norm_exponent"] - 1) * (centred @ w["W_enc"]) + w["b_enc"]
+    codes = pre * (pre > w["threshold"])
+    error = x - codes @ w["W_dec"] - w["b_dec"]
+    fve = 1 - error.var(0, correction=0).sum() / x.var(0, correction=0).sum()
+    # not the same 8000 tokens to the last one: the prompts for the cross-entropy are drawn from the same stream first
+    assert arm["fve"] == pytest.approx(fve.item(), abs=0.05)
+
+
+def test_arms_of_one_seed_share_their_start_and_seeds_differ(run):
+    _, result, _ = run
+    first = {(arm["architecture"], arm["seed"]): arm["training_log"][0]["fve"] for arm in result["arms"]}
+    assert first[(ARMS[1], 0)] == pytest.approx(first[(ARMS[2], 0)], rel=1e-5)
+    assert first[(ARMS[1], 0)] != first[(ARMS[1], 1)]
+
+
+def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
+    _, result, _ = run
+    again = compare(ComparisonSettings(tokens=40_000, d_sae=128, k=8), tmp_path / "again")
+    for arm, before in zip(again.arms, result["arms"], strict=False):
+        assert (arm.reconstruction.fve, arm.reconstruction.l0) == (before["fve"], before["l0"])
+        assert arm.ce_loss_recovered == before["ce_loss_recovered"]
+
+
+def test_tables_and_picture(run):
+    folder, result, printed = run
+    for arm in ARMS:
+        assert arm in printed
+    assert "Difference to inner_product_batchtopk, paired by seed, 2 seeds" in printed
+    assert "10 times the" in printed
+    mean = sum(arm["fve"] for arm in result["arms"] if arm["architecture"] == ARMS[1]) / 2
+    assert f"{mean:.4f}±" in printed
+    from PIL import Image
+
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.width > 1000
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_it_refuses_to_overwrite_unless_told(run, capsys):
+    folder, result, _ = run
+    assert main(["compare", *TINY, "--output", str(folder)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert json.loads((folder / "comparison.json").read_text()) == result
+
+
+def test_overwrite_deletes_comparisons_only(tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    with pytest.raises(FileExistsError, match="no comparison has written"):
+        prepare_output(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["compare", "--output", str(tmp_path / "file" / "below")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert main(["compare", "--output", str(tmp_path / "file")]) == 2
+    assert "it is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "cosine_magic"], "Unknown architecture 'cosine_magic'"),
+        (["--k", "200", "--d-sae", "100"], "k=200"),
+        (["--tokens", "10"], "tokens=10"),
+        (["--layer", "17"], "layer=17"),
+        (["--hook", "blocks.0.hook_nowhere"], "hook_nowhere"),
+        (["--max-norm-multiple", "0.5"], "max_norm_multiple=0.5"),
+        (["--seeds", "0"], "seeds=0"),
+    ],
+)
+def test_bad_input_is_named(arguments, message, tmp_path, capsys):
+    assert main(["compare", *TINY, "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_dataset_is_named(tmp_path, capsys):
+    (tmp_path / "none.jsonl").write_text("")
+    options = ["--dataset", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]
+    assert main(["compare", *TINY, *options]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+
+
+def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp_path):
+    folder = tmp_path / "out"
+    seen = []
+
+    def interrupt_in_the_second_seed(what, done, total):
+        seen.append(what)
+        if what.startswith("Training, seed 2") and done > total / 2:
+            raise KeyboardInterrupt
+
+    settings = ComparisonSettings(arms=("cosine_topk",), tokens=40_000, d_sae=128, k=8, seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        compare(settings, folder, on_progress=interrupt_in_the_second_seed)
+    assert [path.name for path in folder.iterdir()] == ["cosine_topk"]
+    assert [path.name for path in (folder / "cosine_topk").iterdir()] == ["seed0"]
+    assert SAE.load_from_disk(folder / "cosine_topk" / "seed0").cfg.d_sae == 128
+
+
+def test_other_hooks_and_local_models_and_data(tmp_path):
+    from saelens_cosine.bundled import model_folder
+
+    text = "\\n".join(f"def function_{i}(x): return x + {i}" for i in range(60))
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(400)))
+    heads = compare(
+        ComparisonSettings(arms=("cosine_batchtopk",), hook="blocks.1.attn.hook_z", tokens=20_000, d_sae=64, k=8),
+        tmp_path / "heads",
+    )
+    assert heads.d_in == 192
+    assert SAE.load_from_disk(tmp_path / "heads" / heads.arms[0].path).cfg.reshape_activations == "hook_z"
+    settings = ComparisonSettings(
+        arms=("batchtopk", "cosine_topk"),  # SAELens' own arm beside ours
+        model=str(model_folder()),
+        dataset=str(tmp_path / "code.jsonl"),
+        recipe="saelens",
+        max_norm_multiple=None,
+        tokens=20_000,
+        d_sae=64,
+        k=8,
+    )
+    local = compare(settings, tmp_path / "local")
+    assert local.hook_name == "model.layers.3"
+    assert [arm.norm_exponent is None for arm in local.arms] == [True, False]
+    assert all(math.isfinite(arm.reconstruction.fve) for arm in local.arms)
+
+
+def test_paired_difference_by_hand():
+    # differences 1, 2, 3: mean 2, sd 1, half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205 = 2.48414
+    assert paired_difference([2, 4, 6], [1, 2, 3]) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), rel=1e-5)
+    with pytest.raises(ValueError, match="at least two pairs"):
+        paired_difference([1], [2])
+
+
+def test_help_names_every_option_that_the_settings_have():
+    text = subprocess.run(
+        [sys.executable, "-m", "saelens_cosine", "compare", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for (
+        option
+    ) in "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple device output quiet".split():
+        assert f"--{option}" in text
+    assert Path("runs/compare").as_posix() in text

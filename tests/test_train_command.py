@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from sae_lens import SAE
+
+from saelens_cosine.cli import main
+
+FLAGS = [
+    *("--architecture", "cosine_batchtopk", "--model_name", "bundled", "--dataset_path", "bundled"),
+    *("--hook_name", "blocks.3.hook_resid_post", "--d_in", "192", "--d_sae", "64", "--k", "8"),
+    *("--training_tokens", "8192", "--train_batch_size_tokens", "1024", "--context_size", "128"),
+    *("--log_to_wandb", "false"),
+]
+
+
+def test_saelens_flags_and_ours_train_an_sae_that_saelens_loads(tmp_path, capsys):
+    status = main(
+        ["train", *FLAGS, "--norm_exponent_init", "0.25", "--output_path", str(tmp_path / "sae"), "--seed", "3"]
+    )
+    assert status == 0
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    assert sae.cfg.architecture() == "cosine_jumprelu"
+    assert sae.norm_exponent.item() == pytest.approx(0.25, abs=0.02)  # 8 steps of 3e-4 from where it started
+    assert sae.norm_exponent.item() != 0.25
+    metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert metadata["max_norm_multiple"] == 10.0
+    assert metadata["training_architecture"] == "cosine_batchtopk"
+    assert "High-norm tokens dropped" in capsys.readouterr().err
+
+
+def test_help_is_saelens_own_with_our_architectures(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--architecture", "per_feature_cosine_topk", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--max-norm-multiple" in text
+    assert "--lr_warm_up_steps" in text
+    assert "--norm_exponent_init" in text
+    assert "inner_product_batchtopk" in text
+
+
+def test_an_unknown_architecture_is_answered_with_the_list(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--architecture", "cosine_magic"])
+    assert stopped.value.code == 2
+    assert "'cosine_batchtopk'" in capsys.readouterr().err
+
+
+def test_a_wrong_d_in_names_both_sizes(capsys):
+    flags = [flag if flag != "192" else "512" for flag in FLAGS]
+    assert main(["train", *flags]) == 2
+    message = capsys.readouterr().err
+    assert "d_in=512" in message
+    assert "192" in message
+
+
+def test_an_empty_dataset_is_named(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("")
+    flags = [flag if flag != "bundled" or i < 4 else str(tmp_path / "data") for i, flag in enumerate(FLAGS)]
+    assert main(["train", *flags]) == 2
+    assert str(tmp_path / "data") in capsys.readouterr().err
+
+
+def test_max_norm_multiple_takes_none(tmp_path):
+    assert main(["train", *FLAGS, "--max-norm-multiple", "none", "--output_path", str(tmp_path / "sae")]) == 0
+    metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
+    assert metadata["max_norm_multiple"] is None
+    assert metadata["high_norm_share_dropped"] == 0
