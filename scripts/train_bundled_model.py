@@ -83,6 +83,17 @@ def learning_rate_factor(progress: float, warmup: float = 0.02, cooldown: float 
     return min(1.0, max(0.0, 1.0 - progress) / cooldown)
 
 
+def say_it_for_transformers_4(folder: Path) -> None:
+    """transformers 5 writes two names that version 4 does not know; both read these."""
+    for name, key, value in (
+        ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast"),
+        ("config.json", "rope_theta", 10000.0),
+    ):
+        content = json.loads((folder / name).read_text())
+        content[key] = value
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
@@ -189,6 +200,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    say_it_for_transformers_4(args.output)
     (args.output / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
 

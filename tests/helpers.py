@@ -216,7 +216,9 @@ def tiny_model():
         n_layers=2, d_model=16, n_ctx=CONTEXT, d_head=8, n_heads=2, d_vocab=len(VOCABULARY), act_fn="gelu",
         init_weights=True, seed=0, device="cpu", model_name="tiny",
     )  # fmt: skip
-    return HookedSAETransformer(config, tokenizer=tiny_tokenizer())
+    model = HookedSAETransformer(config, tokenizer=tiny_tokenizer())
+    model.W_E.data.mul_(20)  # mean norm at HOOK about 17 where sqrt(d_model) is 4, so that scaling activations shows
+    return model
 
 
 def tiny_dataset(rows: int = 400) -> IterableDataset:

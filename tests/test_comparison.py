@@ -257,8 +257,9 @@ def test_help_names_every_option_that_the_settings_have():
     text = subprocess.run(
         [sys.executable, "-m", "saelens_cosine", "compare", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for (
-        option
-    ) in "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple device output quiet".split():
+    options = (
+        "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple device output quiet overwrite"
+    )
+    for option in options.split(" "):
         assert f"--{option}" in text
     assert Path("runs/compare").as_posix() in text

@@ -34,7 +34,7 @@ def test_registering_twice_is_harmless():
     for name in names[1]:
         register_inference(*SAE_CLASS_REGISTRY[name])
     assert both_registries() == before
-    assert (TRAINING_ARCHITECTURES, INFERENCE_ARCHITECTURES) == names
+    assert names == (TRAINING_ARCHITECTURES, INFERENCE_ARCHITECTURES)
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """SAELens' own machinery, unchanged, with every training architecture at toy size."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from helpers import (
     CONTEXT,
     COSINE,
-    GLOBAL,
     HOOK,
     TOPK,
     TRAINING,
@@ -21,19 +19,13 @@ from helpers import (
     make_trainer,
     planted_batches,
     randomize,
-    read_config,
     save_inference,
     tiny_dataset,
     tiny_runner_config,
     tiny_tokenizer,
     train_step,
 )
-from sae_lens import (
-    SAE,
-    LanguageModelSAETrainingRunner,
-    LoggingConfig,
-    TrainingSAE,
-)
+from sae_lens import SAE, LanguageModelSAETrainingRunner, LoggingConfig
 from sae_lens.cache_activations_runner import CacheActivationsRunner
 from sae_lens.config import CacheActivationsRunnerConfig
 from sae_lens.evals import get_eval_everything_config, run_evals
@@ -41,6 +33,8 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
 
 D, F = 16, 32
 TOKENS = torch.randint(1, len(VOCABULARY), (4, CONTEXT), generator=torch.Generator().manual_seed(5))
@@ -64,9 +58,11 @@ def run_tiny(model, sae_config, path, **overrides):
     return runner.run(), start
 
 
-def attached(model, sae, hook=HOOK):
-    sae.cfg.metadata.hook_name = hook
-    return sae
+def saved_sae(name, path):
+    """Inference form for `HOOK`, parameters far from their starts."""
+    sae = make_sae(name, d_in=D, d_sae=F, k=4)
+    sae.cfg.metadata.hook_name = HOOK
+    return save_inference(sae, path)
 
 
 def model_activations(model, hook=HOOK):
@@ -111,13 +107,14 @@ def test_language_model_runner_with_autocast(name, model, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_language_model_runner_folds_the_norm(name, model, tmp_path):
-    # SAELens scales activations to a mean norm of sqrt(16) = 4; tokens here have norms near 0.1, so s is about 40
+    # SAELens scales activations to a mean norm of sqrt(16) = 4; tokens here have about 17, so s is about 0.24
     sae, _ = run_tiny(model, small(name, normalize_activations="expected_average_only_in"), tmp_path, steps=4)
     saved = SAE.load_from_disk(tmp_path / "output")
     assert saved.cfg.normalize_activations == "none"
     x = model_activations(model)[:, 1:].reshape(-1, D)
     scale = 4 / x.norm(dim=-1).mean().item()
-    assert 1 / saved.W_dec.norm(dim=-1).mean().item() == pytest.approx(scale, rel=0.3)
+    assert scale < 0.3
+    assert 1 / saved.W_dec.norm(dim=-1).mean().item() == pytest.approx(scale, rel=0.2)
     assert_same_function(saved, sae.eval(), x)
 
 
@@ -176,11 +173,11 @@ def test_synthetic_runner(name, tmp_path):
 
 
 def test_command_line_builds_our_config():
-    config = _parse_cfg_args(
-        ["--architecture", "cosine_batchtopk", "--norm_exponent_init", "0.25", "--learn_norm_exponent", "false"]
-        + ["--log_scale_init", "1.5", "--k", "7", "--d_in", "16", "--d_sae", "64", "--unit_decoder", "false"]
-        + ["--b_dec_init", "zeros", "--hook_name", HOOK, "--lr", "0.002"]
+    flags = (
+        "--architecture cosine_batchtopk --norm_exponent_init 0.25 --learn_norm_exponent false --log_scale_init 1.5 "
+        f"--k 7 --d_in 16 --d_sae 64 --unit_decoder false --b_dec_init zeros --hook_name {HOOK} --lr 0.002"
     )
+    config = _parse_cfg_args(flags.split())
     sae = config.sae
     assert sae.architecture() == "cosine_batchtopk"
     assert (sae.norm_exponent_init, sae.learn_norm_exponent, sae.log_scale_init) == (0.25, False, 1.5)
@@ -200,7 +197,9 @@ def test_command_line_knows_every_architecture_and_its_defaults(name):
 
 @pytest.mark.parametrize("name", TRAINING)
 @pytest.mark.parametrize("scaled", ["none", "expected_average_only_in"])
-def test_resumed_equals_uninterrupted(name, scaled, tmp_path):
+@pytest.mark.parametrize("saved_after", [1, 7])
+def test_resumed_equals_uninterrupted(name, scaled, saved_after, tmp_path):
+    # resuming after step 1 repeats step number 0, because SAELens saves before it counts: b_dec must not start again
     def trainer(start=0):
         sae = make_sae(name, seed=None, d_in=D, d_sae=F, k=4, normalize_activations=scaled)
         data = Batches(lambda i: make_activations(64, D, seed=i), start)
@@ -210,34 +209,48 @@ def test_resumed_equals_uninterrupted(name, scaled, tmp_path):
     whole.fit()
 
     first = trainer()
-    first.checkpoint_thresholds = [6 * 64]  # saved in the first step that passes it: step 7
+    first.checkpoint_thresholds = [saved_after * 64 - 1]
     first.cfg.checkpoint_path = str(tmp_path)
     first.fit()
-    checkpoint = tmp_path / str(7 * 64)
+    checkpoint = tmp_path / str(saved_after * 64)
 
-    # estimating a scale takes the first 5 batches, so 7 training batches end at position 12
-    second = trainer(start=7 if scaled == "none" else 12)
+    # estimating a scale takes the first 5 batches
+    second = trainer(start=saved_after + (0 if scaled == "none" else 5))
     randomize(second.sae, seed=4)  # whatever is not restored shows
     second.load_trainer_state(checkpoint)
     second.sae.load_weights_from_checkpoint(checkpoint)
-    assert second.n_training_samples == 7 * 64
-    second.n_training_steps += 1  # SAELens saves before it counts the step
     second.fit()
-    assert whole.n_training_samples == second.n_training_samples
     for key, tensor in whole.sae.state_dict().items():
         assert torch.equal(second.sae.state_dict()[key], tensor), key
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_runner_resumes_from_its_checkpoint(name, model, tmp_path):
+def test_runner_resumes_from_its_checkpoint(name, model, tmp_path, monkeypatch):
     run_tiny(model, small(name), tmp_path, checkpoint_path=str(tmp_path / "checkpoints"), n_checkpoints=1)
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
-    again, _ = run_tiny(model, small(name), tmp_path, resume_from_checkpoint=str(checkpoint))
-    assert all(tensor.isfinite().all() for tensor in again.state_dict().values())
-    fine_tuned, start = run_tiny(model, small(name), tmp_path, from_pretrained_path=str(checkpoint), steps=2)
-    # b_dec of a checkpoint is not initialised a second time
-    assert torch.equal(start["b_dec"], TrainingSAE.load_from_disk(checkpoint).b_dec)
-    assert (fine_tuned.b_dec - start["b_dec"]).abs().max() <= 2 * 1e-3 * 1.01
+    assert checkpoint.name == str(7 * 64)  # the first of 12 steps beyond half of the tokens
+    entered = []
+    step = SAETrainer.step
+
+    def spy(self, batch):
+        entered.append(state(self.sae))
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", spy)
+    run_tiny(model, small(name), tmp_path, resume_from_checkpoint=str(checkpoint))
+    assert len(entered) == 5
+    for key, tensor in load_file(checkpoint / "sae_weights.safetensors").items():
+        assert torch.equal(entered[0][key], tensor), key
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_fine_tuning_does_not_start_b_dec_again(name, model, tmp_path):
+    # two steps at lr 1e-3: Adam moves nothing by more than 2e-3
+    run_tiny(model, small(name), tmp_path, checkpoint_path=str(tmp_path / "checkpoints"), n_checkpoints=1)
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
+    sae, start = run_tiny(model, small(name), tmp_path, from_pretrained_path=str(checkpoint), steps=2)
+    assert torch.equal(start["b_dec"], load_file(checkpoint / "sae_weights.safetensors")["b_dec"])
+    assert 0 < (sae.b_dec - start["b_dec"]).abs().max() <= 2 * 1e-3 * 1.01
 
 
 # --- evaluation and attaching to models ---
@@ -265,10 +278,10 @@ def test_run_evals(name, form, model, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_hooked_sae_transformer(name, model, tmp_path):
-    sae = attached(model, save_inference(make_sae(name, d_in=D, d_sae=F, k=4), tmp_path))
+    sae = saved_sae(name, tmp_path)
     with torch.no_grad():
         clean = model(TOKENS)
-        replaced = model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: sae(x))])
+        replaced = model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, **_: sae(x))])
         logits, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
         torch.testing.assert_close(logits, replaced)
         assert not torch.allclose(logits, clean, atol=1e-3)
@@ -280,10 +293,10 @@ def test_hooked_sae_transformer(name, model, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_attached_sae_of_another_dtype_gives_the_model_its_own(dtype, model, tmp_path):
-    sae = attached(model, save_inference(make_sae("per_feature_cosine_batchtopk", d_in=D, d_sae=F, k=4), tmp_path))
+    sae = saved_sae("per_feature_cosine_batchtopk", tmp_path)
     sae.to(dtype)
     with torch.no_grad():
-        out = model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, hook: sae(x))])
+        out = model.run_with_hooks(TOKENS, fwd_hooks=[(HOOK, lambda x, **_: sae(x))])
     assert out.dtype == torch.float32
 
 
@@ -305,7 +318,7 @@ def bridge(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_sae_transformer_bridge(name, bridge, tmp_path):
-    sae = attached(bridge, save_inference(make_sae(name, d_in=D, d_sae=F, k=4), tmp_path))
+    sae = saved_sae(name, tmp_path)
     with torch.no_grad():
         clean = bridge(TOKENS)
         logits, cache = bridge.run_with_cache_with_saes(TOKENS, saes=[sae])
@@ -345,14 +358,6 @@ def test_attention_heads(name, model, tmp_path):
         assert not torch.allclose(model.run_with_saes(TOKENS, saes=[saved]), clean, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_wrong_size_in_a_runner_is_named(name, model, tmp_path):
-    # SAELens' store copies activations into a [.., d_in] buffer before any SAE sees them
-    config = make_config(name, d_in=D + 1, d_sae=F, k=4)
-    with pytest.raises(RuntimeError, match=r"\b17\b.*\b16\b|\b16\b.*\b17\b"):
-        run_tiny(model, config, tmp_path)
-
-
 # --- activations cached on disk ---
 
 
@@ -379,7 +384,8 @@ def cached_activations(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_from_cached_activations(name, model, cached_activations, tmp_path):
+def test_training_from_cached_activations(name, model, cached_activations, tmp_path, monkeypatch):
+    monkeypatch.delattr(ActivationsStore, "get_activations")  # the model is not asked again
     sae, start = run_tiny(
         model,
         small(name),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from saelens_cosine.bundled.corpus import stdlib_corpus
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from sae_lens import HookedSAETransformer
     from transformer_lens.model_bridge import TransformerBridge
 
 __all__ = ["BUNDLED", "load_bundled_bridge", "load_bundled_model", "model_folder", "stdlib_corpus"]
@@ -26,14 +26,15 @@ def model_folder() -> Path:
     return Path(__file__).parent / "model"
 
 
-def load_bundled_model(device: str = "cpu") -> HookedTransformer:
-    """The bundled model as a TransformerLens `HookedTransformer`, float32, without weight processing.
+def load_bundled_model(device: str = "cpu") -> HookedSAETransformer:
+    """The bundled model as a TransformerLens `HookedTransformer` that SAEs can be attached to, float32, unprocessed.
 
     `HookedTransformer.from_pretrained` accepts only names from its own table, so the configuration is stated here and
     TransformerLens' own Llama conversion fills in the weights.
     """
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from sae_lens import HookedSAETransformer
+    from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +63,7 @@ def load_bundled_model(device: str = "cpu") -> HookedTransformer:
         init_weights=False,
         device=device,
     )
-    model = HookedTransformer(cfg, AutoTokenizer.from_pretrained(model_folder()), move_to_device=False)
+    model = HookedSAETransformer(cfg, AutoTokenizer.from_pretrained(model_folder()), move_to_device=False)
     model.load_and_process_state_dict(
         convert_llama_weights(source, cfg),
         fold_ln=False,

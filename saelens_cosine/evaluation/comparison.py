@@ -22,6 +22,7 @@ from saelens_cosine.evaluation.reconstruction import (
     evaluate_reconstruction,
     heldout_activations,
 )
+from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
@@ -272,7 +273,9 @@ def _run_seed(
     for i, (arm, sae) in enumerate(saes.items()):
         progress("Evaluating on held-out text", i, len(saes))
         sae.save_inference_model(workspace / arm)
-        reconstruction, ce = heldout.evaluate(workspace / arm)
+        saved = SAE.load_from_disk(workspace / arm, device=settings.device)
+        (workspace / arm / "README.md").write_text(model_card(saved.cfg, "SAE.load_from_disk(\"this folder\")"))
+        reconstruction, ce = heldout.evaluate(saved)
         exponent = getattr(sae, "norm_exponent", None)
         exponents = tuple(exponent.detach().double().flatten().tolist()) if exponent is not None else ()
         results.append(
@@ -301,8 +304,7 @@ class _HeldOut:
         self.prompts: list[torch.Tensor] = []
         self.dropped_share = 0.0
 
-    def evaluate(self, folder: Path) -> tuple[Reconstruction, float]:
-        sae = SAE.load_from_disk(folder, device=self.settings.device)
+    def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
         if self.activations is None:
             self._gather(sae)
         assert self.activations is not None

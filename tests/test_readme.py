@@ -1,0 +1,104 @@
+"""What the README says is what happens."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+import saelens_cosine
+from saelens_cosine.cli import main
+from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def block(language: str, containing: str) -> str:
+    (found,) = [text for text in blocks(language) if containing in text]
+    return found
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = block("bash", "pytest").strip().splitlines()
+    assert commands[1:] == ['pip install ".[test]" torch==2.13.0', "OMP_NUM_THREADS=1 python -m pytest"]
+    script = (ROOT / ".ci" / "run").read_text()
+    for command in commands[1:]:
+        assert command in script.replace("pip install --quiet", "pip install")
+
+
+def test_the_first_command_is_the_default_comparison():
+    assert block("bash", "compare").strip().splitlines()[-1] == "saelens-cosine compare"
+
+
+def test_the_table_of_architectures_is_complete_and_right():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (?:SAELens' )?`(\w+)` \|$", README, re.M)
+    assert [name for name, _ in rows] == list(saelens_cosine.TRAINING_ARCHITECTURES)[: len(rows)]
+    assert len(rows) == 6
+    for name, saved_as in rows:
+        config = SAE_TRAINING_CLASS_REGISTRY[name][1](d_in=4, d_sae=128)
+        assert config.get_inference_config_class().architecture() == saved_as
+
+
+def test_the_train_command_parses_in_saelens():
+    words = shlex.split(block("bash", "saelens-cosine train").replace("\\\n", " "))
+    assert words[:2] == ["saelens-cosine", "train"]
+    config = _parse_cfg_args([word.replace("_000", "000") for word in words[2:]])
+    assert config.sae.architecture() == "cosine_batchtopk"
+    assert config.n_batches_in_buffer * config.context_size >= config.train_batch_size_tokens
+
+
+def test_flags_of_compare_in_the_readme_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
+    reading = README.split("## Compare on your machine")[1].split("## Run the tests")[0]
+    flags = set(re.findall(r"--[a-z-]+", reading)) - {"--help"}
+    assert {"--arms", "--seeds", "--max-norm-multiple", "--model"} <= flags
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_snippets_load_hook_and_configure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ComparisonSettings(
+        arms=("per_feature_cosine_batchtopk",), tokens=12_000, d_sae=64, k=4, eval_tokens=3000, eval_prompts=16
+    )
+    compare(settings, "runs/compare")
+    names = {"activations": torch.randn(5, 192)}
+    exec(block("python", "SAE.load_from_disk"), names)
+    assert names["codes"].shape == (5, 64)
+    assert names["reconstruction"].shape == (5, 192)
+    exec(block("python", "load_bundled_model"), names)
+    assert names["codes"].shape[0] == 1
+    assert names["codes"].shape[2] == 64
+    configuration = block("python", "runner_config(").split("runner = ")[0]
+    exec(configuration, names)
+    assert names["config"].sae.architecture() == "per_feature_cosine_batchtopk"
+
+
+def test_a_third_partys_score_trains_as_the_readme_shows():
+    from sae_lens.saes.sae import TrainStepInput
+
+    names: dict = {}
+    try:
+        exec(block("python", "register_training("), names)
+        sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY["l1_topk"]
+        sae = sae_class(config_class(d_in=6, d_sae=12, k=3))
+        x = torch.randn(8, 6)
+        output = sae.training_forward_pass(TrainStepInput(x, {}, None, 0, False))
+        output.loss.backward()
+        # b_dec and b_enc are 0 at the start
+        nearer = x.abs().sum(dim=1, keepdim=True) - (x[:, :, None] - sae.W_enc[None]).abs().sum(dim=1)
+        torch.testing.assert_close(sae.score(x), nearer)
+        assert sae.W_enc.grad.abs().sum() > 0
+    finally:
+        SAE_TRAINING_CLASS_REGISTRY.pop("l1_topk", None)
+        if "l1_topk" in saelens_cosine.TRAINING_ARCHITECTURES:
+            saelens_cosine.TRAINING_ARCHITECTURES.remove("l1_topk")
