@@ -217,7 +217,7 @@ def tiny_model():
         init_weights=True, seed=0, device="cpu", model_name="tiny",
     )  # fmt: skip
     model = HookedSAETransformer(config, tokenizer=tiny_tokenizer())
-    model.W_E.data.mul_(20)  # mean norm at HOOK about 17 where sqrt(d_model) is 4, so that scaling activations shows
+    model.W_E.data.mul_(20)  # mean norm at HOOK about 18 where sqrt(d_model) is 4, so that scaling activations shows
     return model
 
 

@@ -507,7 +507,7 @@ def test_exponent_one_saved_is_saelens_own_class_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("lr", [3e-4, 1e-3])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_batchtopk_keeps_l0_after_saving(name, lr, scale, tmp_path):
-    # after 300 steps scores still move, up at scale 10 and down at scale 1, and an average of past thresholds lags behind
+    # scores still move after 300 steps, up at scale 10 and down at scale 1, and an average of past thresholds lags
     k = 4
     sae = make_sae(name, seed=None, d_in=16, d_sae=64, k=k)
     data = planted_batches(d_in=16, n_features=32, active=3, batch=1024, spread=0.5, scale=scale)

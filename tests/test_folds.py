@@ -1,4 +1,4 @@
-"""Folds are exact or refuse with a reason. Exponents are far from 0, where the folds SAELens has for inner products fail.
+"""Folds are exact or refuse with a reason. Exponents are far from 0, where SAELens' folds for inner products fail.
 
 The algebra is exact, so these tests run in float64 and allow 1e-10.
 """

@@ -92,7 +92,7 @@ def test_autocast_training_updates_what_stays_wide(name):
 
 @pytest.mark.parametrize("name", COSINE)
 def test_training_in_bfloat16_moves_by_less_than_a_bfloat16_step(name):
-    # Adam's first step is lr = 1e-4. A bfloat16 near 3.125 moves in steps of 2^-6 = 0.0156, so it would not move at all.
+    # Adam's first step is lr = 1e-4. A bfloat16 near 3.125 moves in steps of 2^-6 = 0.0156, so it would not move.
     sae = make_sae(name, seed=None, dtype="bfloat16", log_scale_init=3.125)
     fit_few_steps(sae, steps=1, lr=1e-4)
     moved = (sae.log_scale.detach() - 3.125).abs()
@@ -181,7 +181,7 @@ def test_centring_keeps_bits_that_bfloat16_has_no_room_for():
 
 @pytest.mark.parametrize("name", GLOBAL)
 def test_norm_is_taken_of_the_unrounded_centred_input(name):
-    # x_c = (257, 0), w = (1, 0): cos = 1 exactly, so at a = 1, b = 0 the score is n = 257. Centred in bfloat16 it is 256.
+    # x_c = (257, 0), w = (1, 0): cos = 1 exactly, so at a = 1, b = 0 the score is n = 257; centred in bfloat16, 256.
     sae = make_sae(name, d_in=2, d_sae=1, k=1, dtype="bfloat16", norm_exponent_init=1.0, log_scale_init=0.0, seed=None)
     sae.b_dec.data = torch.tensor([1.0, 0.0], dtype=torch.bfloat16)
     sae.W_enc.data = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)

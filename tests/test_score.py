@@ -150,7 +150,7 @@ def test_below_the_floor_the_norm_is_the_floor():
 @pytest.mark.parametrize("norm", [1e-6, 1e-3, 1.0, 1e3, 1e5])
 @pytest.mark.parametrize("form", ["training", "inference"])
 def test_float32_rounding(norm, form):
-    # Each of the 7 products and 6 sums, the norms, and the final products round once: (D + 8) u of sum |terms|, u = 2^-24.
+    # Each of the 7 products and 6 sums, the norms and the last products round once: (D + 8) u sum |terms|, u = 2^-24.
     # The exponent t = a log n + b rounds to 2 u |t|, its log to u |log n| a, which exp turns into relative errors.
     W_enc, b_enc, a, b = make_weights(dtype=torch.float32)
     direction = make_activations(20, 7, spread=0.0)

@@ -25,11 +25,11 @@ class BatchTopKThresholdConfig(BatchTopKTrainingSAEConfig):
     How the threshold that replaces batch-wide selection after training is learned.
 
     Args:
-        topk_threshold_lr (float): Weight of each batch in the threshold's running average. SAELens uses 0.01 and starts at 0, so that a run of a few hundred steps is saved with far too low a threshold; here the average starts at the first batch's smallest selected score and spans about 20 steps.
+        topk_threshold_lr (float): Weight of each batch in the threshold's running average. SAELens uses 0.01 and starts at 0, so that a run of a few hundred steps is saved with far too low a threshold; here the average starts at the first batch's smallest selected score and spans about 5 steps, which follows scores that still move when a short run ends.
         topk_threshold_start_step (int): Training step at which the average starts. The paper: 1000, the end of its learning-rate warm-up.
     """
 
-    topk_threshold_lr: float = 0.05
+    topk_threshold_lr: float = 0.2
     topk_threshold_start_step: int = 0
 
     @override

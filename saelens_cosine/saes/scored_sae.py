@@ -23,13 +23,17 @@ ConfigMixin = TrainingSAEConfig if TYPE_CHECKING else object
 class ScoredSAE(SAE[Any]):
     """Encode as `select(score(x - b_dec))`, with SAELens' hook points in SAELens' order.
 
-    Centring and everything up to the selection happen in float32 or wider whatever the SAE's dtype, because `x - b_dec`
-    in bfloat16 loses most of its digits when `b_dec` is near `x` (reference: the paper's checkpoints have
-    `||b_dec|| = 62` where `||x|| = 100`). Codes and reconstructions have the SAE's dtype.
+    From the centring to the selection everything is float32 or wider whatever the SAE's dtype, so that norms, scores and
+    thresholds carry no rounding beyond that of the inputs and the weights. Codes and reconstructions have the SAE's dtype.
     """
 
-    kept_wide: ClassVar[tuple[str, ...]] = ("norm_exponent", "log_scale", "threshold", "topk_threshold")
-    """Parameters and buffers that no cast may narrow below float32: rounded, they would stop learning and shift L0."""
+    kept_wide: ClassVar[dict[str, torch.dtype]] = {
+        "norm_exponent": torch.float32,
+        "log_scale": torch.float32,
+        "threshold": torch.float32,
+        "topk_threshold": torch.float64,
+    }
+    """Parameters and buffers that no cast may narrow further: rounded, they would stop learning and shift L0."""
 
     b_enc: torch.nn.Parameter
 
@@ -83,8 +87,9 @@ class ScoredSAE(SAE[Any]):
         before = {name: tensor.data for name, tensor in self._wide_tensors().items()}
         result = super()._apply(fn, recurse)
         for name, tensor in self._wide_tensors().items():
-            if tensor.dtype != wide(tensor.dtype):
-                tensor.data = before[name].to(tensor.device)  # the value before it was rounded
+            dtype = torch.promote_types(tensor.dtype, self.kept_wide[name])
+            if tensor.dtype != dtype:
+                tensor.data = before[name].to(tensor.device, dtype)  # the value before it was rounded
         return result
 
     @override
@@ -93,7 +98,8 @@ class ScoredSAE(SAE[Any]):
         # SAELens' loaders cast every tensor to the SAE's dtype before a class sees it
         for name in self._wide_tensors():
             if name in state_dict:
-                state_dict[name] = state_dict[name].to(wide(state_dict[name].dtype))
+                dtype = torch.promote_types(state_dict[name].dtype, self.kept_wide[name])
+                state_dict[name] = state_dict[name].to(dtype)
 
     def _wide_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: getattr(self, name, None) for name in self.kept_wide}
