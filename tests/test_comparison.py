@@ -9,7 +9,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.comparison import ComparisonSettings, compare, prepare_output
+from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
 from saelens_cosine.evaluation.report import SCHEMA, paired_difference
 
 TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
@@ -163,11 +163,18 @@ def test_it_refuses_to_overwrite_unless_told(run, capsys):
     assert json.loads((folder / "comparison.json").read_text()) == result
 
 
-def test_overwrite_deletes_comparisons_only(tmp_path):
+def test_overwrite_replaces_the_comparison_and_nothing_else_and_not_before_the_model_has_loaded(tmp_path, capsys):
+    earlier = tmp_path / "old_arm" / "seed0"
+    earlier.mkdir(parents=True)
+    (tmp_path / "comparison.json").write_text("{}")
     (tmp_path / "thesis.txt").write_text("three years of work")
-    with pytest.raises(FileExistsError, match="no comparison has written"):
-        prepare_output(tmp_path, overwrite=True)
-    assert (tmp_path / "thesis.txt").exists()
+    command = ["compare", *TINY, "--arms", "cosine_topk", "--tokens", "12k", "--output", str(tmp_path), "--overwrite"]
+    assert main([*command, "--layer", "17"]) == 2  # a typo costs nothing
+    assert earlier.exists()
+    assert main(command) == 0
+    assert not earlier.exists()
+    assert (tmp_path / "thesis.txt").read_text() == "three years of work"
+    assert json.loads((tmp_path / "comparison.json").read_text())["schema"] == SCHEMA
 
 
 def test_an_output_that_cannot_be_written_is_named_before_any_work(tmp_path, capsys):

@@ -18,6 +18,7 @@ def test_paper_at_the_authors_budget_has_the_authors_numbers():
         "normalize_aux_loss": True,
         "aux_loss_coefficient": 1 / 32,
         "dead_feature_window_tokens": 10_000_000,
+        "log_scale_from_data": False,
         "topk_threshold_start_step": 1000,
         "topk_threshold_lr": 0.001,
     }
@@ -38,7 +39,9 @@ def test_paper_scaled_to_a_small_budget():
     assert recipe.sae["topk_threshold_lr"] == 1 / 50
     assert recipe.runner["lr_decay_steps"] == 200
     assert recipe.sae["dead_feature_window_tokens"] == 409_600
-    assert recipe.runner["lr"] == 1e-3
+    assert recipe.runner["lr"] == pytest.approx(5e-5 * 50e6 / 2_048_000)
+    assert get_recipe("paper", 100_000).runner["lr"] == 5e-3
+    assert recipe.sae["log_scale_from_data"]
     # 25 million tokens: the sum of the steps' rates is that of 50 million at 5e-5
     assert get_recipe("paper", 25_000_000).runner["lr"] == pytest.approx(1e-4)
 

@@ -60,7 +60,7 @@ class ComparisonSettings:
     dataset: str = BUNDLED
     layer: int | None = None
     hook: str | None = None
-    tokens: int = 1_500_000
+    tokens: int = 1_000_000
     k: int = 32
     d_sae: int = 2048
     seeds: int = 1
@@ -149,21 +149,32 @@ def compare(
 
     Args:
         settings: what to compare.
-        output: folder for the SAEs; must not hold an earlier comparison.
-        overwrite: replace an earlier comparison.
+        output: folder for the SAEs, without an earlier comparison unless `overwrite`.
+        overwrite: replace an earlier comparison. Other files in the folder are left alone.
         on_progress: called with what is being done, how much of it, and out of how much.
         on_seed: called with everything measured so far after each seed.
 
     Raises:
-        FileExistsError: the folder holds files and `overwrite` is off.
+        FileExistsError: the folder holds an earlier comparison and `overwrite` is off.
         OSError: the folder cannot be written.
         ValueError: settings that cannot be run, such as an empty dataset.
     """
-    folder = prepare_output(output, overwrite)
+    folder = check_output(output, overwrite)
+    warnings.filterwarnings(
+        "ignore", message="Dataset is not tokenized"
+    )  # a few million tokens: it does not matter here
     progress = on_progress or (lambda _what, _done, _total: None)
     progress("Loading the model", 0, 1)
     model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
     heldout = _HeldOut(settings, model)
+    load_text(settings.dataset)
+    for path in earlier_results(folder):  # not before everything that a typo can break has been loaded
+        if path.is_dir():
+            shutil.rmtree(path)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        else:
+            path.unlink()
     arms: list[ArmResult] = []
     dropped: list[float] = []
     for seed in range(settings.seeds):
@@ -183,31 +194,27 @@ def compare(
     return comparison  # pyright: ignore[reportPossiblyUnboundVariable]  (there is at least one seed)
 
 
-def prepare_output(output: str | Path, overwrite: bool) -> Path:
-    """An empty, writable folder for a comparison; see `compare` for what is raised."""
+def earlier_results(folder: Path) -> list[Path]:
+    """What a comparison has written to this folder; everything else in it is left alone."""
+    return [*folder.glob("comparison.json"), *folder.glob("comparison.png"), *folder.glob("*/seed*/")]
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """A writable folder without an earlier comparison, or one that may be overwritten; see `compare` for what is raised."""
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            if not overwrite:
-                raise FileExistsError(
-                    f"{folder} is not empty. Pass --overwrite (overwrite=True) to replace what is there, or choose "
-                    "another --output."
-                )
-            if not (folder / "comparison.json").exists() and not any(folder.glob("*/seed*/cfg.json")):
-                raise FileExistsError(
-                    f"{folder} holds files that no comparison has written; they are not deleted. Choose another --output."
-                )
-            shutil.rmtree(folder)
-            folder.mkdir()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError:
-        if folder.is_dir():
-            raise
         raise NotADirectoryError(f"Cannot write to {folder}: it is a file. Choose another --output.") from None
     except OSError as error:
         raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another --output.") from error
+    if earlier_results(folder) and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds an earlier comparison. Pass --overwrite (overwrite=True) to replace it, or choose another "
+            "--output."
+        )
     return folder
 
 
@@ -219,6 +226,7 @@ def _run_seed(
     workspace: Path,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[ArmResult], float]:
+    context_size = min(settings.context_size, model.context_size)
     config = multi_runner_config(
         {arm: arm for arm in settings.arms},
         d_in=model.d_in,
@@ -232,8 +240,8 @@ def _run_seed(
         model_class_name=model.class_name,
         model_from_pretrained_kwargs={},
         dataset_path=settings.dataset,
-        context_size=min(settings.context_size, model.context_size),
-        n_batches_in_buffer=256,
+        context_size=context_size,
+        n_batches_in_buffer=max(1, _buffer_tokens(settings, model.d_in) // context_size),
         store_batch_size_prompts=16,
         device=settings.device,
         seed=seed,
@@ -245,36 +253,32 @@ def _run_seed(
     for name, sae in config.saes.items():
         torch.manual_seed(seed)  # every arm starts from the same decoder
         saes[name] = get_sae_training_class(sae.architecture())[0](sae)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Dataset is not tokenized")
-        runner = MultiSAETrainingRunner(
-            config,
-            override_dataset=load_text(settings.dataset, seed).train,
-            override_model=model.model,
-            override_saes=saes,
-        )
-        norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
-        what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
-        done = 0
+    runner = MultiSAETrainingRunner(
+        config,
+        override_dataset=load_text(settings.dataset, seed).train,
+        override_model=model.model,
+        override_saes=saes,
+    )
+    norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
+    what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
+    done = 0
 
-        def count(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(what, min(done, settings.tokens), settings.tokens)
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(what, min(done, settings.tokens), settings.tokens)
 
-        monitor = TrainingMonitor(
-            saes, config.hook_names_per_sae, max(1, config.total_training_steps // 40), on_step=count
-        )
-        monitor.attach(runner)
-        torch.manual_seed(seed)
-        runner.run()
-        monitor.detach()
+    monitor = TrainingMonitor(saes, config.hook_names_per_sae, max(1, config.total_training_steps // 40), on_step=count)
+    monitor.attach(runner)
+    torch.manual_seed(seed)
+    runner.run()
+    monitor.detach()
     results: list[ArmResult] = []
     for i, (arm, sae) in enumerate(saes.items()):
         progress("Evaluating on held-out text", i, len(saes))
         sae.save_inference_model(workspace / arm)
         saved = SAE.load_from_disk(workspace / arm, device=settings.device)
-        (workspace / arm / "README.md").write_text(model_card(saved.cfg, "SAE.load_from_disk(\"this folder\")"))
+        (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
         exponent = getattr(sae, "norm_exponent", None)
         exponents = tuple(exponent.detach().double().flatten().tolist()) if exponent is not None else ()
@@ -293,6 +297,12 @@ def _run_seed(
         )
     progress("Evaluating on held-out text", len(saes), len(saes))
     return results, norm_filter.dropped_share
+
+
+def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
+    """Tokens that SAELens' mixing buffer holds: many documents at once, in a quarter of a GiB of float32."""
+    batch = get_recipe(settings.recipe, settings.tokens).runner["train_batch_size_tokens"]
+    return max(2 * batch, min(settings.tokens, 2**26 // d_in))
 
 
 class _HeldOut:

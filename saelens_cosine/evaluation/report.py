@@ -243,8 +243,8 @@ def draw(comparison: Comparison, path: Path) -> None:
         places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]
         quartiles.bar(places, means, width, yerr=spread, color=colours[arm], label=arm, capsize=3)
     curves.set(xlabel="training tokens (millions)", ylabel="FVE of the coming batch", title="Training")
-    last = [result.log[-1].fve for result in comparison.arms]
-    curves.set_ylim(min(0.9 * min(last), max(0.0, min(last) - 0.4)), None)
+    reached = [max(entry.fve for entry in result.log) for result in comparison.arms]
+    curves.set_ylim(max(0.0, min(reached) - 0.4), max(reached) + 0.02)
     exponents.set(xlabel="training tokens (millions)", ylabel="norm exponent a", title="Exponents: mean, min to max")
     if not exponents.lines:
         exponents.text(0.5, 0.5, "no arm has an exponent", ha="center", va="center", transform=exponents.transAxes)
@@ -253,7 +253,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     lowest = min(b.fve for result in comparison.arms for b in result.reconstruction.by_norm)
     quartiles.set_ylim(max(0.0, lowest - 0.15) if lowest > 0 else None, None)
     quartiles.set(xlabel="norm of the activation, quartiles", ylabel="FVE, held out", title="By norm (axis is cut)")
-    quartiles.legend(loc="lower right", fontsize=8)
+    figure.legend(*quartiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
     for axes in (curves, exponents, quartiles):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

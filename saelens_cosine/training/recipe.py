@@ -38,11 +38,17 @@ class Recipe:
 def paper(training_tokens: int, batch: int = PAPER_BATCH) -> Recipe:
     """The paper's recipe B. At 500 million tokens every number is the authors' own.
 
-    For smaller budgets: warm-up and the threshold's averaging span are 5 % of the run (at most 1000 steps each); the
-    learning rate grows so that the sum of its steps, which bounds how far Adam can move an exponent, stays that of 50
-    million tokens, the authors' smallest run with this recipe, up to 1e-3; a feature is dead after 20 % of the run without
-    firing (at most 10 million tokens). The recipe's token filter is `filter_high_norm_tokens`. One deviation: SAELens' warm-up starts at lr / warm_up, the authors' at 0, which
-    makes their first step a wasted one.
+    For smaller budgets:
+
+    - Warm-up and the threshold's averaging span are 5 % of the run, at most 1000 steps each.
+    - The learning rate grows so that the sum of its steps, which bounds how far Adam can move a weight or an exponent,
+      stays that of 50 million tokens, the authors' smallest run with this recipe; at most 5e-3.
+    - Below 50 million tokens the scale starts at the mean norm instead of sqrt(d_in). The authors found that better at 5
+      million tokens and worse from 50 million on.
+    - A feature is dead after 20 % of the run without firing, at most 10 million tokens.
+
+    The recipe's token filter is `filter_high_norm_tokens`. One deviation: SAELens' warm-up starts at lr / warm_up, the
+    authors' at 0, which makes their first step a wasted one.
     """
     steps = max(1, training_tokens // batch)
     warm_up = min(1000, max(1, steps // 20))
@@ -55,11 +61,12 @@ def paper(training_tokens: int, batch: int = PAPER_BATCH) -> Recipe:
             "normalize_aux_loss": True,
             "aux_loss_coefficient": 1 / 32,
             "dead_feature_window_tokens": min(10_000_000, max(batch, training_tokens // 5)),
+            "log_scale_from_data": training_tokens < 50_000_000,
             "topk_threshold_start_step": warm_up,
             "topk_threshold_lr": 1 / warm_up,
         },
         runner={
-            "lr": min(1e-3, 5e-5 * max(1.0, 50_000_000 / training_tokens)),
+            "lr": min(5e-3, 5e-5 * max(1.0, 50_000_000 / training_tokens)),
             "lr_scheduler_name": "constant",
             "lr_warm_up_steps": warm_up,
             "lr_decay_steps": steps // 5,
