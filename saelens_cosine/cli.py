@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partialmethod
 from pathlib import Path
@@ -160,6 +161,7 @@ def _compare(options: Any) -> int:
 def _hush_libraries() -> None:
     """One progress bar of ours instead of several of other libraries', and their errors only."""
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
+    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +95,6 @@ class ArmResult:
         reconstruction (Reconstruction): On held-out activations, filtered as in training.
         ce_loss_recovered (float): On held-out text, high-norm tokens passed through.
         norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
-        exponents (tuple[float, ...]): Every exponent, for the histogram; empty for scores without one.
         seconds (float): Training time of this SAE alone.
         log (tuple[TrainingLogEntry, ...]): The course of its training.
     """
@@ -107,7 +105,6 @@ class ArmResult:
     reconstruction: Reconstruction
     ce_loss_recovered: float
     norm_exponent: tuple[float, float, float] | None
-    exponents: tuple[float, ...] = field(repr=False)
     seconds: float
     log: tuple[TrainingLogEntry, ...] = field(repr=False)
 
@@ -160,9 +157,6 @@ def compare(
         ValueError: settings that cannot be run, such as an empty dataset.
     """
     folder = check_output(output, overwrite)
-    warnings.filterwarnings(
-        "ignore", message="Dataset is not tokenized"
-    )  # a few million tokens: it does not matter here
     progress = on_progress or (lambda _what, _done, _total: None)
     progress("Loading the model", 0, 1)
     model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
@@ -281,7 +275,6 @@ def _run_seed(
         (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
         exponent = getattr(sae, "norm_exponent", None)
-        exponents = tuple(exponent.detach().double().flatten().tolist()) if exponent is not None else ()
         results.append(
             ArmResult(
                 architecture=arm,
@@ -289,8 +282,9 @@ def _run_seed(
                 path=f"{arm}/seed{seed}",
                 reconstruction=reconstruction,
                 ce_loss_recovered=ce,
-                norm_exponent=(sum(exponents) / len(exponents), min(exponents), max(exponents)) if exponents else None,
-                exponents=exponents,
+                norm_exponent=None
+                if exponent is None
+                else (exponent.mean().item(), exponent.min().item(), exponent.max().item()),
                 seconds=monitor.seconds[arm],
                 log=tuple(monitor.log[arm]),
             )

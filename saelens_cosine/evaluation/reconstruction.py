@@ -61,15 +61,15 @@ class Reconstruction:
 
 
 class _Variance:
-    """Variance of vectors, summed over dimensions, from batches; sums in float64."""
+    """Variance of vectors, summed over dimensions, from batches; sums in float64 on the CPU (MPS has no float64)."""
 
     def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, torch.zeros(()), 0.0
+        self.count, self.sum, self.squares = 0, torch.zeros((), dtype=torch.float64), 0.0
 
     def add(self, vectors: torch.Tensor) -> None:
-        vectors = vectors.double()
+        vectors = vectors.cpu().double()
         self.count += len(vectors)
-        self.sum = self.sum.to(vectors) + vectors.sum(dim=0)
+        self.sum = self.sum + vectors.sum(dim=0)
         self.squares += vectors.pow(2).sum().item()
 
     def value(self) -> float:

@@ -42,7 +42,7 @@ class BatchTopKThresholdConfig(BatchTopKTrainingSAEConfig):
 class BatchTopKThreshold(ScoredTrainingSAE):
     """BatchTopK while training, the learned threshold in eval mode: what is evaluated is what is saved.
 
-    `topk_threshold` is 0 until the average has started. Source: section 3.2 of the paper's released recipe, an
+    `topk_threshold` is 0 until the average has started. Source: experiment 40 of the paper's released code, an
     exponential average of each batch's smallest selected score that starts at the first of them, compared with `>`.
     """
 

@@ -2,7 +2,7 @@
 
 Each part is an option, and each option's other value is SAELens' own behaviour. What lives outside the SAE (learning rate,
 schedule, batch, token filter) is in `saelens_cosine.training.recipe`. Source: the released code of arXiv 2606.15054,
-recipe B (the dictionary_learning recipe), which all published checkpoints and the headline table use.
+experiment 40 (the dictionary_learning recipe), which all published checkpoints and the headline table use.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class TrainingMonitor:
                 TrainingLogEntry(
                     training_tokens=training_tokens,
                     fve=explained_variance(x, sae.decode(codes)),
-                    l0=(codes.to_dense() != 0).sum(dim=-1).double().mean().item(),
+                    l0=(codes.to_dense() != 0).sum(dim=-1).float().mean().item(),
                     metrics={key: value.item() for key, value in metrics.items()},
                 )
             )

@@ -1,7 +1,7 @@
 """Named recipes: the paper's settings, or SAELens' own, as SAELens runner configs.
 
 A recipe has two halves: fields of the SAE's config, which the classes in `saelens_cosine.saes` act on, and fields of
-SAELens' runner config. Source of `paper`: recipe B of the released code of arXiv 2606.15054 (the dictionary_learning
+SAELens' runner config. Source of `paper`: experiment 40 of the released code of arXiv 2606.15054 (the dictionary_learning
 recipe), made for 244,140 steps of 2,048 tokens and scaled here to other budgets.
 """
 
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def paper(training_tokens: int, batch: int = PAPER_BATCH) -> Recipe:
-    """The paper's recipe B. At 500 million tokens every number is the authors' own.
+    """The paper's recipe. At 500 million tokens every number is the authors' own.
 
     For smaller budgets:
 
@@ -44,7 +44,7 @@ def paper(training_tokens: int, batch: int = PAPER_BATCH) -> Recipe:
     - The learning rate grows so that the sum of its steps, which bounds how far Adam can move a weight or an exponent,
       stays that of 50 million tokens, the authors' smallest run with this recipe; at most 5e-3.
     - Below 50 million tokens the scale starts at the mean norm instead of sqrt(d_in). The authors found that better at 5
-      million tokens and worse from 50 million on.
+      million tokens (experiment 27) and worse from 50 million on (34, 41).
     - A feature is dead after 20 % of the run without firing, at most 10 million tokens.
 
     The recipe's token filter is `filter_high_norm_tokens`. One deviation: SAELens' warm-up starts at lr / warm_up, the
