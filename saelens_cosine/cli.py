@@ -78,7 +78,9 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         default=default.max_norm_multiple,
         help="drop tokens above this multiple of the median norm, in training and evaluation; 'none' keeps them",
     )
-    add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1, mps")
+    add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
+    add("--eval-tokens", type=_count, default=default.eval_tokens, help="held-out tokens that are evaluated")
+    add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", default="runs/compare", help="folder for the SAEs, comparison.json and comparison.png")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     add("--quiet", action="store_true", help="print only the tables")
@@ -118,6 +120,8 @@ def _compare(options: Any) -> int:
         recipe=options.recipe,
         max_norm_multiple=options.max_norm_multiple,
         device=options.device,
+        context_size=options.context_size,
+        eval_tokens=options.eval_tokens,
     )
     folder = Path(options.output)
     columns = (

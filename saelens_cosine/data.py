@@ -24,7 +24,7 @@ def load_text(name: str, seed: int = 0) -> TextSplits:
     """Training and held-out text of a dataset.
 
     `"bundled"` splits Python's standard library by file. A local file or saved dataset gives up 5 % of its rows, at least
-    one. A dataset on the Hub is streamed: its first 1000 documents are held out.
+    one; the rows of a `.txt` file are its paragraphs. A dataset on the Hub is streamed: its first 1000 documents are held out.
 
     Raises:
         ValueError: the dataset has no rows, or too few to hold one out.
@@ -35,13 +35,13 @@ def load_text(name: str, seed: int = 0) -> TextSplits:
     path = Path(name)
     if name == BUNDLED:
         train, heldout = stdlib_corpus("train"), stdlib_corpus("heldout")
-        return TextSplits(_iterable(train.shuffle(seed=seed)), _iterable(heldout))
+        return TextSplits(_iterable(train.shuffle(seed=seed)), _iterable(heldout.shuffle(seed=0)))
     if path.suffix in _LOADERS or path.exists():
         if not path.exists():
             raise FileNotFoundError(f"There is no file {name!r}.")
         if path.is_file() and path.stat().st_size == 0:
             raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
-        rows = load_from_disk(name) if path.is_dir() else load_dataset(_LOADERS[path.suffix], data_files=name)["train"]
+        rows = load_from_disk(name) if path.is_dir() else _read_file(path)
         if not isinstance(rows, Dataset):
             raise ValueError(
                 f"{name!r} holds several splits ({', '.join(map(str, rows))}); save one of them by itself."
@@ -61,6 +61,15 @@ def load_text(name: str, seed: int = 0) -> TextSplits:
             f"Dataset {name!r} has no more than the {HELDOUT_STREAM_DOCUMENTS} documents that are held out."
         )
     return TextSplits(train.shuffle(seed=seed, buffer_size=10_000), heldout)
+
+
+def _read_file(path: Path) -> Any:
+    from datasets import load_dataset
+
+    if path.suffix not in _LOADERS:
+        raise ValueError(f"Cannot tell the format of {str(path)!r}; name it {', '.join(_LOADERS)}.")
+    by_paragraph: dict[str, Any] = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}  # neighbouring lines are one text
+    return load_dataset(_LOADERS[path.suffix], data_files=str(path), **by_paragraph)["train"]
 
 
 def _iterable(dataset: Any) -> Any:

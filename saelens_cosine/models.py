@@ -20,7 +20,7 @@ class HookedModel(NamedTuple):
         class_name (str): `model_class_name` likewise: `HookedTransformer` or `AutoModelForCausalLM`.
         hook_name (str): The hook point asked for.
         d_in (int): Size of the activations there.
-        context_size (int): Longest context that the model takes.
+        context_size (int | None): Longest context that the model takes; None if it does not say.
     """
 
     model: Any
@@ -28,7 +28,7 @@ class HookedModel(NamedTuple):
     class_name: str
     hook_name: str
     d_in: int
-    context_size: int
+    context_size: int | None
 
 
 def load_hooked_model(name: str, device: str = "cpu", layer: int | None = None, hook: str | None = None) -> HookedModel:
@@ -56,11 +56,11 @@ def load_hooked_model(name: str, device: str = "cpu", layer: int | None = None, 
         class_name = "HookedTransformer" if _known_to_transformer_lens(name) else "AutoModelForCausalLM"
         model = load_model(class_name, name, device=device)
     if class_name == "HookedTransformer":
-        sizes: tuple[int, int] = model.cfg.n_layers, model.cfg.n_ctx
+        sizes: tuple[int, int | None] = model.cfg.n_layers, model.cfg.n_ctx
         layer_hook = "blocks.{}.hook_resid_post"
     else:
         config = model.model.config.get_text_config()
-        sizes = config.num_hidden_layers, config.max_position_embeddings
+        sizes = config.num_hidden_layers, getattr(config, "max_position_embeddings", None)
         layer_hook = _layer_path(model.model, sizes[0]) + ".{}"
     n_layers, context = sizes
     block = n_layers // 2 if layer is None else layer

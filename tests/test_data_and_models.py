@@ -17,7 +17,7 @@ def test_a_local_dataset_gives_up_one_row_in_twenty(kind, tmp_path):
     if kind == "jsonl":
         name = write_jsonl(tmp_path / "text.jsonl", 40)
     elif kind == "txt":
-        (tmp_path / "text.txt").write_text("\n".join(f"row {i}" for i in range(40)))
+        (tmp_path / "text.txt").write_text("\n\n".join(f"row {i}" for i in range(40)))
         name = str(tmp_path / "text.txt")
     else:
         name = str(tmp_path / "saved")
@@ -45,6 +45,18 @@ def test_an_empty_dataset_is_refused_by_name(tmp_path):
         load_text(str(tmp_path / "empty.jsonl"))
     with pytest.raises(ValueError, match="1 rows"):
         load_text(write_jsonl(tmp_path / "one.jsonl", 1))
+
+
+def test_a_file_of_unknown_format_is_named(tmp_path):
+    (tmp_path / "text.rtf").write_text("x")
+    with pytest.raises(ValueError, match=r"text\.rtf.*\.jsonl"):
+        load_text(str(tmp_path / "text.rtf"))
+
+
+def test_the_bundled_heldout_text_comes_in_mixed_order():
+    paths = [row["path"] for row in load_text("bundled").heldout]
+    assert paths != sorted(paths)
+    assert sum(path.startswith("encodings/") for path in paths[:10]) < 8
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -29,7 +29,9 @@ def test_none_keeps_everything():
 
 def test_non_finite_activations_are_kept_so_that_training_notices_them():
     assert HighNormFilter(10.0).keep(rows_of_norm(1, 1, float("nan"))).all()
-    assert HighNormFilter(10.0).keep(rows_of_norm(1, 1, 2, float("nan")))[3]
+    assert HighNormFilter(10.0).keep(rows_of_norm(1, 1, float("inf"))).all()
+    # and the filter still works beside them
+    assert HighNormFilter(10.0).keep(rows_of_norm(1, 1, 2, 1000, float("nan"))).tolist() == [True] * 3 + [False, True]
 
 
 def test_counts_the_share_dropped_over_batches():

@@ -574,3 +574,30 @@ def test_metrics_are_in_the_output_of_logging_steps(architecture):
         state = sae.training_metrics()
         assert names <= set(logged)
         assert all(torch.equal(logged[name], state[name]) for name in names)
+
+
+@pytest.mark.parametrize("normalize_aux_loss", [True, False])
+@pytest.mark.parametrize("architecture", saelens_cosine.TRAINING_ARCHITECTURES)
+def test_a_bfloat16_sae_trains_with_dead_features(architecture, normalize_aux_loss):
+    sae_class, config_class = get_sae_training_class(architecture)
+    config = config_class(
+        d_in=8, d_sae=32, k=2, dtype="bfloat16", normalize_aux_loss=normalize_aux_loss, dead_feature_window_tokens=16
+    )
+    sae = sae_class(config)
+    sae.tokens_since_fired += 16
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    output = sae.training_forward_pass(TrainStepInput(x, {}, None, 1, False))
+    output.loss.backward()
+    assert sae.dead_features.sum() >= 32 - 2 * 8
+    assert output.losses["auxiliary_reconstruction_loss"] > 0
+    assert sae.W_dec.grad.isfinite().all()
+
+
+def test_a_scale_from_data_leaves_out_the_share_of_the_norm_that_the_exponent_brings():
+    # norms 4 and 16, mean 10; with a = 0.5 the score has n ** 0.5 already: b = 0.5 log 10
+    config = get_sae_training_class("cosine_topk")[1](
+        d_in=2, d_sae=4, k=1, norm_exponent_init=0.5, log_scale_from_data=True, b_dec_init="zeros"
+    )
+    sae = get_sae_training_class("cosine_topk")[0](config)
+    sae.initialize_from_data(torch.tensor([[4.0, 0.0], [0.0, 16.0]]))
+    assert sae.log_scale.item() == pytest.approx(0.5 * math.log(10))

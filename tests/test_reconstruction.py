@@ -51,6 +51,15 @@ def test_figures_and_quartiles_by_hand():
     assert [b.fve for b in result.by_norm] == pytest.approx([1, 1, 0, 0])
 
 
+def test_an_sae_in_training_mode_is_refused():
+    from saelens_cosine import CosineBatchTopKTrainingSAE, CosineBatchTopKTrainingSAEConfig
+
+    sae = CosineBatchTopKTrainingSAE(CosineBatchTopKTrainingSAEConfig(d_in=5, d_sae=11, k=2))
+    with pytest.raises(ValueError, match=r"sae\.eval\(\)"):
+        evaluate_reconstruction(sae, torch.randn(20, 5))
+    assert evaluate_reconstruction(sae.eval(), torch.randn(20, 5)).l0 == pytest.approx(2)
+
+
 def test_agrees_with_a_float64_formula_on_a_real_sae():
     torch.manual_seed(0)
     sae = StandardSAE(StandardSAEConfig(d_in=5, d_sae=11))

@@ -32,13 +32,12 @@ def load_bundled_model(device: str = "cpu") -> HookedSAETransformer:
     `HookedTransformer.from_pretrained` accepts only names from its own table, so the configuration is stated here and
     TransformerLens' own Llama conversion fills in the weights.
     """
-    import torch
     from sae_lens import HookedSAETransformer
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(model_folder()).float()
     llama = source.config
     cfg = HookedTransformerConfig(
         model_name=BUNDLED,

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from sae_lens import SAE, ActivationsStore, LoggingConfig, MultiSAETrainingRunner
-from sae_lens.registry import get_sae_training_class
+from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
@@ -141,8 +142,8 @@ def compare(
 ) -> Comparison:
     """Train all arms on one stream per seed, save them, and measure the saved SAEs on held-out text.
 
-    Each SAE lands in `output/<architecture>/seed<seed>`, complete or not at all. With the same settings, machine and
-    thread count the numbers are the same every time.
+    Each SAE lands in `output/<architecture>/seed<seed>`, complete or not at all. On the CPU, the
+    same settings, machine and thread count give the same numbers every time.
 
     Args:
         settings: what to compare.
@@ -160,8 +161,8 @@ def compare(
     progress = on_progress or (lambda _what, _done, _total: None)
     progress("Loading the model", 0, 1)
     model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
+    progress("Gathering held-out activations", 0, 1)
     heldout = _HeldOut(settings, model)
-    load_text(settings.dataset)
     for path in earlier_results(folder):  # not before everything that a typo can break has been loaded
         if path.is_dir():
             shutil.rmtree(path)
@@ -190,7 +191,12 @@ def compare(
 
 def earlier_results(folder: Path) -> list[Path]:
     """What a comparison has written to this folder; everything else in it is left alone."""
-    return [*folder.glob("comparison.json"), *folder.glob("comparison.png"), *folder.glob("*/seed*/")]
+    saes = [
+        path
+        for path in folder.glob("*/seed*")
+        if path.parent.name in SAE_TRAINING_CLASS_REGISTRY and (path / SAE_CFG_FILENAME).exists()
+    ]
+    return [*folder.glob("comparison.json"), *folder.glob("comparison.png"), *saes]
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
@@ -220,7 +226,7 @@ def _run_seed(
     workspace: Path,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[ArmResult], float]:
-    context_size = min(settings.context_size, model.context_size)
+    context_size = _context_size(settings, model)
     config = multi_runner_config(
         {arm: arm for arm in settings.arms},
         d_in=model.d_in,
@@ -266,7 +272,7 @@ def _run_seed(
     monitor.attach(runner)
     torch.manual_seed(seed)
     runner.run()
-    monitor.detach()
+    monitor.finish()
     results: list[ArmResult] = []
     for i, (arm, sae) in enumerate(saes.items()):
         progress("Evaluating on held-out text", i, len(saes))
@@ -293,6 +299,10 @@ def _run_seed(
     return results, norm_filter.dropped_share
 
 
+def _context_size(settings: ComparisonSettings, model: HookedModel) -> int:
+    return min(settings.context_size, model.context_size or settings.context_size)
+
+
 def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
     """Tokens that SAELens' mixing buffer holds: many documents at once, in a quarter of a GiB of float32."""
     batch = get_recipe(settings.recipe, settings.tokens).runner["train_batch_size_tokens"]
@@ -300,33 +310,27 @@ def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
 
 
 class _HeldOut:
-    """Held-out activations and prompts, the same for every arm and seed, gathered when first needed."""
+    """Held-out activations and prompts, the same for every arm and seed."""
 
     def __init__(self, settings: ComparisonSettings, model: HookedModel):
         self.settings, self.model = settings, model
-        self.activations: torch.Tensor | None = None
-        self.prompts: list[torch.Tensor] = []
-        self.dropped_share = 0.0
+        store = ActivationsStore.from_config_multi_hook(
+            model.model,
+            dataset=load_text(settings.dataset).heldout,
+            hook_names=[model.hook_name],
+            hook_d_ins={model.hook_name: model.d_in},
+            context_size=_context_size(settings, model),
+            store_batch_size_prompts=16,
+            device=settings.device,
+        )
+        self.activations, norm_filter = heldout_activations(store, settings.eval_tokens, settings.max_norm_multiple)
+        self.dropped_share = norm_filter.dropped_share
+        self.prompts = [store.get_batch_tokens() for _ in range(max(1, settings.eval_prompts // 16))]
 
     def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
-        if self.activations is None:
-            self._gather(sae)
-        assert self.activations is not None
         sae.turn_off_forward_pass_hook_z_reshaping()  # the store has flattened the heads
         reconstruction = evaluate_reconstruction(sae, self.activations)
         return reconstruction, ce_loss_recovered(sae, self.model.model, self.prompts, self.settings.max_norm_multiple)
-
-    def _gather(self, sae: SAE[Any]) -> None:
-        text = load_text(self.settings.dataset).heldout
-        store = ActivationsStore.from_sae(
-            self.model.model, sae, text, store_batch_size_prompts=16, device=self.settings.device
-        )
-        for _ in range(max(1, self.settings.eval_prompts // 16)):
-            self.prompts.append(store.get_batch_tokens())
-        self.activations, norm_filter = heldout_activations(
-            store, self.settings.eval_tokens, self.settings.max_norm_multiple
-        )
-        self.dropped_share = norm_filter.dropped_share
 
 
 def _reshape(hook_name: str) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from sae_lens import ActivationsStore
 from sae_lens.evals import get_recons_loss
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_cosine.training.norm_filter import HighNormFilter
 
+CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
 FVE_DEFINITION = "1 - Var(x - x_hat) / Var(x), each summed over dimensions, over all evaluated tokens"
 
 
@@ -123,14 +124,20 @@ def evaluate_reconstruction(
         bins: number of equally filled ranges of the norm; 4 gives quartiles.
         batch: tokens encoded at once.
     """
-    norms = activations.float().norm(dim=-1)
-    edges = torch.quantile(norms.double(), torch.linspace(0, 1, bins + 1, dtype=torch.float64))
-    bin_of = torch.bucketize(norms.double(), edges[1:-1], right=True)
+    if isinstance(sae, TrainingSAE) and sae.training:
+        raise ValueError(
+            f"{type(sae).__name__} is in training mode, where BatchTopK depends on the batch. Call sae.eval(), or load what "
+            "was saved."
+        )
+    norms = activations.float().norm(dim=-1).cpu().double()
+    edges = torch.quantile(norms, torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+    bin_of = torch.bucketize(norms, edges[1:-1], right=True)
     total, residual = [_Variance() for _ in range(bins + 1)], [_Variance() for _ in range(bins + 1)]
     active, fired = 0, torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     for x, index in _batches(activations, bin_of, batch):
         codes = sae.encode(x.to(sae.device))
         error = x - sae.decode(codes).to(x.device)
+        codes = codes.to_dense()
         active += int((codes != 0).sum())
         fired |= (codes != 0).any(dim=0).cpu()
         for part in range(bins + 1):  # the last one takes every token
@@ -152,7 +159,8 @@ def evaluate_reconstruction(
 def _batches(
     activations: torch.Tensor, bin_of: torch.Tensor, batch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    yield from zip(activations.split(batch), bin_of.split(batch), strict=True)
+    for x, index in zip(activations.split(batch), bin_of.split(batch), strict=True):
+        yield x.cpu(), index
 
 
 class _ReplaceOrdinaryTokens:
@@ -176,7 +184,8 @@ def ce_loss_recovered(
 ) -> float:
     """Share of the model's next-token loss that survives when its activations are replaced by reconstructions.
 
-    `(L_zero - L_sae) / (L_zero - L)`, SAELens' measure: 1 is lossless, 0 is as bad as zeroing the activations.
+    `(L_zero - L_sae) / (L_zero - L)`, SAELens' measure: 1 is lossless, 0 is as bad as zeroing the activations. `L_zero`
+    zeroes every token, high-norm ones too, which lifts all SAEs of a model that leans on its attention sinks.
 
     Args:
         sae: an inference form.

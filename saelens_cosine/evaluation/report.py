@@ -17,7 +17,7 @@ from rich.table import Table
 from scipy import stats
 
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison
-from saelens_cosine.evaluation.reconstruction import FVE_DEFINITION
+from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
 
 SCHEMA = "saelens-cosine/comparison/1"
 """Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
@@ -58,6 +58,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             "hook_name": comparison.hook_name,
             "d_in": comparison.d_in,
             "fve_definition": FVE_DEFINITION,
+            "ce_definition": CE_DEFINITION,
             "dead_definition": "share of features with no activation on the dead_window_tokens held-out tokens",
             "evaluated": "the saved inference form, on held-out text",
         },

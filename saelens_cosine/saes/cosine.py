@@ -45,10 +45,10 @@ class CosineScoreConfig(ConfigMixin):
     Configuration of the cosine score exp(log_scale) * norm ** norm_exponent * cosine + b_enc.
 
     Args:
-        norm_exponent_init (float): Start of the exponent on the centred input's norm. 0 is cosine, 1 is inner product with unit encoder rows.
+        norm_exponent_init (float): Start of the exponent on the centred input's norm. 0 is cosine, 1 (with log_scale_init 0) is inner product with unit encoder rows.
         learn_norm_exponent (bool): Whether the exponent is trained. False keeps it at norm_exponent_init.
         log_scale_init (float | None): Start of the log-scale (natural log). None is log(sqrt(d_in)), the paper's default.
-        log_scale_from_data (bool): Start the log-scale at the log of the first batch's mean centred norm instead. Better where norms are much smaller than sqrt(d_in) (the paper's experiment 42), and in short runs where they are larger (27); worse in long runs there (34, 41).
+        log_scale_from_data (bool): Start the log-scale where scores have the size of the first batch's mean centred norm instead: (1 - norm_exponent_init) * log(mean norm). Better where norms are much smaller than sqrt(d_in) (the paper's experiment 42), and in short runs where they are larger (27); worse in long runs there (34, 41).
         learn_log_scale (bool): Whether the log-scale is trained.
     """
 
@@ -95,7 +95,8 @@ class CosineScore(ScoredTrainingSAE):
         super().initialize_from_data(batch)  # first b_dec, which the norm is measured from
         if self.cfg.log_scale_from_data:
             mean_norm = self.process_sae_in(batch).norm(dim=-1).mean()
-            self.log_scale.fill_(mean_norm.log())
+            # a share norm_exponent_init of the norm is in the score already
+            self.log_scale.fill_((1 - self.cfg.norm_exponent_init) * mean_norm.log())
 
     @override
     def training_metrics(self) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
+from saelens_cosine.score import wide
 
 CHECK_EVERY_STEPS = 10
 """How often a training step looks for non-finite losses: SAELens' default logging interval."""
@@ -73,7 +74,11 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         "tokens_since_fired": torch.int64,
         "initialized_from_data": torch.bool,
     }
-    """Buffers that only training needs: saved in checkpoints, left out of the inference form."""
+    """Buffers that only training needs: saved in checkpoints, left out of the inference form.
+
+    Resuming restores them exactly. `TrainingSAE.load_from_disk` casts them to the SAE's dtype on the way, so a bfloat16 SAE
+    that is fine-tuned starts with token counts rounded to 8 bits.
+    """
 
     tokens_since_fired: torch.Tensor
     initialized_from_data: torch.Tensor
@@ -110,7 +115,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         super().initialize_from_data(batch)
         if self.cfg.b_dec_init == "geometric_median":
-            self.b_dec.copy_(geometric_median(batch.to(self.b_dec.dtype)))
+            self.b_dec.copy_(geometric_median(batch.to(wide(self.b_dec.dtype))))
 
     @override
     def training_metrics(self) -> dict[str, torch.Tensor]:
@@ -137,7 +142,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if not self.cfg.normalize_aux_loss:
             saelens: Any = super()
             step_input = replace(step_input, dead_neuron_mask=dead)
-            return saelens.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            return saelens.calculate_aux_loss(step_input, feature_acts, hidden_pre.to(self.dtype), sae_out)
         loss = self._normalized_aux_loss(step_input.sae_in - sae_out, hidden_pre, dead)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
@@ -152,7 +157,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         scores = hidden_pre[:, columns].relu()
         top = scores.topk(min(self.cfg.d_in // 2, len(columns)), dim=-1, sorted=False)
         codes = torch.zeros_like(scores).scatter(-1, top.indices, top.values)
-        prediction = act_times_W_dec(codes, self.W_dec[columns], self.cfg.rescale_acts_by_decoder_norm)
+        prediction = act_times_W_dec(codes.to(self.dtype), self.W_dec[columns], self.cfg.rescale_acts_by_decoder_norm)
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
         variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
         return (error / variance.clamp_min(1e-8)).nan_to_num(0.0)

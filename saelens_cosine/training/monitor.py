@@ -53,6 +53,8 @@ class TrainingMonitor:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     _current: str | None = field(default=None, init=False, repr=False)
     _lap_start: float = field(default=0.0, init=False, repr=False)
+    _source: Iterator[dict[str, torch.Tensor]] | None = field(default=None, init=False, repr=False)
+    _tokens: int = field(default=0, init=False, repr=False)
 
     def attach(self, runner: Any) -> None:
         """Watch a `MultiSAETrainingRunner` that has been built but not run.
@@ -67,8 +69,11 @@ class TrainingMonitor:
             self.log[name], self.seconds[name] = [], 0.0
             vars(sae)["training_forward_pass"] = self._timed(name, sae.training_forward_pass)
 
-    def detach(self) -> None:
-        """Give each SAE its own `training_forward_pass` back."""
+    def finish(self) -> None:
+        """Add the entry of the end of training, and give each SAE its own `training_forward_pass` back."""
+        self._lap(None)
+        if self._source is not None:
+            self.record(next(self._source), self._tokens)
         for sae in self.saes.values():
             vars(sae).pop("training_forward_pass", None)
 
@@ -80,22 +85,24 @@ class TrainingMonitor:
         return timed
 
     def _lap(self, name: str | None) -> None:
+        if next(iter(self.saes.values())).device.type == "cuda":
+            torch.cuda.synchronize()  # else one SAE's work is billed to the next
         now = time.perf_counter()
         if self._current is not None:
             self.seconds[self._current] += now - self._lap_start
         self._current, self._lap_start = name, now
 
     def _watch(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        tokens = 0
+        self._source = batches
         for step, batch in enumerate(batches):
             if step % self.every_steps == 0:
-                self.record(batch, tokens)
+                self.record(batch, self._tokens)
             n_tokens = len(next(iter(batch.values())))
-            yield batch
-            self._lap(None)
-            tokens += n_tokens
+            self._tokens += n_tokens
             if self.on_step is not None:
                 self.on_step(n_tokens)
+            yield batch
+            self._lap(None)
 
     @torch.no_grad()
     def record(self, batch: dict[str, torch.Tensor], training_tokens: int) -> None:

@@ -50,7 +50,8 @@ class HighNormFilter:
         if self.max_norm_multiple is None:
             return torch.ones(len(activations), dtype=torch.bool, device=activations.device)
         norms = activations.float().norm(dim=-1)
-        return ~(norms > self.max_norm_multiple * norms.median())
+        finite = norms.isfinite()
+        return ~(norms > self.max_norm_multiple * norms[finite].median()) | ~finite
 
     def __call__(self, activations: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Drop tokens that are high at any hook: `{hook: [tokens, d_in]}` -> the same with fewer tokens, still aligned."""
@@ -63,7 +64,9 @@ class HighNormFilter:
         return {hook: at_hook[keep] for hook, at_hook in activations.items()}
 
     def attach(self, store: ActivationsStore, saes: Iterable[SAE[Any]] = ()) -> HighNormFilter:
-        """Filter everything that this store yields from now on, and keep these SAEs' metadata up to date.
+        """Filter every activation that this store yields from now on, and keep these SAEs' metadata up to date.
+
+        SAELens' `run_evals` takes tokens from a store and activations from the model, so its metrics keep high-norm tokens.
 
         SAELens' runners build their store themselves and offer no place for a filter, so two methods of this one store
         are wrapped: the single-hook and the multi-hook source of its mixing buffer. Attach before training starts.

@@ -15,7 +15,8 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from saelens_cosine.registry import TRAINING_ARCHITECTURES, check_training_architecture
+from saelens_cosine.registry import check_training_architecture
+from saelens_cosine.saes.recipe import RecipeConfig
 
 PAPER_BATCH = 2048
 """Tokens per training step in the paper's recipe."""
@@ -78,7 +79,11 @@ def paper(training_tokens: int, batch: int = PAPER_BATCH) -> Recipe:
 
 
 def saelens(_training_tokens: int, batch: int = 4096) -> Recipe:
-    """SAELens' own defaults, for those who want only the score changed."""
+    """SAELens' own defaults, for those who want only the score changed.
+
+    What stays ours: the threshold's average starts at the first batch's value instead of 0, and deadness is counted in
+    tokens.
+    """
     return Recipe(
         sae={
             "unit_decoder": False,
@@ -113,12 +118,12 @@ def sae_config(architecture: str, recipe: Recipe, **settings: Any) -> TrainingSA
     """A training config of any registered architecture, with the recipe's settings and then `settings`.
 
     `k` is left out for an architecture that has none (SAELens' `standard`, say, is set by its own coefficients).
-    The recipe applies to this package's architectures. SAELens' own keep their defaults: their fields share names with
+    The recipe applies to architectures with a `RecipeConfig`. SAELens' own keep their defaults: their fields share names with
     ours but not meanings (SAELens' auxiliary loss is not divided by the residual's variance).
     """
     config_class = get_sae_training_class(check_training_architecture(architecture))[1]
     known = {field.name for field in fields(config_class)}
-    ours = recipe.sae if architecture in TRAINING_ARCHITECTURES else {}
+    ours = recipe.sae if issubclass(config_class, RecipeConfig) else {}
     if "k" not in known:
         settings.pop("k", None)
     return config_class(**{key: value for key, value in ours.items() if key in known} | settings)
