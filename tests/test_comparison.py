@@ -1,7 +1,9 @@
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,22 @@ def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp
     assert [path.name for path in folder.iterdir()] == ["cosine_topk"]
     assert [path.name for path in (folder / "cosine_topk").iterdir()] == ["seed0"]
     assert SAE.load_from_disk(folder / "cosine_topk" / "seed0").cfg.d_sae == 128
+
+
+def test_ctrl_c_ends_the_command_cleanly(tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "saelens_cosine", "compare", "--tokens", "2M", "--d-sae", "128", "--k", "8"]
+    command += ["--eval-tokens", "4k", "--output", str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob(".unfinished-*")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(4)  # into the training, where SAELens' own signal handler is in place
+        process.send_signal(signal.SIGINT)
+        message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert f"Interrupted. What was finished is in {folder}" in message
+    assert list(folder.iterdir()) == []
 
 
 def test_other_hooks_and_local_models_and_data(tmp_path):
