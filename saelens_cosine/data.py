@@ -68,7 +68,9 @@ def _read_file(path: Path) -> Any:
 
     if path.suffix not in _LOADERS:
         raise ValueError(f"Cannot tell the format of {str(path)!r}; name it {', '.join(_LOADERS)}.")
-    by_paragraph: dict[str, Any] = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}  # neighbouring lines are one text
+    by_paragraph: dict[str, Any] = (
+        {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+    )  # neighbouring lines are one text
     return load_dataset(_LOADERS[path.suffix], data_files=str(path), **by_paragraph)["train"]
 
 

@@ -261,14 +261,12 @@ def _run_seed(
     )
     norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
     what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
-    done = 0
-
-    def count(tokens: int) -> None:
-        nonlocal done
-        done += tokens
-        progress(what, min(done, settings.tokens), settings.tokens)
-
-    monitor = TrainingMonitor(saes, config.hook_names_per_sae, max(1, config.total_training_steps // 40), on_step=count)
+    monitor = TrainingMonitor(
+        saes,
+        config.hook_names_per_sae,
+        every_steps=max(1, config.total_training_steps // 40),
+        on_step=lambda tokens: progress(what, min(tokens, settings.tokens), settings.tokens),
+    )
     monitor.attach(runner)
     torch.manual_seed(seed)
     runner.run()

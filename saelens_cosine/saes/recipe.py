@@ -173,6 +173,12 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         """Scale decoder rows back to norm 1, in place. What the next training step would do first."""
         self.W_dec.div_(self.get_W_dec_norm().unsqueeze(-1))
 
+    def _release_decoder(self) -> None:
+        """Project a last time before a fold that gives decoder rows other lengths, for good."""
+        if self.cfg.unit_decoder:
+            self.normalize_decoder()
+            self.cfg.unit_decoder = False
+
     def _project_next_decoder_gradient(self) -> None:
         """Remove the part of the next gradient that would change decoder norms, before SAELens clips it.
 
@@ -215,9 +221,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        if self.cfg.unit_decoder:
-            self.normalize_decoder()
-            self.cfg.unit_decoder = False  # the fold makes the rows 1/s long, for good
+        self._release_decoder()
         super().fold_activation_norm_scaling_factor(scaling_factor)
 
     @override
@@ -225,9 +229,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> None:
-        if self.cfg.unit_decoder:
-            self.normalize_decoder()
-            self.cfg.unit_decoder = False
+        self._release_decoder()
         super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
 
     @override

@@ -40,7 +40,7 @@ class TrainingMonitor:
         saes (dict[str, TrainingSAE[Any]]): The runner's SAEs, in its order.
         hook_names (dict[str, str]): Hook point of each.
         every_steps (int): Steps between two entries.
-        on_step (Callable[[int], None] | None): Called with each batch's number of tokens.
+        on_step (Callable[[int], None] | None): Called with the training tokens so far, the coming batch's among them.
         log (dict[str, list[TrainingLogEntry]]): The entries of each SAE.
         seconds (dict[str, float]): Time spent training each SAE: forward, backward and optimizer.
     """
@@ -97,10 +97,9 @@ class TrainingMonitor:
         for step, batch in enumerate(batches):
             if step % self.every_steps == 0:
                 self.record(batch, self._tokens)
-            n_tokens = len(next(iter(batch.values())))
-            self._tokens += n_tokens
+            self._tokens += len(next(iter(batch.values())))
             if self.on_step is not None:
-                self.on_step(n_tokens)
+                self.on_step(self._tokens)
             yield batch
             self._lap(None)
 
