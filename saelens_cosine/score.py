@@ -11,10 +11,27 @@ Cosine-Scored Sparse Autoencoders" (arXiv 2606.15054), the global and the per-fe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 NORM_FLOOR = 1e-8
 """Smallest norm that is told apart from zero; keeps the score and its gradients finite at `x = b_dec`."""
+
+
+class ScoreParameters(NamedTuple):
+    """
+    A score as a choice of parameters, which is all that the fast path (`saelens_cosine.kernels`) needs to know of it.
+
+    Args:
+        norm_exponent (torch.Tensor): a, `[]` or `[d_sae]`; 1 for an inner product.
+        log_scale (torch.Tensor): b, `[]` or `[d_sae]`; 0 where columns carry the scale.
+        unit_columns (bool): Whether encoder columns count by their direction alone.
+    """
+
+    norm_exponent: torch.Tensor
+    log_scale: torch.Tensor
+    unit_columns: bool
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

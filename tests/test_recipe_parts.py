@@ -520,7 +520,8 @@ def test_a_poisoned_sae_is_not_saved(save, value, architecture, name, tmp_path):
     getattr(sae, save)(tmp_path / "healthy")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a NaN threshold also counts as not learned
-        getattr(sae, name).view(-1)[0] = value
+        tensor = getattr(sae, name)
+        tensor[(0,) * tensor.ndim] = value
         with pytest.raises(FloatingPointError, match=f"Not saved: .*{name}.*{HOOK}"):
             getattr(sae, save)(tmp_path / "poisoned")
     assert (tmp_path / "healthy" / "sae_weights.safetensors").exists()

@@ -11,6 +11,8 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
+from saelens_cosine.kernels.codes import EntryCodes
+from saelens_cosine.kernels.selection import EntrySelector
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, PerFeatureCosineScore
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
@@ -55,6 +57,10 @@ class BatchTopKThreshold(ScoredTrainingSAE):
         return hidden_pre.relu() * (hidden_pre > self.topk_threshold)
 
     @override
+    def entry_selector(self, n_tokens: int) -> EntrySelector | None:
+        return super().entry_selector(n_tokens) if self.training else None
+
+    @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         before = self.topk_threshold  # 0, or what a checkpoint brought
         output = super().training_forward_pass(step_input)
@@ -66,7 +72,10 @@ class BatchTopKThreshold(ScoredTrainingSAE):
     def update_topk_threshold(self, acts_topk: torch.Tensor) -> None:
         """One step of the average; called by SAELens with this batch's codes. A batch without codes changes nothing."""
         old = self.topk_threshold
-        smallest = torch.where(acts_topk > 0, acts_topk, torch.inf).min().to(old.dtype)
+        codes = acts_topk.values if isinstance(acts_topk, EntryCodes) else acts_topk
+        if codes.numel() == 0:
+            return
+        smallest = torch.where(codes > 0, codes, torch.inf).min().to(old.dtype)
         average = old + self.cfg.topk_threshold_lr * (smallest - old)
         new = torch.where(old > 0, average, smallest)
         self.topk_threshold = torch.where(smallest.isfinite(), new, old)

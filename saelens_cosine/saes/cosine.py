@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE, ScoredTrainingSAE
-from saelens_cosine.score import cosine_score, fold_scale, folded_score, wide
+from saelens_cosine.score import ScoreParameters, cosine_score, fold_scale, folded_score, wide
 
 PLUGIN_NOTE = (
     "pip install saelens-cosine, then `import saelens_cosine` before SAE.load_from_disk or SAE.from_pretrained"
@@ -88,6 +88,10 @@ class CosineScore(ScoredTrainingSAE):
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
         return cosine_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent, self.log_scale)
+
+    @override
+    def score_parameters(self) -> ScoreParameters:
+        return ScoreParameters(self.norm_exponent, self.log_scale, unit_columns=True)
 
     @override
     @torch.no_grad()

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
+from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
 from saelens_cosine.score import wide
 
@@ -35,6 +36,7 @@ class RecipeConfig(ConfigMixin):
         aux_loss_coefficient (float): Weight of the auxiliary loss. The paper uses 1/32 with the normalised loss; SAELens 1 with its own.
         dead_feature_window_tokens (int): A feature is dead when it has not fired for this many training tokens. Counted by the SAE, in tokens; the paper uses 10,000,000 of 500,000,000.
         rescale_acts_by_decoder_norm (bool): Multiply scores by decoder norms before selecting. Needless with unit_decoder.
+        kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays, and logs why when it does not.
     """
 
     unit_decoder: bool = True
@@ -44,6 +46,7 @@ class RecipeConfig(ConfigMixin):
     aux_loss_coefficient: float = 1 / 32
     dead_feature_window_tokens: int = 10_000_000
     rescale_acts_by_decoder_norm: bool = False
+    kernels: Literal["auto", "reference", "fast"] = "auto"
 
     @override
     def __post_init__(self) -> None:
@@ -154,7 +157,8 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if len(columns) == 0:
             return residual.new_zeros(())
         residual = residual.detach()
-        scores = hidden_pre[:, columns].relu()
+        scores = hidden_pre.columns(columns) if isinstance(hidden_pre, ScoresOnDemand) else hidden_pre[:, columns]
+        scores = scores.relu()
         top = scores.topk(min(self.cfg.d_in // 2, len(columns)), dim=-1, sorted=False)
         codes = torch.zeros_like(scores).scatter(-1, top.indices, top.values)
         prediction = act_times_W_dec(codes.to(self.dtype), self.W_dec[columns], self.cfg.rescale_acts_by_decoder_norm)
@@ -164,9 +168,12 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
 
     @torch.no_grad()
     def _count_firings(self, feature_acts: torch.Tensor) -> None:
-        codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
-        fired = (codes != 0).any(dim=0)
-        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + codes.shape[0])
+        if isinstance(feature_acts, EntryCodes):
+            fired = feature_acts.fired()
+        else:
+            codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+            fired = (codes != 0).any(dim=0)
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + feature_acts.shape[0])
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -13,11 +13,18 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from typing_extensions import override
 
-from saelens_cosine.score import wide
+from saelens_cosine.kernels.dispatch import fast_encode, use_fast_path
+from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
+from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, wide
 
 # What a mix-in for training configs derives from. At run time it must bring no fields of its own: a dataclass takes each
 # base's whole list, so a second copy of SAELens' defaults would override what another mix-in has set.
 ConfigMixin = TrainingSAEConfig if TYPE_CHECKING else object
+
+
+def feature_major(W_enc: torch.Tensor) -> torch.Tensor:
+    """`W_enc [d_in, d_sae]` with each feature's column in one piece of memory, so that gathers move whole rows."""
+    return W_enc.T.contiguous().T
 
 
 class ScoredSAE(SAE[Any]):
@@ -36,6 +43,11 @@ class ScoredSAE(SAE[Any]):
     """Parameters and buffers that no cast may narrow further: rounded, they would stop learning and shift L0."""
 
     b_enc: torch.nn.Parameter
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        self.W_enc.data = feature_major(self.W_enc.data)
 
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
         """Pre-activations `[..., d_sae]` of centred inputs `[..., d_in]`, both float32 or wider."""
@@ -67,6 +79,14 @@ class ScoredSAE(SAE[Any]):
         Raises:
             ValueError: the input's last dimension is not `d_in`.
         """
+        return self.centre(self.sae_input(sae_in))
+
+    def centre(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """`sae_in - b_dec` (or `sae_in`, without `apply_b_dec_to_input`) in float32 or wider."""
+        return sae_in.to(wide(sae_in.dtype)) - self.b_dec * self.cfg.apply_b_dec_to_input
+
+    def sae_input(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """The first half of `process_sae_in`, up to the centring."""
         sae_in = self.reshape_fn_in(sae_in.to(self.dtype))
         if sae_in.shape[-1] != self.cfg.d_in:
             raise ValueError(
@@ -74,8 +94,7 @@ class ScoredSAE(SAE[Any]):
                 f"{self.cfg.metadata.hook_name or 'its input'} have size {sae_in.shape[-1]} "
                 f"(shape {tuple(sae_in.shape)}). Set d_in={sae_in.shape[-1]}, or use the hook the SAE was made for."
             )
-        sae_in = self.run_time_activation_norm_fn_in(self.hook_sae_input(sae_in))
-        return sae_in.to(wide(sae_in.dtype)) - self.b_dec * self.cfg.apply_b_dec_to_input
+        return self.run_time_activation_norm_fn_in(self.hook_sae_input(sae_in))
 
     @override
     def get_name(self) -> str:
@@ -95,11 +114,18 @@ class ScoredSAE(SAE[Any]):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
+        if "W_enc" in state_dict:
+            state_dict["W_enc"] = feature_major(state_dict["W_enc"])
         # SAELens' loaders cast every tensor to the SAE's dtype before a class sees it
         for name in self._wide_tensors():
             if name in state_dict:
                 dtype = torch.promote_types(state_dict[name].dtype, self.kept_wide[name])
                 state_dict[name] = state_dict[name].to(dtype)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors saves no views
 
     def _wide_tensors(self) -> dict[str, torch.Tensor]:
         tensors = {name: getattr(self, name, None) for name in self.kept_wide}
@@ -107,7 +133,15 @@ class ScoredSAE(SAE[Any]):
 
 
 class ScoredTrainingSAE(ScoredSAE, TrainingSAE[Any]):
-    """Two more seams for training: starts that need activations, and what a log should show."""
+    """Further seams for training: the fast path, starts that need activations, and what a log should show.
+
+    The fast path (`saelens_cosine.kernels`) computes only the active codes. It needs to know a score by its parameters and
+    a selection by its entries: a class that defines `score` defines `score_parameters` beside it, one that defines `select`
+    defines `entry_selector`, or training takes the reference path.
+    """
+
+    floor_hint: Any = None
+    """What the last fast selection suggests to the next. It changes the time taken, never the result."""
 
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         """Set starts that need activations `[tokens, d_in]`; called once, with the first training batch."""
@@ -115,6 +149,45 @@ class ScoredTrainingSAE(ScoredSAE, TrainingSAE[Any]):
     def training_metrics(self) -> dict[str, torch.Tensor]:
         """What a training log should show beyond SAELens' own metrics: name -> 0-dimensional tensor."""
         return {}
+
+    def score_parameters(self) -> ScoreParameters:
+        """The parameters that make `score`."""
+        raise NotImplementedError(f"{type(self).__name__} has no score_parameters.")
+
+    def score_features(self, x_centered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`score` of some features only: `[..., d_in] -> [..., len(features)]`."""
+        norm_exponent, log_scale, unit_columns = (
+            parameter[features] if isinstance(parameter, torch.Tensor) and parameter.ndim else parameter
+            for parameter in self.score_parameters()
+        )
+        W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.b_enc[features]
+        if unit_columns:
+            return cosine_score(x_centered, W_enc, b_enc, norm_exponent, log_scale)
+        return folded_score(x_centered, W_enc, b_enc, norm_exponent)
+
+    def entry_selector(self, n_tokens: int) -> EntrySelector | None:
+        """`select` on entries, for a batch of this size; None if there is no such form."""
+        make = ENTRY_SELECTORS.get(type(self.activation_fn))
+        return make(self.activation_fn, n_tokens) if make else None
+
+    @override
+    def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        return super().select(hidden_pre)
+
+    @override
+    def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and (decoder-norm rescaled) pre-activations, both `[..., d_sae]`.
+
+        In training both may be tensors that hold only the active codes and become dense when something asks
+        (`saelens_cosine.kernels.codes`).
+        """
+        if use_fast_path(self, x):
+            return fast_encode(self, x)
+        return super().encode_with_hidden_pre(x)
+
+    @override
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode_with_hidden_pre(x)[0]
 
 
 class InnerProductScore(ScoredTrainingSAE):
@@ -126,3 +199,8 @@ class InnerProductScore(ScoredTrainingSAE):
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
         return (x_centered.to(self.W_enc.dtype) @ self.W_enc + self.b_enc).to(x_centered.dtype)
+
+    @override
+    def score_parameters(self) -> ScoreParameters:
+        one = torch.ones((), dtype=wide(self.dtype), device=self.b_enc.device)
+        return ScoreParameters(one, torch.zeros_like(one), unit_columns=False)

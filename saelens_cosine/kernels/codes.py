@@ -1,0 +1,175 @@
+"""Codes that are kept as their active entries and become dense for whoever asks.
+
+SAELens passes codes and pre-activations between its methods as `[tokens, d_sae]` tensors. These two are such tensors to
+everyone, by `__torch_function__`: what can be done with the entries is done with them, and everything else, a hook, an
+evaluation, a loss of the user's, sees the dense tensor, with gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+from saelens_cosine.kernels.autograd import EntryDecode
+from saelens_cosine.kernels.entries import Entries
+
+_METADATA = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_cuda", "is_meta", "is_quantized")
+} | {
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "numel", "__len__", "is_floating_point", "is_complex", "stride", "element_size")
+}
+
+
+class DenseOnDemand(torch.Tensor):
+    """A `[tokens, d_sae]` tensor that is made when something asks for it."""
+
+    shortcuts: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {}
+    """What works without the dense tensor; a shortcut that answers NotImplemented leaves it to the dense one."""
+
+    @staticmethod
+    def __new__(cls, *_: Any, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
+
+    def dense(self) -> torch.Tensor:
+        """The tensor itself, differentiable."""
+        raise NotImplementedError
+
+    @override
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        shortcut = cls.shortcuts.get(func)
+        if shortcut is not None and args and isinstance(args[0], cls):
+            result = shortcut(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map(_made_dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @override
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(_made_dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _made_dense(value: Any) -> Any:
+    return value.dense() if isinstance(value, DenseOnDemand) else value
+
+
+class EntryCodes(DenseOnDemand):
+    """Codes `[tokens, d_sae]` as their active entries and the entries' values `[N]`."""
+
+    entries: Entries
+    values: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, entries: Entries, values: torch.Tensor) -> EntryCodes:
+        return DenseOnDemand.__new__(
+            cls, shape=(entries.n_tokens, entries.d_sae), dtype=values.dtype, device=values.device
+        )
+
+    def __init__(self, entries: Entries, values: torch.Tensor):
+        self.entries = entries
+        self.values = values
+
+    @override
+    def dense(self) -> torch.Tensor:
+        return self.entries.to_dense(self.values)
+
+    def fired(self) -> torch.Tensor:
+        """`[d_sae]` booleans: whether each feature has a code other than zero."""
+        return self.entries.sum_by_feature((self.values != 0).to(torch.int32)) > 0
+
+    def _with(self, values: torch.Tensor) -> EntryCodes:
+        return EntryCodes(self.entries, values)
+
+    def _sum(self, dim: Any = None, keepdim: bool = False) -> Any:
+        if self.values.dtype == torch.bool or keepdim or dim not in (None, 0, -2, 1, -1):
+            return NotImplemented
+        if dim is None:
+            return self.values.sum()
+        return self.entries.sum_by_feature(self.values) if dim in (0, -2) else self.entries.sum_by_token(self.values)
+
+    def _matmul(self, other: torch.Tensor) -> Any:
+        fits = other.ndim == 2 and other.shape[0] == self.entries.d_sae and other.dtype == self.values.dtype
+        return EntryDecode.apply(self.values, other, self.entries) if fits else NotImplemented
+
+    def _mul(self, other: Any) -> Any:
+        if isinstance(other, torch.Tensor) and tuple(other.shape) == (self.entries.d_sae,):
+            return self._with(self.values * other.index_select(0, self.entries.features))
+        return NotImplemented
+
+    shortcuts = {
+        torch.Tensor.bool: lambda self: self._with(self.values.bool()),
+        torch.Tensor.float: lambda self: self._with(self.values.float()),
+        torch.Tensor.detach: lambda self: self._with(self.values.detach()),
+        torch.Tensor.to_dense: lambda self: self.dense(),
+        torch.Tensor.requires_grad.__get__: lambda self: self.values.requires_grad,  # pyright: ignore
+        torch.Tensor.sum: _sum,
+        torch.Tensor.matmul: _matmul,
+        torch.Tensor.__matmul__: _matmul,
+        torch.Tensor.mul: _mul,
+        torch.Tensor.__mul__: _mul,
+    }
+
+
+class ScoresOnDemand(DenseOnDemand):
+    """Pre-activations `[tokens, d_sae]` that nobody has computed yet, all of them or those of some features.
+
+    Args:
+        compute: makes `[tokens, len(columns)]` pre-activations of the given features, or of all for None.
+        parameters: what they depend on; once these have changed, the pre-activations of that step are gone.
+        shape, dtype, device: of the whole.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        compute: Callable[[torch.Tensor | None], torch.Tensor],
+        parameters: Iterable[torch.Tensor],
+        *,
+        shape: Iterable[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> ScoresOnDemand:
+        return DenseOnDemand.__new__(cls, shape=shape, dtype=dtype, device=device)
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor | None], torch.Tensor],
+        parameters: Iterable[torch.Tensor],
+        **_: Any,
+    ):
+        self._compute = compute
+        self._versions = [(parameter, parameter._version) for parameter in parameters]
+
+    @override
+    def dense(self) -> torch.Tensor:
+        return self.columns(None)
+
+    def columns(self, features: torch.Tensor | None) -> torch.Tensor:
+        """Pre-activations of the given features, `[tokens, len(features)]`, differentiable.
+
+        Raises:
+            RuntimeError: the weights have changed since.
+        """
+        if any(parameter._version != version for parameter, version in self._versions):
+            raise RuntimeError(
+                "This step's pre-activations were never computed and its weights have changed since (an optimizer step). "
+                'Read hidden_pre before the step, or train with kernels="reference", which keeps it.'
+            )
+        return self._compute(features)

@@ -1,0 +1,26 @@
+"""One name for each operation on active entries, whatever runs it: Triton on CUDA, embedding bags on the CPU."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from saelens_cosine.kernels import cpu, reference
+from saelens_cosine.kernels.entries import Entries
+
+
+def segment_sum(rows: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """See `reference.segment_sum`."""
+    return _for(table).segment_sum(rows, offsets, weights, table)
+
+
+def sampled_product(entries: Entries, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """See `reference.sampled_product`."""
+    return _for(left).sampled_product(entries, left, right)
+
+
+def _for(tensor: torch.Tensor) -> ModuleType:
+    if tensor.device.type == "cpu":
+        return cpu
+    return reference

@@ -1,0 +1,225 @@
+"""The N best entries of a batch: exact, from few candidates, without the `[B, F]` scores.
+
+A floor that the last batch suggests (or a sample of this one) lets `filter.candidates` pass somewhat more entries than are
+wanted. They are scored exactly, counted, and the best are kept. Where a floor was too high, dense scores take its place, so
+that the result never depends on it. Ties at the cut go to the lowest place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.topk_sae import TopK
+
+from saelens_cosine.kernels import operations
+from saelens_cosine.kernels.entries import Entries, offsets, stable_order
+from saelens_cosine.kernels.filter import ScoreTerms, candidates
+
+SPARE = 1.2
+"""How many candidates the next floor aims at, as a multiple of those wanted; batches differ by a few percent."""
+
+SHORT_TOKENS = 0.01
+"""Share of tokens that may have fewer than k candidates, when k are wanted of each: those are scored densely."""
+
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class UnitInputs:
+    """
+    A batch of centred inputs, direction and length apart.
+
+    Args:
+        unit (torch.Tensor): `[B, D]`, of length 1.
+        log_norm (torch.Tensor): `[B]`, logarithms of the lengths.
+    """
+
+    unit: torch.Tensor
+    log_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    What is multiplied with a unit input, and what is made of the products.
+
+    Args:
+        weight (torch.Tensor): `[F, D]`, encoder columns as rows.
+        column_norm (torch.Tensor): `[F]`, their lengths.
+        terms (ScoreTerms): the score.
+    """
+
+    weight: torch.Tensor
+    column_norm: torch.Tensor
+    terms: ScoreTerms
+
+    def dense(self, inputs: UnitInputs) -> torch.Tensor:
+        """All scores `[B, F]`."""
+        terms = self.terms
+        scale = (terms.norm_exponent * inputs.log_norm.unsqueeze(-1) + terms.log_scale).exp()
+        return scale * (inputs.unit @ self.weight.T) * terms.gain + terms.bias
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Entries with their products `<u_b, w_i>`, what the score multiplies these with, and their scores, all `[N]`."""
+
+    entries: Entries
+    product: torch.Tensor
+    factor: torch.Tensor
+    score: torch.Tensor
+
+    def where(self, keep: torch.Tensor) -> Scored:
+        places = keep.nonzero().squeeze(-1)
+        tokens, features = (t.index_select(0, places) for t in (self.entries.tokens, self.entries.features))
+        entries = Entries(tokens, features, self.entries.n_tokens, self.entries.d_sae)
+        return Scored(entries, *(t.index_select(0, places) for t in (self.product, self.factor, self.score)))
+
+
+def score_entries(tokens: torch.Tensor, features: torch.Tensor, inputs: UnitInputs, encoder: Encoder) -> Scored:
+    """Exact scores of the given places, which may come in any order as long as each token's features ascend."""
+    n_tokens = len(inputs.unit)
+    order = stable_order(tokens, n_tokens)
+    tokens, features = tokens.index_select(0, order), features.index_select(0, order)
+    entries = Entries(tokens, features, n_tokens, len(encoder.weight))
+    product = operations.sampled_product(entries, inputs.unit, encoder.weight)
+    factor = encoder.terms.factor(inputs.log_norm.index_select(0, tokens), features)
+    return Scored(entries, product, factor, factor * product + encoder.terms.bias.index_select(0, features))
+
+
+EntrySelector = Callable[[UnitInputs, Encoder, Any], tuple[Scored, Any]]
+"""Takes a batch, the encoder and the last call's hint; gives the entries that a selector keeps, and the next hint."""
+
+
+@torch.no_grad()
+def above(inputs: UnitInputs, encoder: Encoder, threshold: torch.Tensor) -> Scored:
+    """Entries with a positive score above `threshold`, `[]` or `[F]`: what a trained JumpReLU keeps."""
+    floor = threshold.clamp_min(0).to(inputs.unit.dtype)
+    scored = score_entries(
+        *candidates(inputs.unit, inputs.log_norm, encoder.weight, encoder.column_norm, encoder.terms, floor),
+        inputs,
+        encoder,
+    )
+    return scored.where(scored.score > (floor if floor.ndim == 0 else floor.index_select(0, scored.entries.features)))
+
+
+@torch.no_grad()
+def best_of_batch(
+    inputs: UnitInputs, encoder: Encoder, n_wanted: int, hint: torch.Tensor | None
+) -> tuple[Scored, torch.Tensor]:
+    """The `n_wanted` entries with the highest positive scores of the whole batch (BatchTopK), and the next hint.
+
+    Args:
+        hint: `[]`, a score that somewhat more entries than wanted should exceed. It changes the time taken only.
+    """
+    if hint is None:
+        sample = _sample(inputs)
+        share = len(sample.unit) / len(inputs.unit)
+        hint = _largest(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
+    scored = above(inputs, encoder, hint)
+    if hint > 0 and len(scored.score) < n_wanted:
+        exact = _largest(encoder.dense(inputs).flatten(), n_wanted)
+        scored = above(inputs, encoder, exact - 1e-4 * exact.abs())
+    score = scored.score
+    spare = math.ceil(SPARE * n_wanted)
+    if len(score) <= n_wanted:
+        return scored, 0.9 * (score.min() if len(score) else score.new_zeros(()))
+    cut = _largest(score, n_wanted)
+    next_hint = _largest(score, spare) if len(score) > spare else 0.9 * cut
+    group = torch.zeros_like(scored.entries.tokens)
+    return scored.where(_at_least(score, cut.expand(1), group, n_wanted)), next_hint
+
+
+@torch.no_grad()
+def best_of_each(
+    inputs: UnitInputs, encoder: Encoder, k: int, hint: torch.Tensor | None
+) -> tuple[Scored, torch.Tensor]:
+    """The k entries with the highest positive scores of each token (TopK), and the next hint.
+
+    Args:
+        hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: tokens have a floor that goes with the
+            same power of their norm as the scores do. It changes the time taken only.
+    """
+    reach = (encoder.terms.norm_exponent.mean() * inputs.log_norm).exp()
+    n_tokens, d_sae = len(inputs.unit), len(encoder.weight)
+    if hint is None:
+        sample = _sample(inputs)
+        sample_reach = (encoder.terms.norm_exponent.mean() * sample.log_norm).exp()
+        hint = (encoder.dense(sample).topk(k, dim=-1).values[:, -1] / sample_reach).min()
+    floor = (hint * reach).clamp_min(0)
+    tokens, features = candidates(
+        inputs.unit, inputs.log_norm, encoder.weight, encoder.column_norm, encoder.terms, floor.unsqueeze(-1)
+    )
+    scored = score_entries(tokens, features, inputs, encoder)
+    scored = scored.where(scored.score > floor.index_select(0, scored.entries.tokens))
+    found = scored.entries.token_offsets.diff()
+    short = ((found < k) & (floor > 0)).nonzero().squeeze(-1)
+    if len(short):
+        scored = _with_dense_tokens(scored, short, inputs, encoder, k)
+        found = scored.entries.token_offsets.diff()
+    # each token's candidates side by side, so that one top-k cuts all
+    width = max(k, int(found.max()))
+    place = torch.arange(len(scored.score), device=found.device) - scored.entries.token_offsets.index_select(
+        0, scored.entries.tokens
+    )
+    table = scored.score.new_zeros(n_tokens, width)
+    table[scored.entries.tokens, place] = scored.score
+    cut = table.topk(k, dim=-1).values[:, -1]
+    next_hint = 0.98 * (cut / reach).kthvalue(max(1, int(SHORT_TOKENS * n_tokens))).values
+    return scored.where(_at_least(scored.score, cut, scored.entries.tokens, k)), next_hint
+
+
+def _sample(inputs: UnitInputs) -> UnitInputs:
+    """Some tokens, spread evenly over the norms."""
+    step = max(1, len(inputs.unit) // SAMPLE_TOKENS)
+    tokens = inputs.log_norm.argsort()[step // 2 :: step]
+    return UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
+
+
+def _largest(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """The `rank`-th largest, counted from 1; the smallest where there are fewer."""
+    return values.kthvalue(max(1, len(values) - rank + 1)).values
+
+
+def _at_least(score: torch.Tensor, cut: torch.Tensor, group: torch.Tensor, quota: int) -> torch.Tensor:
+    """True where the score is above its group's cut, and at the cut for as many of the first as the quota leaves."""
+    cut_of = cut.index_select(0, group)
+    sure, tied = score > cut_of, score == cut_of
+    n_groups = len(cut)
+    room = quota - torch.zeros_like(group[:1]).expand(n_groups).index_add(0, group, sure.to(group.dtype))
+    before = tied.cumsum(0) - tied.to(torch.int64)
+    starts = offsets(group, n_groups)[:-1].clamp_max(max(len(group) - 1, 0))
+    rank = before - before.index_select(0, starts.index_select(0, group))
+    return sure | (tied & (rank < room.index_select(0, group)))
+
+
+def _with_dense_tokens(scored: Scored, tokens: torch.Tensor, inputs: UnitInputs, encoder: Encoder, k: int) -> Scored:
+    """`scored` with the entries of some tokens replaced by their k best of a dense product."""
+    some = UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
+    top = encoder.dense(some).topk(k, dim=-1)
+    row, column = (top.values > 0).nonzero(as_tuple=True)
+    features = top.indices[row, column]
+    order = torch.argsort(row * len(encoder.weight) + features)
+    again = torch.zeros(len(inputs.unit), dtype=torch.bool).index_fill(0, tokens, True)
+    keep = ~again.index_select(0, scored.entries.tokens)
+    kept = scored.where(keep).entries
+    return score_entries(
+        torch.cat([kept.tokens, tokens[row[order]]]), torch.cat([kept.features, features[order]]), inputs, encoder
+    )
+
+
+def _batch_topk(activation: BatchTopK, n_tokens: int) -> EntrySelector:
+    return lambda inputs, encoder, hint: best_of_batch(inputs, encoder, int(activation.k * n_tokens), hint)
+
+
+def _topk(activation: TopK, _n_tokens: int) -> EntrySelector:
+    return lambda inputs, encoder, hint: best_of_each(inputs, encoder, activation.k, hint)
+
+
+ENTRY_SELECTORS: dict[type[Any], Callable[[Any, int], EntrySelector]] = {BatchTopK: _batch_topk, TopK: _topk}
+"""How to select entries, by SAELens' activation function: what a new selector adds to join the fast path."""
