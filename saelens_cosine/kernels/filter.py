@@ -61,53 +61,52 @@ def filter_dtype(dtype: torch.dtype) -> torch.dtype:
 def candidates(
     unit: torch.Tensor,
     log_norm: torch.Tensor,
-    weight: torch.Tensor,
+    quick: torch.Tensor,
     column_norm: torch.Tensor,
     terms: ScoreTerms,
     floor: torch.Tensor,
-    dtype: torch.dtype | None = None,
+    floor_exponent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and features `[C]` int64 of a set that holds every entry with a score above `floor`.
+    """Tokens and features `[C]` int64 of a set that holds every entry with a score above its floor.
 
     Args:
         unit: `[B, D]`, inputs of length 1.
         log_norm: `[B]`, logarithms of their lengths.
-        weight: `[F, D]`, encoder columns as rows.
+        quick: `[F, D]`, encoder columns as rows, rounded to the precision of the product (`filter_dtype`).
         column_norm: `[F]`, lengths of the encoder columns.
         terms: what makes scores of products.
-        floor: `[]` or `[F]`, or `[B, 1]` for a floor per token.
-        dtype: precision of the product; what the CPU does fastest if not given.
+        floor: `[]` or `[F]`.
+        floor_exponent: `[]`, for a floor that goes with the token's norm, `floor * n_b ** floor_exponent`.
 
     Returns:
         In no particular order.
     """
-    dtype = dtype or filter_dtype(unit.dtype)
+    dtype = quick.dtype
     n_tokens, d_in = unit.shape
     rounding = torch.finfo(dtype).eps / 2
     loss = 2 * rounding + rounding**2 + d_in * torch.finfo(wide(dtype)).eps
-    # an exponent all features share goes into the rows, so that only the spread of exponents widens a tile's bound
+    # an exponent that all features and the floor share goes into the rows, so that only what differs widens a tile's bound
     shared = terms.norm_exponent.mean()
     gap = terms.norm_exponent - shared
+    rise = torch.zeros_like(shared) if floor_exponent is None else floor_exponent
     order = log_norm.argsort()  # tokens of a tile have like norms
     log_norm = log_norm[order]
-    row_gain = (shared * log_norm).exp()
+    row_gain = ((shared - rise) * log_norm).exp()
     rows = (unit[order] * row_gain.unsqueeze(-1)).to(dtype)
-    columns = weight.to(dtype)
     per_tile = max(1, TILE_BYTES // (dtype.itemsize * min(TILE_TOKENS, n_tokens)))
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     buffer = torch.empty(min(TILE_TOKENS, n_tokens) * min(per_tile, terms.bias.shape[0]), dtype=dtype)
     for start in range(0, n_tokens, TILE_TOKENS):
         tile = slice(start, min(start + TILE_TOKENS, n_tokens))
         ends = log_norm[[tile.start, tile.stop - 1]]
-        token_floor = floor[order[tile]].min() if floor.ndim == 2 else floor
-        need = token_floor - terms.bias
+        need = torch.minimum(*(floor - terms.bias * (-rise * end).exp() for end in ends))
         bound = torch.minimum(*(need / ((gap * end + terms.log_scale).exp() * terms.gain) for end in ends))
         bound -= loss * row_gain[tile].max() * column_norm
         bound = as_ordered(bound - 4 * rounding * bound.abs(), dtype)  # its own rounding, and the product's
         for first in range(0, len(bound), per_tile):
             part = slice(first, min(first + per_tile, len(bound)))
             size = (tile.stop - tile.start, part.stop - part.start)
-            product = torch.mm(rows[tile], columns[part].T, out=buffer[: size[0] * size[1]].view(size))
+            product = torch.mm(rows[tile], quick[part].T, out=buffer[: size[0] * size[1]].view(size))
             flat = true_places(product.view(bound.dtype) >= bound[part])
             row = torch.div(flat, size[1], rounding_mode="floor")
             found.append((row + start, flat - row * size[1] + first))

@@ -52,11 +52,15 @@ class Encoder:
         weight (torch.Tensor): `[F, D]`, encoder columns as rows.
         column_norm (torch.Tensor): `[F]`, their lengths.
         terms (ScoreTerms): the score.
+        quick (torch.Tensor): `weight` in the filter's precision.
+        product_dtype (torch.dtype | None): Precision of the product on a GPU, where autocast sets one.
     """
 
     weight: torch.Tensor
     column_norm: torch.Tensor
     terms: ScoreTerms
+    quick: torch.Tensor
+    product_dtype: torch.dtype | None = None
 
     def dense(self, inputs: UnitInputs) -> torch.Tensor:
         """All scores `[B, F]`."""
@@ -100,27 +104,28 @@ EntrySelector = Callable[[UnitInputs, Encoder, Any], tuple[Scored, Any]]
 def above(inputs: UnitInputs, encoder: Encoder, threshold: torch.Tensor) -> Scored:
     """Entries with a positive score above `threshold`, `[]` or `[F]`: what a trained JumpReLU keeps."""
     floor = threshold.clamp_min(0).to(inputs.unit.dtype)
-    scored = score_entries(
-        *candidates(inputs.unit, inputs.log_norm, encoder.weight, encoder.column_norm, encoder.terms, floor),
-        inputs,
-        encoder,
-    )
+    if inputs.unit.is_cuda:
+        return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.places_above(*scores, floor))
+    scored = score_entries(*_candidates(inputs, encoder, floor), inputs, encoder)
     return scored.where(scored.score > (floor if floor.ndim == 0 else floor.index_select(0, scored.entries.features)))
 
 
 @torch.no_grad()
 def best_of_batch(
     inputs: UnitInputs, encoder: Encoder, n_wanted: int, hint: torch.Tensor | None
-) -> tuple[Scored, torch.Tensor]:
+) -> tuple[Scored, torch.Tensor | None]:
     """The `n_wanted` entries with the highest positive scores of the whole batch (BatchTopK), and the next hint.
 
     Args:
         hint: `[]`, a score that somewhat more entries than wanted should exceed. It changes the time taken only.
     """
+    if inputs.unit.is_cuda:
+        return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False)), None
     if hint is None:
         sample = _sample(inputs)
         share = len(sample.unit) / len(inputs.unit)
         hint = _largest(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
+    hint = hint.clamp_min(0)
     scored = above(inputs, encoder, hint)
     if hint > 0 and len(scored.score) < n_wanted:
         exact = _largest(encoder.dense(inputs).flatten(), n_wanted)
@@ -128,9 +133,9 @@ def best_of_batch(
     score = scored.score
     spare = math.ceil(SPARE * n_wanted)
     if len(score) <= n_wanted:
-        return scored, 0.9 * (score.min() if len(score) else score.new_zeros(()))
+        return scored, 0.9 * hint
     cut = _largest(score, n_wanted)
-    next_hint = _largest(score, spare) if len(score) > spare else 0.9 * cut
+    next_hint = _largest(score, spare) if len(score) > spare else 0.98 * hint
     group = torch.zeros_like(scored.entries.tokens)
     return scored.where(_at_least(score, cut.expand(1), group, n_wanted)), next_hint
 
@@ -138,24 +143,24 @@ def best_of_batch(
 @torch.no_grad()
 def best_of_each(
     inputs: UnitInputs, encoder: Encoder, k: int, hint: torch.Tensor | None
-) -> tuple[Scored, torch.Tensor]:
+) -> tuple[Scored, torch.Tensor | None]:
     """The k entries with the highest positive scores of each token (TopK), and the next hint.
 
     Args:
-        hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: tokens have a floor that goes with the
-            same power of their norm as the scores do. It changes the time taken only.
+        hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: a token's floor goes with the same
+            power of its norm as its scores do. It changes the time taken only.
     """
-    reach = (encoder.terms.norm_exponent.mean() * inputs.log_norm).exp()
-    n_tokens, d_sae = len(inputs.unit), len(encoder.weight)
+    if inputs.unit.is_cuda:
+        return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True)), None
+    rise = encoder.terms.norm_exponent.mean()
+    reach = (rise * inputs.log_norm).exp()
+    n_tokens = len(inputs.unit)
     if hint is None:
         sample = _sample(inputs)
-        sample_reach = (encoder.terms.norm_exponent.mean() * sample.log_norm).exp()
-        hint = (encoder.dense(sample).topk(k, dim=-1).values[:, -1] / sample_reach).min()
-    floor = (hint * reach).clamp_min(0)
-    tokens, features = candidates(
-        inputs.unit, inputs.log_norm, encoder.weight, encoder.column_norm, encoder.terms, floor.unsqueeze(-1)
-    )
-    scored = score_entries(tokens, features, inputs, encoder)
+        hint = (encoder.dense(sample).topk(k, dim=-1).values[:, -1] / (rise * sample.log_norm).exp()).min()
+    hint = hint.clamp_min(0)
+    scored = score_entries(*_candidates(inputs, encoder, hint, rise), inputs, encoder)
+    floor = hint * reach
     scored = scored.where(scored.score > floor.index_select(0, scored.entries.tokens))
     found = scored.entries.token_offsets.diff()
     short = ((found < k) & (floor > 0)).nonzero().squeeze(-1)
@@ -172,6 +177,29 @@ def best_of_each(
     cut = table.topk(k, dim=-1).values[:, -1]
     next_hint = 0.98 * (cut / reach).kthvalue(max(1, int(SHORT_TOKENS * n_tokens))).values
     return scored.where(_at_least(scored.score, cut, scored.entries.tokens, k)), next_hint
+
+
+def _candidates(
+    inputs: UnitInputs, encoder: Encoder, floor: torch.Tensor, floor_exponent: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return candidates(
+        inputs.unit, inputs.log_norm, encoder.quick, encoder.column_norm, encoder.terms, floor, floor_exponent
+    )
+
+
+def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., torch.Tensor]) -> Scored:
+    """Entries that a kernel picks from the dense product, which a GPU makes and reads faster than it could filter."""
+    from saelens_cosine.kernels import gpu  # triton is there only where CUDA is
+
+    dtype = encoder.product_dtype or inputs.unit.dtype
+    product = inputs.unit.to(dtype) @ encoder.weight.to(dtype).T
+    flat = places(gpu, product, inputs.log_norm, encoder.terms)
+    d_sae = len(encoder.weight)
+    tokens = torch.div(flat, d_sae, rounding_mode="floor")
+    entries = Entries(tokens, flat - tokens * d_sae, len(inputs.unit), d_sae)
+    picked = product.view(-1).index_select(0, flat).to(inputs.unit.dtype)
+    factor = encoder.terms.factor(inputs.log_norm.index_select(0, tokens), entries.features)
+    return Scored(entries, picked, factor, factor * picked + encoder.terms.bias.index_select(0, entries.features))
 
 
 def _sample(inputs: UnitInputs) -> UnitInputs:

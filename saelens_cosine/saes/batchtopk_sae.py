@@ -12,7 +12,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes
-from saelens_cosine.kernels.selection import EntrySelector
+from saelens_cosine.kernels.selection import EntrySelector, above
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, PerFeatureCosineScore
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
@@ -58,7 +58,9 @@ class BatchTopKThreshold(ScoredTrainingSAE):
 
     @override
     def entry_selector(self, n_tokens: int) -> EntrySelector | None:
-        return super().entry_selector(n_tokens) if self.training else None
+        if self.training or not self.topk_threshold > 0:
+            return super().entry_selector(n_tokens)
+        return lambda inputs, encoder, hint: (above(inputs, encoder, self.topk_threshold), hint)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -178,6 +178,10 @@ class FoldedCosineScore(ScoredSAE):
         return folded_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent)
 
     @override
+    def score_parameters(self) -> ScoreParameters:
+        return ScoreParameters(self.norm_exponent, self.norm_exponent.new_zeros(()), False)
+
+    @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Make an SAE for `s * x` exact on `x`: `W_enc *= s ** a`. SAELens' fold multiplies by `s`."""

@@ -9,6 +9,7 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from torch import nn
 from typing_extensions import override
 
+from saelens_cosine.kernels.selection import EntrySelector, above
 from saelens_cosine.registry import register_inference
 from saelens_cosine.saes.cosine import FoldedCosineScore, FoldedPerFeatureCosineScore, refuse_normalisation
 from saelens_cosine.saes.scored_sae import ScoredSAE
@@ -53,6 +54,10 @@ class ThresholdSelector(ScoredSAE):
     @override
     def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
         return self.activation_fn(hidden_pre) * (hidden_pre > self.threshold)
+
+    @override
+    def entry_selector(self, n_tokens: int) -> EntrySelector | None:
+        return lambda inputs, encoder, hint: (above(inputs, encoder, self.threshold), hint)
 
 
 class CosineJumpReLUSAE(FoldedCosineScore, ThresholdSelector, JumpReLUSAE):

@@ -13,11 +13,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import act_times_W_dec
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
 from saelens_cosine.score import wide
+from saelens_cosine.training.optimizer import fuse_adam_of
+
+PROJECTION_BLOCK = 2**18
+"""Weights whose gradients are projected at a time: 1 MiB in float32."""
 
 CHECK_EVERY_STEPS = 10
 """How often a training step looks for non-finite losses: SAELens' default logging interval."""
@@ -85,6 +90,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
 
     tokens_since_fired: torch.Tensor
     initialized_from_data: torch.Tensor
+    _adam_watch: RemovableHandle | None = None
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -103,6 +109,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if step_input.n_training_steps == 0 and not self.initialized_from_data:
             self.initialize_from_data(step_input.sae_in)
             self.initialized_from_data.fill_(True)
+        self._fuse_adam(step_input.n_training_steps)
         if self.cfg.unit_decoder:
             self.normalize_decoder()
             self._project_next_decoder_gradient()
@@ -112,6 +119,13 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if step_input.is_logging_step:
             output.metrics.update(self.training_metrics())
         return output
+
+    def _fuse_adam(self, step: int) -> None:
+        if self._adam_watch is not None:
+            self._adam_watch.remove()
+            self._adam_watch = None
+        if step == 0 and self.cfg.kernels != "reference" and torch.is_grad_enabled():
+            self._adam_watch = fuse_adam_of(self.W_dec)
 
     @override
     @torch.no_grad()
@@ -194,12 +208,15 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if not (torch.is_grad_enabled() and self.W_dec.requires_grad):
             return
 
-        def project(gradient: torch.Tensor) -> torch.Tensor:
+        def project(parameter: torch.Tensor) -> None:
             handle.remove()
-            rows = self.W_dec.detach()
-            return gradient - (gradient * rows).sum(dim=-1, keepdim=True) * rows
+            gradient, rows = parameter.grad, parameter.detach()
+            assert gradient is not None
+            block = max(1, PROJECTION_BLOCK // rows.shape[1])  # what the cache holds is read once
+            for part, row in zip(gradient.split(block), rows.split(block), strict=True):
+                part.addcmul_(row, (part * row).sum(dim=-1, keepdim=True), value=-1)
 
-        handle = self.W_dec.register_hook(project)
+        handle = self.W_dec.register_post_accumulate_grad_hook(project)
 
     def _check_finite(self, step_input: TrainStepInput, output: TrainStepOutput) -> None:
         if bool(output.loss.isfinite()):

@@ -13,7 +13,8 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from typing_extensions import override
 
-from saelens_cosine.kernels.dispatch import fast_encode, use_fast_path
+from saelens_cosine.kernels.dispatch import has_hooks, use_fast_path
+from saelens_cosine.kernels.encode import SparseCodes, encode_in_chunks, encode_sparse, fast_encode
 from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
 from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, wide
 
@@ -30,6 +31,10 @@ def feature_major(W_enc: torch.Tensor) -> torch.Tensor:
 class ScoredSAE(SAE[Any]):
     """Encode as `select(score(x - b_dec))`, with SAELens' hook points in SAELens' order.
 
+    The fast path (`saelens_cosine.kernels`) computes only the active codes. It needs to know a score by its parameters and
+    a selection by its entries: a class that defines `score` defines `score_parameters` beside it, and one that defines
+    `select` defines `entry_selector`, or its calls take the reference path.
+
     From the centring to the selection everything is float32 or wider whatever the SAE's dtype, so that norms, scores and
     thresholds carry no rounding beyond that of the inputs and the weights. Codes and reconstructions have the SAE's dtype.
     """
@@ -44,6 +49,9 @@ class ScoredSAE(SAE[Any]):
 
     b_enc: torch.nn.Parameter
 
+    floor_hint: Any = None
+    """What the last selection by entries suggests to the next. It changes the time taken, never the result."""
+
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -57,16 +65,50 @@ class ScoredSAE(SAE[Any]):
         """Codes `[..., d_sae]` from pre-activations: SAELens' activation function unless a selector says otherwise."""
         return self.activation_fn(hidden_pre)
 
+    def score_parameters(self) -> ScoreParameters:
+        """The parameters that make `score`."""
+        raise NotImplementedError(f"{type(self).__name__} has no score_parameters.")
+
+    def score_features(self, x_centered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`score` of some features only: `[..., d_in] -> [..., len(features)]`."""
+        norm_exponent, log_scale, unit_columns = (
+            parameter[features] if isinstance(parameter, torch.Tensor) and parameter.ndim else parameter
+            for parameter in self.score_parameters()
+        )
+        W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.b_enc[features]
+        if unit_columns:
+            return cosine_score(x_centered, W_enc, b_enc, norm_exponent, log_scale)
+        return folded_score(x_centered, W_enc, b_enc, norm_exponent)
+
+    def entry_selector(self, n_tokens: int) -> EntrySelector | None:
+        """`select` on entries, for a batch of this size; None if there is no such form."""
+        make = ENTRY_SELECTORS.get(type(self.activation_fn))
+        return make(self.activation_fn, n_tokens) if make else None
+
+    def rescale(self, hidden_pre: torch.Tensor) -> torch.Tensor:
+        """Scores times decoder norms, where the config says so: what is selected from."""
+        rescales = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        return hidden_pre * self.W_dec.norm(dim=-1) if rescales else hidden_pre
+
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and (decoder-norm rescaled) pre-activations, both `[..., d_sae]`."""
-        hidden_pre = self.hook_sae_acts_pre(self.score(self.process_sae_in(x)))
-        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
-            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        hidden_pre = self.rescale(self.hook_sae_acts_pre(self.score(self.process_sae_in(x))))
         return self.hook_sae_acts_post(self.select(hidden_pre).to(self.dtype)), hidden_pre
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encode_with_hidden_pre(x)[0]
+        """Codes `[..., d_sae]`; without gradients and hooks, in chunks that bound the memory."""
+        if torch.is_grad_enabled() or has_hooks(self):
+            return self.encode_with_hidden_pre(x)[0]
+        return encode_in_chunks(self, x)
+
+    def encode_sparse(self, x: torch.Tensor) -> SparseCodes:
+        """The active codes alone, without gradients and hooks: `[..., d_in] -> values, indices`, both `[..., K]`.
+
+        K is the largest number of active codes of a token, or k for a TopK. Faster than `encode`, and in 1 / d_sae of its
+        memory per code.
+        """
+        return encode_sparse(self, x)
 
     @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,15 +175,7 @@ class ScoredSAE(SAE[Any]):
 
 
 class ScoredTrainingSAE(ScoredSAE, TrainingSAE[Any]):
-    """Further seams for training: the fast path, starts that need activations, and what a log should show.
-
-    The fast path (`saelens_cosine.kernels`) computes only the active codes. It needs to know a score by its parameters and
-    a selection by its entries: a class that defines `score` defines `score_parameters` beside it, one that defines `select`
-    defines `entry_selector`, or training takes the reference path.
-    """
-
-    floor_hint: Any = None
-    """What the last fast selection suggests to the next. It changes the time taken, never the result."""
+    """Two more seams for training: starts that need activations, and what a log should show."""
 
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         """Set starts that need activations `[tokens, d_in]`; called once, with the first training batch."""
@@ -149,30 +183,6 @@ class ScoredTrainingSAE(ScoredSAE, TrainingSAE[Any]):
     def training_metrics(self) -> dict[str, torch.Tensor]:
         """What a training log should show beyond SAELens' own metrics: name -> 0-dimensional tensor."""
         return {}
-
-    def score_parameters(self) -> ScoreParameters:
-        """The parameters that make `score`."""
-        raise NotImplementedError(f"{type(self).__name__} has no score_parameters.")
-
-    def score_features(self, x_centered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """`score` of some features only: `[..., d_in] -> [..., len(features)]`."""
-        norm_exponent, log_scale, unit_columns = (
-            parameter[features] if isinstance(parameter, torch.Tensor) and parameter.ndim else parameter
-            for parameter in self.score_parameters()
-        )
-        W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.b_enc[features]
-        if unit_columns:
-            return cosine_score(x_centered, W_enc, b_enc, norm_exponent, log_scale)
-        return folded_score(x_centered, W_enc, b_enc, norm_exponent)
-
-    def entry_selector(self, n_tokens: int) -> EntrySelector | None:
-        """`select` on entries, for a batch of this size; None if there is no such form."""
-        make = ENTRY_SELECTORS.get(type(self.activation_fn))
-        return make(self.activation_fn, n_tokens) if make else None
-
-    @override
-    def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
-        return super().select(hidden_pre)
 
     @override
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
