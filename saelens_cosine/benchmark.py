@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from rich.table import Table
 from sae_lens import SAE, LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
@@ -33,7 +34,18 @@ from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.saes.recipe import RecipeConfig
 
 SAELENS_ARMS = ("saelens_batchtopk", "saelens_topk", "saelens_topk_sparse")
-"""SAELens' own classes; the last with `use_sparse_activations=True`."""
+"""SAELens' own classes; the last with `use_sparse_activations=True` and without rescaling by decoder norms."""
+
+FAST_ARCHITECTURES = tuple(
+    f"{score}_{selector}"
+    for selector in ("batchtopk", "topk")
+    for score in ("inner_product", "cosine", "per_feature_cosine")
+)
+
+DEFAULT_ARMS = (
+    *SAELENS_ARMS,
+    *(f"{name}/{path}" for name in FAST_ARCHITECTURES for path in ("reference", "fast")),
+)
 
 DTYPES = ("float32", "tf32", "bfloat16")
 """float32 throughout, float32 with TF32 products (CUDA), or bfloat16 autocast; parameters are float32 in each."""
@@ -57,7 +69,7 @@ class BenchmarkSettings:
         repeats (int): Timed steps of each arm, after warm-up.
     """
 
-    arms: tuple[str, ...]
+    arms: tuple[str, ...] = DEFAULT_ARMS
     d_in: int = 512
     d_sae: int = 8192
     batch: int = 1024
@@ -139,12 +151,43 @@ class Benchmark:
     def floor_ms(self) -> float:
         return self.product_ms + self.optimizer_ms
 
+    def tables(self) -> list[Table]:
+        """Steps with their ratios, where their time goes, and encoding."""
+        size = "d_in {0.d_in}, d_sae {0.d_sae}, batch {0.batch}, k {0.k}, {0.device}, {0.dtype}".format(self.rows[0])
+        floor = f"floor {self.floor_ms:.1f} ms: product {self.product_ms:.1f}, fused Adam {self.optimizer_ms:.1f}"
+        bandwidth = f"{self.bandwidth_gb_s:.0f} GB/s, at which Adam's bytes take {self.optimizer_bytes_ms:.1f} ms"
+        steps = _table(
+            f"Training step ({size})\n{floor} ({bandwidth})",
+            ("arm", "step ms", "quartiles", "/ SAELens", "/ floor", "peak over state MB"),
+        )
+        parts = _table("Where a step's time goes, ms", ("arm", *self.rows[0].parts_ms))
+        encoding = _table("Encoding a batch with the saved SAE", ("arm", "encode ms", "encode_sparse ms", "/ product"))
+        for row in self.rows:
+            peak = "" if row.peak_bytes_over_state is None else f"{row.peak_bytes_over_state / 1e6:.0f}"
+            to_saelens = "" if row.ratio_to_saelens is None else f"{row.ratio_to_saelens:.3f}"
+            spread = "{:.1f} to {:.1f}".format(*row.step_spread_ms)
+            steps.add_row(row.arm, f"{row.step_ms:.1f}", spread, to_saelens, f"{row.ratio_to_floor:.2f}", peak)
+            parts.add_row(row.arm, *(f"{ms:.1f}" for ms in row.parts_ms.values()))
+            if row.arm.endswith("/reference"):
+                continue  # the saved SAE is the same
+            best = min(ms for ms in (row.encode_ms, row.encode_sparse_ms) if ms is not None)
+            sparse = "" if row.encode_sparse_ms is None else f"{row.encode_sparse_ms:.1f}"
+            encoding.add_row(row.arm, f"{row.encode_ms:.1f}", sparse, f"{best / self.product_ms:.2f}")
+        return [steps, parts, encoding]
+
     def write(self, path: Path) -> None:
         content = {"schema": "saelens-cosine/benchmark/1", "floor_ms": self.floor_ms, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(content, indent=2))
         partial.rename(path)
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
 
 
 def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int], None] | None = None) -> Benchmark:
@@ -175,7 +218,6 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
                 "copy": floor.copy,
             }
             for i, (name, run) in enumerate(timed.items()):
-                gc.collect()
                 elapsed = clock.time(run)
                 if repeat >= WARM_UP:
                     times[name].append(elapsed)
@@ -280,12 +322,11 @@ class _Arm:
         options: dict[str, Any] = {"kernels": kernels} if kernels else {}
         if name in SAELENS_ARMS:
             architecture = name.split("_")[1]
-            options = {"use_sparse_activations": True} if name.endswith("sparse") else {}
+            if name.endswith("sparse"):  # with its default rescaling, the sparse product has no backward in PyTorch 2.13
+                options = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
         sae_class, config_class = get_sae_training_class(architecture)
         torch.manual_seed(0)
-        config = config_class(
-            d_in=settings.d_in, d_sae=settings.d_sae, k=settings.k, device=settings.device, **options
-        )
+        config = config_class(d_in=settings.d_in, d_sae=settings.d_sae, k=settings.k, device=settings.device, **options)
         self.sae: Any = sae_class(config)
         self.clock = clock
         self.trainer = SAETrainer(_trainer_config(settings), self.sae, iter(()))

@@ -6,7 +6,9 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
+from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
 from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.training.command import train
@@ -56,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_compare_options(parser_of_compare)
     parser_of_compare.set_defaults(run=_compare)
+    parser_of_benchmark = commands.add_parser(
+        "benchmark",
+        help="time a training step against SAELens' classes and against the hardware's floor",
+        description="Time a step of SAELens' trainer for SAELens' classes and ours, on both paths, arm after arm within each "
+        "repeat. The floor is the encoder's product alone plus one fused Adam pass.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_benchmark_options(parser_of_benchmark)
+    parser_of_benchmark.set_defaults(run=_benchmark)
     return parser
 
 
@@ -83,6 +95,27 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", default="runs/compare", help="folder for the SAEs, comparison.json and comparison.png")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
+    add("--quiet", action="store_true", help="print only the tables")
+
+
+def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    default = BenchmarkSettings()
+    add = parser.add_argument
+    add(
+        "--arms",
+        nargs="+",
+        default=default.arms,
+        metavar="ARM",
+        help="saelens_batchtopk, ..., <architecture>/<kernels>",
+    )
+    add("--device", default=default.device, help="cpu, cuda, cuda:1")
+    add("--dtype", choices=DTYPES, default=default.dtype, help="bfloat16 is autocast; parameters are float32 in each")
+    add("--d-in", type=int, default=default.d_in, help="size of the activations")
+    add("--d-sae", type=int, default=default.d_sae, help="number of features")
+    add("--batch", type=int, default=default.batch, help="tokens per step")
+    add("--k", type=int, default=default.k, help="active features per token")
+    add("--repeats", type=int, default=default.repeats, help="timed steps of each arm")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -124,29 +157,13 @@ def _compare(options: Any) -> int:
         eval_tokens=options.eval_tokens,
     )
     folder = Path(options.output)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=options.quiet)
-    tasks: dict[str, Any] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            for task in bar.task_ids:
-                bar.update(task, completed=bar.tasks[task].total)
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
 
     def keep(comparison: Comparison) -> None:
         write_json(comparison, folder / "comparison.json")
         draw(comparison, folder / "comparison.png")
 
     try:
-        with bar:
+        with _progress(options.quiet) as progress:
             comparison = compare(settings, folder, overwrite=options.overwrite, on_progress=progress, on_seed=keep)
     except (KeyboardInterrupt, InterruptedException):
         print(f"Interrupted. What was finished is in {folder}.", file=sys.stderr)  # noqa: T201
@@ -159,6 +176,46 @@ def _compare(options: Any) -> int:
         console.print(f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:", highlight=False)
         for arm in comparison.arms:
             console.print(f'  SAE.load_from_disk("{folder / arm.path}")', highlight=False)
+    return 0
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per thing that is done; the next one completes those before."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    tasks: dict[str, Any] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            for task in bar.task_ids:
+                bar.update(task, completed=bar.tasks[task].total)
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    with bar:
+        yield progress
+
+
+def _benchmark(options: Any) -> int:
+    _hush_libraries()
+    settings = BenchmarkSettings(
+        **{f.name: getattr(options, f.name) for f in fields(BenchmarkSettings)} | {"arms": tuple(options.arms)}
+    )
+    with _progress(options.quiet) as progress:
+        result = benchmark(settings, progress)
+    console = Console()
+    console.width = max(console.width, 110)
+    for table in result.tables():
+        console.print(table)
+    if options.json:
+        result.write(options.json)
     return 0
 
 

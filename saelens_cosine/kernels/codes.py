@@ -113,7 +113,7 @@ class EntryCodes(DenseOnDemand):
             return self._with(self.values * other.index_select(0, self.entries.features))
         return NotImplemented
 
-    shortcuts = {
+    shortcuts: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
         torch.Tensor.bool: lambda self: self._with(self.values.bool()),
         torch.Tensor.float: lambda self: self._with(self.values.float()),
         torch.Tensor.detach: lambda self: self._with(self.values.detach()),

@@ -28,6 +28,8 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
     if wanted == "reference" or not sae.training:
         return False
     reason = decline_reason(sae, x)
+    if reason is None and getattr(sae.cfg, "use_sparse_activations", False):
+        reason = "use_sparse_activations=True asks for SAELens' sparse tensors"
     if wanted == "fast" and reason is not None:
         raise RuntimeError(f'kernels="fast" is impossible here: {reason}. Use kernels="auto" or "reference".')
     if reason is None and wanted == "auto" and sae.cfg.k * SPARSE_ENOUGH > sae.cfg.d_sae:

@@ -7,8 +7,8 @@ experiment 40 (the dictionary_learning recipe), which all published checkpoints 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
+from saelens_cosine.kernels.counting import LaggedCount
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
 from saelens_cosine.score import wide
 from saelens_cosine.training.optimizer import fuse_adam_of
@@ -75,6 +76,19 @@ class RecipeConfig(ConfigMixin):
             )
 
 
+class DeadFeatures(NamedTuple):
+    """
+    The dead features, and maybe some more.
+
+    Args:
+        features (torch.Tensor): `[n]` int64, all dead features and then living ones.
+        certain (torch.Tensor): `[n]` booleans, which are the dead ones.
+    """
+
+    features: torch.Tensor
+    certain: torch.Tensor
+
+
 class RecipeTrainingSAE(ScoredTrainingSAE):
     """Mix in between a score and a SAELens training class."""
 
@@ -94,6 +108,8 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
+        self._at_risk = LaggedCount()
+        self._at_risk_tokens = 0
         device = self.W_dec.device
         self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.register_buffer("initialized_from_data", torch.zeros((), dtype=torch.bool, device=device))
@@ -105,6 +121,12 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if torch.compiler.is_compiling() and self.cfg.kernels != "reference":
+            # torch.compile could only break the fast path into pieces
+            return torch.compiler.disable(self._training_step)(step_input)
+        return self._training_step(step_input)
+
+    def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:
         # the flag is asked only at step 0: it costs a device synchronisation, and guards fine-tuning from a checkpoint
         if step_input.n_training_steps == 0 and not self.initialized_from_data:
             self.initialize_from_data(step_input.sae_in)
@@ -154,40 +176,66 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
 
         The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
         """
-        self._count_firings(feature_acts)
-        dead = self.dead_features
-        if not self.cfg.normalize_aux_loss:
-            saelens: Any = super()
-            step_input = replace(step_input, dead_neuron_mask=dead)
-            return saelens.calculate_aux_loss(step_input, feature_acts, hidden_pre.to(self.dtype), sae_out)
-        loss = self._normalized_aux_loss(step_input.sae_in - sae_out, hidden_pre, dead)
+        dead = self._count_firings(feature_acts)
+        if dead is None or self.cfg.aux_loss_coefficient == 0:
+            return {"auxiliary_reconstruction_loss": sae_out.new_zeros(())}
+        loss = self._aux_loss((step_input.sae_in - sae_out).detach(), hidden_pre, dead)
         return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
 
-    def _normalized_aux_loss(
-        self, residual: torch.Tensor, hidden_pre: torch.Tensor, dead: torch.Tensor
-    ) -> torch.Tensor:
-        """`mean ||e - e_hat||^2 / mean ||e - mean(e)||^2`, `e_hat` from the top `d_in // 2` dead features of each token."""
-        columns = dead.nonzero().squeeze(-1)
-        if len(columns) == 0:
-            return residual.new_zeros(())
-        residual = residual.detach()
-        scores = hidden_pre.columns(columns) if isinstance(hidden_pre, ScoresOnDemand) else hidden_pre[:, columns]
-        scores = scores.relu()
-        top = scores.topk(min(self.cfg.d_in // 2, len(columns)), dim=-1, sorted=False)
-        codes = torch.zeros_like(scores).scatter(-1, top.indices, top.values)
-        prediction = act_times_W_dec(codes.to(self.dtype), self.W_dec[columns], self.cfg.rescale_acts_by_decoder_norm)
+    def _aux_loss(self, residual: torch.Tensor, hidden_pre: torch.Tensor, dead: DeadFeatures) -> torch.Tensor:
+        """Error of predicting the residual `e [tokens, d_in]` from the top `d_in // 2` dead features of each token.
+
+        The paper's is `mean ||e - e_hat||^2 / mean ||e - mean(e)||^2` from rectified scores. With `normalize_aux_loss=False`
+        it is SAELens', `mean ||e - e_hat||^2` from scores of either sign, scaled down while fewer than `d_in // 2` are dead.
+        """
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                f"The auxiliary loss does not go with normalize_activations={self.cfg.normalize_activations!r}: the residual "
+                "is in the units of the activations, the decoder in those of the normalised ones. Use 'none' or "
+                "'expected_average_only_in', or aux_loss_coefficient=0."
+            )
+        lazy = isinstance(hidden_pre, ScoresOnDemand)
+        scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
+        if self.cfg.normalize_aux_loss:
+            scores = scores.relu()
+        scores = torch.where(dead.certain, scores, -torch.inf)
+        most = self.cfg.d_in // 2
+        top = scores.topk(min(most, len(dead.features)), dim=-1, sorted=False)
+        values = torch.where(top.values == -torch.inf, 0, top.values)
+        codes = torch.zeros_like(scores).scatter(-1, top.indices, values)
+        prediction = act_times_W_dec(
+            codes.to(self.dtype), self.W_dec[dead.features], self.cfg.rescale_acts_by_decoder_norm
+        )
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
+        n_dead = dead.certain.sum()
+        if not self.cfg.normalize_aux_loss:
+            return (n_dead / most).clamp_max(1) * error
         variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
-        return (error / variance.clamp_min(1e-8)).nan_to_num(0.0)
+        return (error / variance.clamp_min(1e-8)).nan_to_num(0.0) * (n_dead > 0)
 
     @torch.no_grad()
-    def _count_firings(self, feature_acts: torch.Tensor) -> None:
+    def _count_firings(self, feature_acts: torch.Tensor) -> DeadFeatures | None:
+        """Count this batch's tokens for every feature that did not fire in it; the features that are dead now.
+
+        How many could be dead was counted a step ago, so that a device that runs ahead is not waited for.
+        """
+        n_tokens, window = feature_acts.shape[0], self.cfg.dead_feature_window_tokens
+        at_most = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
         if isinstance(feature_acts, EntryCodes):
             fired = feature_acts.fired()
         else:
             codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
             fired = (codes != 0).any(dim=0)
-        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + feature_acts.shape[0])
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
+        self._at_risk.put((self.tokens_since_fired + n_tokens >= window).sum(), self.tokens_since_fired)
+        self._at_risk_tokens = n_tokens
+        dead = self.dead_features
+        if at_most is None:
+            at_most = int(dead.sum())
+        if at_most == 0:
+            return None
+        dead_first = dead.to(torch.int8).sort(descending=True, stable=True)
+        return DeadFeatures(dead_first.indices[:at_most], dead_first.values[:at_most].bool())
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
