@@ -322,7 +322,9 @@ class _Arm:
         options: dict[str, Any] = {"kernels": kernels} if kernels else {}
         if name in SAELENS_ARMS:
             architecture = name.split("_")[1]
-            if name.endswith("sparse"):  # with its default rescaling, the sparse product has no backward in PyTorch 2.13
+            if name.endswith(
+                "sparse"
+            ):  # with its default rescaling, the sparse product has no backward in PyTorch 2.13
                 options = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
         sae_class, config_class = get_sae_training_class(architecture)
         torch.manual_seed(0)

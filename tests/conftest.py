@@ -6,8 +6,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from helpers import tiny_model
 
 

@@ -12,7 +12,7 @@ from saelens_cosine.kernels.autograd import EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.dispatch import decline_reason
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.filter import ScoreTerms, filter_dtype
+from saelens_cosine.kernels.filter import Rounded, ScoreTerms
 from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
 from saelens_cosine.score import NORM_FLOOR, centred_norm
 
@@ -40,14 +40,13 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
     """Codes and pre-activations of a training batch `[tokens, d_in]`, as entries and as a promise."""
     sae_in = sae.sae_input(x)
     x_centered = sae.centre(sae_in)
-    norm_exponent, log_scale, unit_columns = sae.score_parameters()
+    norm_exponent, log_scale, _ = sae.score_parameters()
     rescale = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
-    scored, inputs, encoder = _select(sae, x_centered)
+    scored, inputs, inverse_square = _select(sae, x_centered)
     entries, factor = scored.entries, scored.factor
     if rescale:
         decoder_norm = sae.W_dec.norm(dim=-1)
         factor = factor / decoder_norm.detach().index_select(0, entries.features)
-    inverse_square = encoder.column_norm.square().reciprocal() if unit_columns else None
     batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square)
     b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
     values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
@@ -92,12 +91,13 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
         entries, values = _entries_in_chunks(sae, flat)
     found = entries.token_offsets.diff()
     width = max(int(found.max()) if len(found) else 0, getattr(sae.activation_fn, "k", 0) if _per_token(sae) else 0)
-    place = torch.arange(len(entries), device=found.device)
-    place -= entries.token_offsets.index_select(0, entries.tokens)
-    padded = torch.zeros(len(flat), width, dtype=sae.dtype, device=flat.device)
-    indices = torch.zeros(len(flat), width, dtype=torch.int64, device=flat.device)
-    padded[entries.tokens, place] = values.to(sae.dtype)
-    indices[entries.tokens, place] = entries.features
+    # entry j of a token goes to place j of its row
+    rows_start = torch.arange(len(flat), device=found.device) * width - entries.token_offsets[:-1]
+    place = torch.arange(len(entries), device=found.device) + rows_start.index_select(0, entries.tokens)
+    padded = torch.zeros(len(flat) * width, dtype=sae.dtype, device=flat.device)
+    indices = torch.zeros(len(flat) * width, dtype=torch.int64, device=flat.device)
+    padded.scatter_(0, place, values.to(sae.dtype))
+    indices.scatter_(0, place, entries.features)
     return SparseCodes(padded.view(*shape, width), indices.view(*shape, width))
 
 
@@ -120,14 +120,14 @@ def _entries_in_chunks(sae: ScoredSAE, flat: torch.Tensor) -> tuple[Entries, tor
 
 
 @torch.no_grad()
-def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInputs, Encoder]:
-    """The entries that an SAE keeps of centred inputs `[tokens, d_in]`."""
+def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInputs, torch.Tensor | None]:
+    """The entries that an SAE keeps of centred inputs `[tokens, d_in]`; with unit columns also 1 / ||w_i||^2 `[d_sae]`."""
     device = x_centered.device.type
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
         norm = centred_norm(x_centered)
         inputs = UnitInputs(x_centered / norm, norm.log().squeeze(-1))
-        weight, column_norm, quick = _prepared(sae)
+        weight, column_norm, rounded = _prepared(sae)
         norm_exponent, log_scale, unit_columns = (
             p.detach() if isinstance(p, torch.Tensor) else p for p in sae.score_parameters()
         )
@@ -137,27 +137,28 @@ def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInput
             decoder_norm = sae.W_dec.norm(dim=-1)
             gain, bias = gain * decoder_norm, bias * decoder_norm
         terms = ScoreTerms(norm_exponent, log_scale, gain, bias)
-        encoder = Encoder(weight, column_norm, terms, quick, product_dtype)
+        encoder = Encoder(weight, terms, rounded, product_dtype)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"
         scored, sae.floor_hint = select(inputs, encoder, sae.floor_hint)
-    return scored, inputs, encoder
+    return scored, inputs, column_norm.square().reciprocal() if unit_columns else None
 
 
-_Prepared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Prepared = tuple[torch.Tensor, torch.Tensor, Rounded | None]
 _PREPARED: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], _Prepared]] = WeakKeyDictionary()
 
 
 def _prepared(sae: ScoredSAE) -> _Prepared:
-    """Encoder columns as rows, their norms, and the rows in the filter's precision; kept while inference changes nothing."""
+    """Encoder columns as rows, their norms, and the rows as the filter multiplies them; kept while inference changes nothing."""
     W_enc = sae.W_enc.detach()
     key = (W_enc.data_ptr(), sae.W_enc._version, W_enc.dtype, W_enc.device)
     known = _PREPARED.get(sae)
     if known is not None and known[0] == key and not sae.training:
         return known[1]
     weight = W_enc.T.to(torch.promote_types(W_enc.dtype, torch.float32)).contiguous()
-    quick = weight.to(filter_dtype(weight.dtype)) if weight.device.type == "cpu" else weight
-    prepared = (weight, weight.norm(dim=1).clamp_min(NORM_FLOOR), quick)
+    rounded = Rounded.of(weight) if weight.device.type == "cpu" else None
+    column_norm = weight.norm(dim=1) if rounded is None else rounded.norm
+    prepared = (weight, column_norm.clamp_min(NORM_FLOOR), rounded)
     if not sae.training:
         _PREPARED[sae] = (key, prepared)
     return prepared

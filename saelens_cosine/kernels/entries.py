@@ -55,11 +55,11 @@ class Entries:
 
     def sum_by_feature(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values [N]` over each feature's entries, `[d_sae]`."""
-        return values.new_zeros(self.d_sae).index_add_(0, self.features, values)
+        return values.new_zeros(self.d_sae).scatter_add_(0, self.features, values)
 
     def sum_by_token(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values [N]` over each token's entries, `[n_tokens]`."""
-        return values.new_zeros(self.n_tokens).index_add_(0, self.tokens, values)
+        return values.new_zeros(self.n_tokens).scatter_add_(0, self.tokens, values)
 
     def to_dense(self, values: torch.Tensor) -> torch.Tensor:
         """`values [N]` at their places, zeros elsewhere: `[n_tokens, d_sae]`, differentiable in `values`."""
@@ -70,12 +70,12 @@ class Entries:
 
 def counts(keys: torch.Tensor, n: int) -> torch.Tensor:
     """How often each of `0 .. n - 1` occurs in `keys`, `[n]` int64, without asking the device for its largest."""
-    return torch.zeros(n, dtype=torch.int64, device=keys.device).index_add_(0, keys, torch.ones_like(keys))
+    return torch.zeros(n, dtype=torch.int64, device=keys.device).scatter_add_(0, keys, torch.ones_like(keys))
 
 
 def offsets(keys: torch.Tensor, n: int) -> torch.Tensor:
-    """`[n + 1]` int64: where each of `0 .. n - 1` starts in the sorted `keys`, and the end."""
-    return torch.nn.functional.pad(counts(keys, n).cumsum(0), (1, 0))
+    """`[n + 1]` int64: where each of `0 .. n - 1` starts in the ascending `keys`, and the end."""
+    return torch.searchsorted(keys, torch.arange(n + 1, device=keys.device))
 
 
 def stable_order(keys: torch.Tensor, n: int) -> torch.Tensor:

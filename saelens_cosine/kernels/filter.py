@@ -2,11 +2,11 @@
 
 The encoder's product is made in tiles that stay in the cache, in the fastest precision the processor has, and each tile is
 compared with a bound that allows for all that this precision can lose. What passes, a superset of the entries above the
-floor, is then scored exactly by the caller. The bound is rigorous, so nothing is missed:
+floor, is then scored exactly by the caller. The bound is rigorous, so nothing is missed: with x', w' the rounded operands,
 
-    |<x, w>_filter - <x, w>|  <=  ((2 u + u^2) + D v) ||x|| ||w||  +  u |<x, w>|
+    |<x', w'>_computed - <x, w>|  <=  ||x' - x|| ||w'|| + ||x|| ||w' - w|| + D v ||x'|| ||w'||  +  u |<x', w'>|
 
-with u the rounding of an operand or result of the product and v that of its sums (twice 2^-24: float32 in any order).
+by Cauchy and Schwarz, where v is the rounding of sums (twice 2^-24: float32 in any order) and u that of the result.
 """
 
 from __future__ import annotations
@@ -17,9 +17,40 @@ import torch
 
 from saelens_cosine.score import wide
 
-TILE_TOKENS = 1024
-TILE_BYTES = 2**21
-"""A tile of the product: half of one core's second-level cache or so on today's servers; flat from 1 to 8 MiB."""
+ROUNDING_BLOCK = 2**18
+TILE_TOKENS = 4096
+TILE_BYTES = 2**22
+"""A tile of the product: small enough for the cache, large enough that a tile's dozen of calls do not count."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """
+    Vectors in the precision of the filter's product, and what that lost.
+
+    Args:
+        rows (torch.Tensor): `[n, D]`, rounded.
+        norm (torch.Tensor): `[n]`, lengths of the exact vectors.
+        loss (torch.Tensor): `[n]`, lengths of the differences.
+    """
+
+    rows: torch.Tensor
+    norm: torch.Tensor
+    loss: torch.Tensor
+
+    @classmethod
+    def of(cls, exact: torch.Tensor) -> Rounded:
+        dtype = filter_dtype(exact.dtype)
+        norm = torch.empty(len(exact), dtype=exact.dtype)
+        if dtype == exact.dtype:
+            return cls(exact, torch.linalg.vector_norm(exact, dim=1, out=norm), torch.zeros_like(norm))
+        rows, loss = torch.empty_like(exact, dtype=dtype), torch.empty_like(norm)
+        block = max(1, ROUNDING_BLOCK // exact.shape[1])  # what the cache holds is read once
+        for part, out, n, d in zip(*(t.split(block) for t in (exact, rows, norm, loss)), strict=True):
+            out.copy_(part)
+            torch.linalg.vector_norm(part, dim=1, out=n)
+            torch.linalg.vector_norm(part - out, dim=1, out=d)
+        return cls(rows, norm, loss)
 
 
 @dataclass(frozen=True)
@@ -61,8 +92,7 @@ def filter_dtype(dtype: torch.dtype) -> torch.dtype:
 def candidates(
     unit: torch.Tensor,
     log_norm: torch.Tensor,
-    quick: torch.Tensor,
-    column_norm: torch.Tensor,
+    columns: Rounded,
     terms: ScoreTerms,
     floor: torch.Tensor,
     floor_exponent: torch.Tensor | None = None,
@@ -72,42 +102,46 @@ def candidates(
     Args:
         unit: `[B, D]`, inputs of length 1.
         log_norm: `[B]`, logarithms of their lengths.
-        quick: `[F, D]`, encoder columns as rows, rounded to the precision of the product (`filter_dtype`).
-        column_norm: `[F]`, lengths of the encoder columns.
+        columns: `[F, D]`, encoder columns as rows, rounded.
         terms: what makes scores of products.
         floor: `[]` or `[F]`.
         floor_exponent: `[]`, for a floor that goes with the token's norm, `floor * n_b ** floor_exponent`.
 
     Returns:
-        In no particular order.
+        In no particular order of tokens; each token's features ascend.
     """
-    dtype = quick.dtype
+    dtype = columns.rows.dtype
     n_tokens, d_in = unit.shape
     rounding = torch.finfo(dtype).eps / 2
-    loss = 2 * rounding + rounding**2 + d_in * torch.finfo(wide(dtype)).eps
     # an exponent that all features and the floor share goes into the rows, so that only what differs widens a tile's bound
     shared = terms.norm_exponent.mean()
     gap = terms.norm_exponent - shared
     rise = torch.zeros_like(shared) if floor_exponent is None else floor_exponent
     order = log_norm.argsort()  # tokens of a tile have like norms
-    log_norm = log_norm[order]
+    log_norm = log_norm.index_select(0, order)
     row_gain = ((shared - rise) * log_norm).exp()
-    rows = (unit[order] * row_gain.unsqueeze(-1)).to(dtype)
+    rows = Rounded.of(unit.index_select(0, order).mul_(row_gain.unsqueeze(-1)))
+    sums = d_in * torch.finfo(wide(dtype)).eps
+    column_norm = columns.norm + columns.loss  # at least the rounded column's
     per_tile = max(1, TILE_BYTES // (dtype.itemsize * min(TILE_TOKENS, n_tokens)))
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    buffer = torch.empty(min(TILE_TOKENS, n_tokens) * min(per_tile, terms.bias.shape[0]), dtype=dtype)
+    buffer = torch.empty(min(TILE_TOKENS, n_tokens) * min(per_tile, len(columns.rows)), dtype=dtype)
+    mask = torch.empty(buffer.shape, dtype=torch.bool)
     for start in range(0, n_tokens, TILE_TOKENS):
         tile = slice(start, min(start + TILE_TOKENS, n_tokens))
         ends = log_norm[[tile.start, tile.stop - 1]]
         need = torch.minimum(*(floor - terms.bias * (-rise * end).exp() for end in ends))
         bound = torch.minimum(*(need / ((gap * end + terms.log_scale).exp() * terms.gain) for end in ends))
-        bound -= loss * row_gain[tile].max() * column_norm
-        bound = as_ordered(bound - 4 * rounding * bound.abs(), dtype)  # its own rounding, and the product's
+        norm, loss = rows.norm[tile].max(), rows.loss[tile].max()
+        bound -= loss * column_norm + norm * columns.loss + sums * (norm + loss) * column_norm
+        bound = as_ordered(bound - 2.5 * rounding * bound.abs(), dtype)  # the result's rounding, and the bound's own
         for first in range(0, len(bound), per_tile):
             part = slice(first, min(first + per_tile, len(bound)))
             size = (tile.stop - tile.start, part.stop - part.start)
-            product = torch.mm(rows[tile], quick[part].T, out=buffer[: size[0] * size[1]].view(size))
-            flat = true_places(product.view(bound.dtype) >= bound[part])
+            product = torch.mm(rows.rows[tile], columns.rows[part].T, out=buffer[: size[0] * size[1]].view(size))
+            passed = mask[: size[0] * size[1]].view(size)
+            torch.ge(product.view(bound.dtype), bound[part], out=passed)
+            flat = true_places(passed)
             row = torch.div(flat, size[1], rounding_mode="floor")
             found.append((row + start, flat - row * size[1] + first))
     tokens, features = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -23,4 +23,8 @@ def sampled_product(entries: Entries, left: torch.Tensor, right: torch.Tensor) -
 def _for(tensor: torch.Tensor) -> ModuleType:
     if tensor.device.type == "cpu":
         return cpu
+    if tensor.device.type == "cuda":
+        from saelens_cosine.kernels import gpu  # triton is there only where CUDA is
+
+        return gpu
     return reference

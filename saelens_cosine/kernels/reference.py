@@ -1,6 +1,6 @@
 """The readable form of each operation on active entries, in plain torch: what the fast forms are tested against.
 
-Shapes: B tokens, F features, D inputs, N active entries. Same names and signatures as in `cpu` and `triton`.
+Shapes: B tokens, F features, D inputs, N active entries. Same names and signatures as in `cpu` and `gpu`.
 """
 
 from __future__ import annotations

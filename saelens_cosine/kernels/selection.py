@@ -12,16 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.topk_sae import TopK
 
 from saelens_cosine.kernels import operations
 from saelens_cosine.kernels.entries import Entries, offsets, stable_order
-from saelens_cosine.kernels.filter import ScoreTerms, candidates
+from saelens_cosine.kernels.filter import Rounded, ScoreTerms, candidates
 
-SPARE = 1.2
+SPARE = 1.15
 """How many candidates the next floor aims at, as a multiple of those wanted; batches differ by a few percent."""
+
+LOWER_FLOORS = (0.9, 0.8)
+"""What a floor that turns out too high is lowered by, before dense scores decide."""
 
 SHORT_TOKENS = 0.01
 """Share of tokens that may have fewer than k candidates, when k are wanted of each: those are scored densely."""
@@ -50,16 +54,14 @@ class Encoder:
 
     Args:
         weight (torch.Tensor): `[F, D]`, encoder columns as rows.
-        column_norm (torch.Tensor): `[F]`, their lengths.
         terms (ScoreTerms): the score.
-        quick (torch.Tensor): `weight` in the filter's precision.
+        rounded (Rounded | None): `weight` as the filter multiplies it; None on a GPU, which has no use for one.
         product_dtype (torch.dtype | None): Precision of the product on a GPU, where autocast sets one.
     """
 
     weight: torch.Tensor
-    column_norm: torch.Tensor
     terms: ScoreTerms
-    quick: torch.Tensor
+    rounded: Rounded | None = None
     product_dtype: torch.dtype | None = None
 
     def dense(self, inputs: UnitInputs) -> torch.Tensor:
@@ -126,18 +128,24 @@ def best_of_batch(
         share = len(sample.unit) / len(inputs.unit)
         hint = _largest(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
     hint = hint.clamp_min(0)
-    scored = above(inputs, encoder, hint)
-    if hint > 0 and len(scored.score) < n_wanted:
+    scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
+    for lower in LOWER_FLOORS:
+        if hint == 0 or _count_above(scored, hint) >= n_wanted:
+            break
+        hint = lower * hint
+        scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
+    if hint > 0 and _count_above(scored, hint) < n_wanted:
         exact = _largest(encoder.dense(inputs).flatten(), n_wanted)
-        scored = above(inputs, encoder, exact - 1e-4 * exact.abs())
+        hint = (exact - 1e-4 * exact.abs()).clamp_min(0)
+        scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
     score = scored.score
-    spare = math.ceil(SPARE * n_wanted)
     if len(score) <= n_wanted:
-        return scored, 0.9 * hint
-    cut = _largest(score, n_wanted)
-    next_hint = _largest(score, spare) if len(score) > spare else 0.98 * hint
-    group = torch.zeros_like(scored.entries.tokens)
-    return scored.where(_at_least(score, cut.expand(1), group, n_wanted)), next_hint
+        return scored.where(score > 0), 0.9 * hint
+    cut, next_hint = _ranked(score, n_wanted, min(len(score), math.ceil(SPARE * n_wanted)))
+    keep = score >= cut.clamp_min(torch.finfo(cut.dtype).tiny)
+    if int(keep.sum()) > n_wanted:  # ties at the cut
+        keep = _at_least(score, cut.expand(1), torch.zeros_like(scored.entries.tokens), n_wanted)
+    return scored.where(keep), next_hint
 
 
 @torch.no_grad()
@@ -182,9 +190,8 @@ def best_of_each(
 def _candidates(
     inputs: UnitInputs, encoder: Encoder, floor: torch.Tensor, floor_exponent: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return candidates(
-        inputs.unit, inputs.log_norm, encoder.quick, encoder.column_norm, encoder.terms, floor, floor_exponent
-    )
+    assert encoder.rounded is not None
+    return candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor, floor_exponent)
 
 
 def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., torch.Tensor]) -> Scored:
@@ -202,6 +209,10 @@ def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., t
     return Scored(entries, picked, factor, factor * picked + encoder.terms.bias.index_select(0, entries.features))
 
 
+def _count_above(scored: Scored, floor: torch.Tensor) -> int:
+    return int((scored.score > floor).sum())
+
+
 def _sample(inputs: UnitInputs) -> UnitInputs:
     """Some tokens, spread evenly over the norms."""
     step = max(1, len(inputs.unit) // SAMPLE_TOKENS)
@@ -212,6 +223,12 @@ def _sample(inputs: UnitInputs) -> UnitInputs:
 def _largest(values: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank`-th largest, counted from 1; the smallest where there are fewer."""
     return values.kthvalue(max(1, len(values) - rank + 1)).values
+
+
+def _ranked(values: torch.Tensor, *ranks: int) -> list[torch.Tensor]:
+    """The values at some ranks, 1 being the largest; numpy partitions several times faster than `kthvalue`."""
+    places = [len(values) - rank for rank in ranks]
+    return [values.new_tensor(v) for v in np.partition(values.numpy(), places)[places]]
 
 
 def _at_least(score: torch.Tensor, cut: torch.Tensor, group: torch.Tensor, quota: int) -> torch.Tensor:
