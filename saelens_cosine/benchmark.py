@@ -14,7 +14,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -284,7 +284,7 @@ def _activations(settings: BenchmarkSettings, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def _matmul_precision(settings: BenchmarkSettings) -> Iterator[None]:
+def _matmul_precision(settings: BenchmarkSettings) -> Generator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
     try:
@@ -328,8 +328,8 @@ class _Arm:
                 options = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
         sae_class, config_class = get_sae_training_class(architecture)
         torch.manual_seed(0)
-        config = config_class(d_in=settings.d_in, d_sae=settings.d_sae, k=settings.k, device=settings.device, **options)
-        self.sae: Any = sae_class(config)
+        options |= {"d_in": settings.d_in, "d_sae": settings.d_sae, "k": settings.k, "device": settings.device}
+        self.sae: Any = sae_class(config_class(**options))
         self.clock = clock
         self.trainer = SAETrainer(_trainer_config(settings), self.sae, iter(()))
 
@@ -344,7 +344,7 @@ class _Arm:
     def _parts(self, batch: torch.Tensor) -> dict[str, float]:
         sae, now = self.sae, self.clock.now
         marks: dict[str, float] = {}
-        spent = dict.fromkeys(("encode", "scores", "decode"), 0.0)
+        spent: dict[str, float] = dict.fromkeys(("encode", "scores", "decode"), 0.0)
 
         def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:

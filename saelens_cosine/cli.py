@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partialmethod
@@ -180,7 +180,7 @@ def _compare(options: Any) -> int:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
     """A progress bar per thing that is done; the next one completes those before."""
     columns = (
         TextColumn("{task.description}"),
@@ -205,9 +205,9 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 def _benchmark(options: Any) -> int:
     _hush_libraries()
-    settings = BenchmarkSettings(
-        **{f.name: getattr(options, f.name) for f in fields(BenchmarkSettings)} | {"arms": tuple(options.arms)}
-    )
+    chosen: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(BenchmarkSettings)}
+    chosen["arms"] = tuple(options.arms)
+    settings = BenchmarkSettings(**chosen)
     with _progress(options.quiet) as progress:
         result = benchmark(settings, progress)
     console = Console()

@@ -33,7 +33,7 @@ class DenseOnDemand(torch.Tensor):
     """What works without the dense tensor; a shortcut that answers NotImplemented leaves it to the dense one."""
 
     @staticmethod
-    def __new__(cls, *_: Any, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Any:
+    def __new__(cls: type[Any], *_: Any, shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Any:
         return torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
 
     def dense(self) -> torch.Tensor:
@@ -47,23 +47,21 @@ class DenseOnDemand(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
                 return func(*args, **kwargs)
         shortcut = cls.shortcuts.get(func)
         if shortcut is not None and args and isinstance(args[0], cls):
             result = shortcut(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = tree_map(_made_dense, (args, kwargs))
-        return func(*args, **kwargs)
+        return func(*tree_map(_made_dense, args), **tree_map(_made_dense, kwargs))
 
     @override
     @classmethod
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map(_made_dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return func(*tree_map(_made_dense, args), **tree_map(_made_dense, kwargs or {}))
 
 
 def _made_dense(value: Any) -> Any:
@@ -74,10 +72,10 @@ class EntryCodes(DenseOnDemand):
     """Codes `[tokens, d_sae]` as their active entries and the entries' values `[N]`."""
 
     entries: Entries
-    values: torch.Tensor
+    values: torch.Tensor  # pyright: ignore
 
     @staticmethod
-    def __new__(cls, entries: Entries, values: torch.Tensor) -> EntryCodes:
+    def __new__(cls: type[Any], entries: Entries, values: torch.Tensor) -> EntryCodes:
         return DenseOnDemand.__new__(
             cls, shape=(entries.n_tokens, entries.d_sae), dtype=values.dtype, device=values.device
         )
@@ -138,7 +136,7 @@ class ScoresOnDemand(DenseOnDemand):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[Any],
         compute: Callable[[torch.Tensor | None], torch.Tensor],
         parameters: Iterable[torch.Tensor],
         *,
@@ -148,7 +146,7 @@ class ScoresOnDemand(DenseOnDemand):
     ) -> ScoresOnDemand:
         return DenseOnDemand.__new__(cls, shape=shape, dtype=dtype, device=device)
 
-    def __init__(
+    def __init__(  # pyright: ignore[reportInconsistentConstructor]
         self,
         compute: Callable[[torch.Tensor | None], torch.Tensor],
         parameters: Iterable[torch.Tensor],

@@ -68,7 +68,7 @@ def decline_reason(sae: ScoredSAE, x: torch.Tensor) -> str | None:
 def has_hooks(sae: ScoredSAE) -> bool:
     """Whether a hook sees, and may change, scores or codes."""
     points = (sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
-    return any(point._forward_hooks or point._backward_hooks for point in points)
+    return any(vars(point)["_forward_hooks"] or vars(point)["_backward_hooks"] for point in points)
 
 
 @lru_cache(maxsize=1)

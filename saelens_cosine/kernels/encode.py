@@ -44,14 +44,14 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
     rescale = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     scored, inputs, inverse_square = _select(sae, x_centered)
     entries, factor = scored.entries, scored.factor
-    if rescale:
-        decoder_norm = sae.W_dec.norm(dim=-1)
-        factor = factor / decoder_norm.detach().index_select(0, entries.features)
+    decoder_norm = sae.W_dec.norm(dim=-1).index_select(0, entries.features) if rescale else None
+    if decoder_norm is not None:
+        factor = factor / decoder_norm.detach()
     batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square)
     b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
     values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
-    if rescale:
-        values = values * decoder_norm.index_select(0, entries.features)  # pyright: ignore[reportPossiblyUnbound]
+    if decoder_norm is not None:
+        values = values * decoder_norm
 
     def scores(features: torch.Tensor | None) -> torch.Tensor:
         hidden_pre = sae.score(x_centered) if features is None else sae.score_features(x_centered, features)
@@ -128,15 +128,13 @@ def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInput
         norm = centred_norm(x_centered)
         inputs = UnitInputs(x_centered / norm, norm.log().squeeze(-1))
         weight, column_norm, rounded = _prepared(sae)
-        norm_exponent, log_scale, unit_columns = (
-            p.detach() if isinstance(p, torch.Tensor) else p for p in sae.score_parameters()
-        )
+        norm_exponent, log_scale, unit_columns = sae.score_parameters()
         gain = column_norm.reciprocal() if unit_columns else torch.ones_like(column_norm)
         bias = sae.b_enc.detach()
         if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
             decoder_norm = sae.W_dec.norm(dim=-1)
             gain, bias = gain * decoder_norm, bias * decoder_norm
-        terms = ScoreTerms(norm_exponent, log_scale, gain, bias)
+        terms = ScoreTerms(norm_exponent.detach(), log_scale.detach(), gain, bias)
         encoder = Encoder(weight, terms, rounded, product_dtype)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"

@@ -123,7 +123,8 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         if torch.compiler.is_compiling() and self.cfg.kernels != "reference":
             # torch.compile could only break the fast path into pieces
-            return torch.compiler.disable(self._training_step)(step_input)
+            eager: Any = torch.compiler.disable
+            return eager(self._training_step)(step_input)
         return self._training_step(step_input)
 
     def _training_step(self, step_input: TrainStepInput) -> TrainStepOutput:

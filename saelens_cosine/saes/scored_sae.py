@@ -71,12 +71,10 @@ class ScoredSAE(SAE[Any]):
 
     def score_features(self, x_centered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """`score` of some features only: `[..., d_in] -> [..., len(features)]`."""
-        norm_exponent, log_scale, unit_columns = (
-            parameter[features] if isinstance(parameter, torch.Tensor) and parameter.ndim else parameter
-            for parameter in self.score_parameters()
-        )
+        parameters = self.score_parameters()
+        norm_exponent, log_scale = (p[features] if p.ndim else p for p in parameters[:2])
         W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.b_enc[features]
-        if unit_columns:
+        if parameters.unit_columns:
             return cosine_score(x_centered, W_enc, b_enc, norm_exponent, log_scale)
         return folded_score(x_centered, W_enc, b_enc, norm_exponent)
 
