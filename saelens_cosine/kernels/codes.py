@@ -82,7 +82,7 @@ class EntryCodes(DenseOnDemand):
 
     def __init__(self, entries: Entries, values: torch.Tensor):
         self.entries = entries
-        self.values = values
+        self.values = values  # pyright: ignore
 
     @override
     def dense(self) -> torch.Tensor:
