@@ -1,5 +1,6 @@
 """The Triton kernels against float64 formulas and against their readable forms; by Triton's interpreter without CUDA."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,11 +8,13 @@ import textwrap
 
 import pytest
 import torch
+from helpers import TRAINING, make_sae
+from sae_lens.saes.sae import TrainStepInput
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from saelens_cosine.kernels import gpu, operations, reference
+from saelens_cosine.kernels import gpu, operations, reference, selection
 from saelens_cosine.kernels.autograd import EntryDecode, EntryScores, ScoredBatch
 from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.kernels.filter import ScoreTerms
@@ -286,6 +289,41 @@ class NoWaiting(TorchDispatchMode):
         if func.overloadpacket.__name__ in self.refused or any(m is not None and m.dtype == torch.bool for m in masks):
             raise RuntimeError(f"{func} makes the host wait")
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_step_by_these_kernels(name, dead, device, monkeypatch):
+    """Losses, gradients and buffers equal the reference path's, and after the first step the host never waits."""
+    if device == "cpu":
+        monkeypatch.setattr(selection, "_on_gpu", lambda _inputs: True)
+        for operation in ("segment_sum", "sampled_product"):
+            monkeypatch.setattr(operations, operation, getattr(gpu, operation))
+    options = {"dead_feature_window_tokens": 10, "aux_loss_coefficient": 1.0} if dead else {}
+    saes = {
+        kernels: make_sae(name, d_in=6, d_sae=70, k=2, kernels=kernels, b_dec_init="zeros", **options)
+        .to(device)
+        .train()
+        for kernels in ("reference", "fast")
+    }
+    for step in range(3):
+        x = torch.randn(9, 6, generator=torch.Generator().manual_seed(step)).to(device)
+        outputs = {}
+        for kernels, sae in saes.items():
+            with NoWaiting() if step and kernels == "fast" and device == "cpu" else contextlib.nullcontext():
+                outputs[kernels] = sae.training_forward_pass(TrainStepInput(x, {}, None, step, False))
+                sae.zero_grad()
+                outputs[kernels].loss.backward()
+    assert type(outputs["fast"].feature_acts).__name__ == "EntryCodes"
+    for loss, value in outputs["reference"].losses.items():
+        torch.testing.assert_close(outputs["fast"].losses[loss], value, rtol=1e-5, atol=1e-6)
+    assert (outputs["fast"].losses["auxiliary_reconstruction_loss"] > 0) == dead
+    torch.testing.assert_close(outputs["fast"].feature_acts.dense(), outputs["reference"].feature_acts)
+    for (key, parameter), other in zip(saes["fast"].named_parameters(), saes["reference"].parameters(), strict=True):
+        scale = other.grad.abs().max()
+        assert (parameter.grad - other.grad).abs().max() <= 1e-5 * scale, key
+    for (key, buffer), other in zip(saes["fast"].named_buffers(), saes["reference"].buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=key)
 
 
 @pytest.mark.parametrize("kind", KINDS)

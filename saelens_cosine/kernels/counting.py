@@ -35,7 +35,7 @@ class LaggedCount:
             return None
         if self._copied is not None:
             self._copied.synchronize()
-        return int(self._host)
+        return int(self._host.numpy())
 
     def __reduce__(self) -> tuple[type[LaggedCount], tuple[()]]:
         return LaggedCount, ()

@@ -106,7 +106,7 @@ EntrySelector = Callable[[UnitInputs, Encoder, Any], tuple[Scored, Any]]
 def above(inputs: UnitInputs, encoder: Encoder, threshold: torch.Tensor) -> Scored:
     """Entries with a positive score above `threshold`, `[]` or `[F]`: what a trained JumpReLU keeps."""
     floor = threshold.clamp_min(0).to(inputs.unit.dtype)
-    if inputs.unit.is_cuda:
+    if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.places_above(*scores, floor))
     scored = score_entries(*_candidates(inputs, encoder, floor), inputs, encoder)
     return scored.where(scored.score > (floor if floor.ndim == 0 else floor.index_select(0, scored.entries.features)))
@@ -121,7 +121,7 @@ def best_of_batch(
     Args:
         hint: `[]`, a score that somewhat more entries than wanted should exceed. It changes the time taken only.
     """
-    if inputs.unit.is_cuda:
+    if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False)), None
     if hint is None:
         sample = _sample(inputs)
@@ -158,7 +158,7 @@ def best_of_each(
         hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: a token's floor goes with the same
             power of its norm as its scores do. It changes the time taken only.
     """
-    if inputs.unit.is_cuda:
+    if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True)), None
     rise = encoder.terms.norm_exponent.mean()
     reach = (rise * inputs.log_norm).exp()
@@ -192,6 +192,10 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert encoder.rounded is not None
     return candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor, floor_exponent)
+
+
+def _on_gpu(inputs: UnitInputs) -> bool:
+    return inputs.unit.is_cuda
 
 
 def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., torch.Tensor]) -> Scored:
