@@ -51,6 +51,7 @@ DTYPES = ("float32", "tf32", "bfloat16")
 """float32 throughout, float32 with TF32 products (CUDA), or bfloat16 autocast; parameters are float32 in each."""
 
 WARM_UP = 3
+PART_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Benchmark:
 def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=i == 0)
     return table
 
 
@@ -227,7 +228,7 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
             row = Row(name, *_size(settings))
             row.step_ms = statistics.median(times[name])
             row.step_spread_ms = _quartiles(times[name])
-            row.parts_ms = arm.parts(batches, settings.repeats)
+            row.parts_ms = arm.parts(batches, min(PART_REPEATS, settings.repeats))
             row.peak_bytes_over_state = arm.peak_over_state(batches[0])
             rows.append(row)
             report("parts and memory", i + 1, len(arms))

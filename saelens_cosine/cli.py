@@ -211,7 +211,7 @@ def _benchmark(options: Any) -> int:
     with _progress(options.quiet) as progress:
         result = benchmark(settings, progress)
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 140)  # names and figures whole
     for table in result.tables():
         console.print(table)
     if options.json:

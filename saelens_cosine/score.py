@@ -77,16 +77,20 @@ def folded_score(
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
     norm_exponent: torch.Tensor,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same pre-activations from the inference form, `n^(a_i - 1) * <x_c, W_enc column i> + b_enc_i`.
 
     Here column i of `W_enc` is `exp(b_i) * w_i / ||w_i||` (`fold_scale` makes it), so nothing is normalised at inference
     and the columns' lengths mean what they mean in any other SAE. At `a = 1` this is the inner-product score, bit for bit.
 
-    Args and result: as in `cosine_score`.
+    Args and result: as in `cosine_score`; `norm` is `centred_norm(x_centered)`, for a caller that has it already.
     """
-    gain = torch.exp((norm_exponent - 1) * centred_norm(x_centered).log())
+    exponent = (norm_exponent - 1) * (centred_norm(x_centered) if norm is None else norm).log()
     product = x_centered.to(W_enc.dtype) @ W_enc
+    if not torch.is_grad_enabled() and product.dtype == exponent.dtype == x_centered.dtype == b_enc.dtype:
+        return product.mul_(exponent.exp_()).add_(b_enc)  # the same, in place
+    gain = torch.exp(exponent)
     return (gain * product + b_enc).to(x_centered.dtype)
 
 

@@ -192,9 +192,10 @@ def test_start_is_the_papers(arm):
         torch.testing.assert_close(start["b"], torch.full(shape, 0.5 * math.log(12), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "fast"])
 @pytest.mark.parametrize("arm", ARMS)
-def test_trainer_repeats_the_papers_loop(arm):
-    sae, batches = make_sae(arm), planted_batches()
+def test_trainer_repeats_the_papers_loop(arm, kernels):
+    sae, batches = make_sae(arm, kernels=kernels), planted_batches()
     start = authors_layout(sae)
     expected, dead_counts, n_aux_steps = authors_loop(arm, start, batches)
     ours = authors_layout(train(sae, batches).eval())

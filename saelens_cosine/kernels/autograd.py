@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ class EntryScores(torch.autograd.Function):
             inverse_norm = (-batch.log_norm).exp()
             exponent = norm_exponent if norm_exponent.ndim == 0 else norm_exponent.index_select(0, entries.features)
             radial = entries.sum_by_token((exponent - 1) * to_exponent) * inverse_norm
-            radial = radial.where(batch.log_norm > torch.tensor(NORM_FLOOR).log(), 0)  # a floored norm is constant
+            radial = radial.where(batch.log_norm > math.log(NORM_FLOOR) + 1e-6, 0)  # a floored norm is constant
             weight = W_enc.T.to(unit.dtype)
             if needs_x:
                 d_x = operations.segment_sum(entries.features, entries.token_offsets, to_product, weight)

@@ -26,6 +26,12 @@ _METADATA = {
 }
 
 
+_ASSIGNMENTS = {
+    "__setitem__",
+    *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "and", "or", "xor")),
+}
+
+
 class DenseOnDemand(torch.Tensor):
     """A `[tokens, d_sae]` tensor that is made when something asks for it."""
 
@@ -49,6 +55,12 @@ class DenseOnDemand(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
                 return func(*args, **kwargs)
+        name = func.__name__
+        if args and isinstance(args[0], cls) and (name in _ASSIGNMENTS or (name[-1] == "_" and name[-2] != "_")):
+            raise RuntimeError(
+                f"{name} would change codes or scores that are not there as a dense tensor; change a copy, .to_dense() of "
+                'codes, or train with kernels="reference".'
+            )
         shortcut = cls.shortcuts.get(func)
         if shortcut is not None and args and isinstance(args[0], cls):
             result = shortcut(*args, **kwargs)
@@ -66,6 +78,11 @@ class DenseOnDemand(torch.Tensor):
 
 def _made_dense(value: Any) -> Any:
     return value.dense() if isinstance(value, DenseOnDemand) else value
+
+
+def _plainly(shortcut: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A shortcut for a method that is called without arguments."""
+    return lambda self, *args, **kwargs: NotImplemented if args or kwargs else shortcut(self)
 
 
 class EntryCodes(DenseOnDemand):
@@ -95,8 +112,8 @@ class EntryCodes(DenseOnDemand):
     def _with(self, values: torch.Tensor) -> EntryCodes:
         return EntryCodes(self.entries, values)
 
-    def _sum(self, dim: Any = None, keepdim: bool = False) -> Any:
-        if self.values.dtype == torch.bool or keepdim or dim not in (None, 0, -2, 1, -1):
+    def _sum(self, dim: Any = None, **options: Any) -> Any:
+        if self.values.dtype == torch.bool or options or dim not in (None, 0, -2, 1, -1):
             return NotImplemented
         if dim is None:
             return self.values.sum()
@@ -112,11 +129,11 @@ class EntryCodes(DenseOnDemand):
         return NotImplemented
 
     shortcuts: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
-        torch.Tensor.bool: lambda self: self._with(self.values.bool()),
-        torch.Tensor.float: lambda self: self._with(self.values.float()),
-        torch.Tensor.detach: lambda self: self._with(self.values.detach()),
-        torch.Tensor.to_dense: lambda self: self.dense(),
-        torch.Tensor.requires_grad.__get__: lambda self: self.values.requires_grad,  # pyright: ignore
+        torch.Tensor.bool: _plainly(lambda self: self._with(self.values.bool())),
+        torch.Tensor.float: _plainly(lambda self: self._with(self.values.float())),
+        torch.Tensor.detach: _plainly(lambda self: self._with(self.values.detach())),
+        torch.Tensor.to_dense: _plainly(lambda self: self.dense()),
+        torch.Tensor.requires_grad.__get__: lambda self, *_: self.values.requires_grad,  # pyright: ignore
         torch.Tensor.sum: _sum,
         torch.Tensor.matmul: _matmul,
         torch.Tensor.__matmul__: _matmul,

@@ -47,9 +47,8 @@ def _log_once(message: str) -> None:
 def decline_reason(sae: ScoredSAE, x: torch.Tensor) -> str | None:
     """Why codes of `x` cannot be computed entry by entry, in a few words; None when they can."""
     for method, form in (("score", "score_parameters"), ("select", "entry_selector")):
-        owner = _owner(sae, method)
-        if owner is not _owner(sae, form):
-            return f"{owner.__name__} defines {method} without {form}"
+        if not defined_together(sae, method, form):
+            return f"{_owner(sae, method).__name__} defines {method} without {form}"
     if sae.entry_selector(x.shape[0]) is None:
         return f"{type(sae.activation_fn).__name__} has no selection by entries"
     if has_hooks(sae):
@@ -74,6 +73,11 @@ def has_hooks(sae: ScoredSAE) -> bool:
 @lru_cache(maxsize=1)
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def defined_together(sae: ScoredSAE, method: str, form: str) -> bool:
+    """Whether one class defines a method and its other form, so that no subclass has changed one of them alone."""
+    return hasattr(sae, form) and _owner(sae, method) is _owner(sae, form)
 
 
 def _owner(sae: ScoredSAE, method: str) -> type[Any]:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.topk_sae import TopK
 
 from saelens_cosine.kernels.autograd import EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.dispatch import decline_reason
+from saelens_cosine.kernels.dispatch import decline_reason, defined_together
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.filter import Rounded, ScoreTerms
+from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded, ScoreTerms
 from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
-from saelens_cosine.score import NORM_FLOOR, centred_norm
+from saelens_cosine.score import NORM_FLOOR, centred_norm, folded_score
 
 if TYPE_CHECKING:
     from saelens_cosine.saes.scored_sae import ScoredSAE, ScoredTrainingSAE
 
 CHUNK_ENTRIES = 2**22
 """Scores that inference holds at a time: 16 MiB in float32, below what allocators return to the system after each use."""
+
+WORTH_ROUNDING = 64
+"""Tokens from which on a product in low precision saves more than rounding the encoder costs."""
+
+CPU_TILE = 2**19
+"""Scores in a tile that passes through several operations in a CPU's cache: 2 MiB in float32."""
 
 
 class SparseCodes(NamedTuple):
@@ -68,14 +75,34 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
 
 @torch.no_grad()
 def encode_in_chunks(sae: ScoredSAE, x: torch.Tensor) -> torch.Tensor:
-    """Dense codes `[..., d_sae]`, a few tokens' scores at a time."""
+    """Dense codes `[..., d_sae]`, at most `CHUNK_ENTRIES` scores at a time."""
     x_centered = sae.process_sae_in(x)
     flat = x_centered.reshape(-1, x_centered.shape[-1])
     codes = torch.empty(len(flat), sae.cfg.d_sae, dtype=sae.dtype, device=flat.device)
-    size = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
-    for chunk, out in zip(flat.split(size), codes.split(size), strict=True):
-        out.copy_(sae.select(sae.rescale(sae.score(chunk))))
+    by_feature = defined_together(sae, "score", "score_parameters") and defined_together(
+        sae, "select", "select_features"
+    )
+    if by_feature and not sae.score_parameters().unit_columns:
+        _encode_tiles(sae, flat, codes)
+    else:
+        size = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+        for chunk, out in zip(flat.split(size), codes.split(size), strict=True):
+            out.copy_(sae.select(sae.rescale(sae.score(chunk))))
     return codes.view(*x_centered.shape[:-1], sae.cfg.d_sae)
+
+
+def _encode_tiles(sae: Any, flat: torch.Tensor, codes: torch.Tensor) -> None:
+    """Scores and thresholds in tiles of many tokens and a few features, which fit a CPU's cache and read `W_enc` once."""
+    exponent = sae.score_parameters().norm_exponent
+    for chunk, out in zip(flat.split(TILE_TOKENS), codes.split(TILE_TOKENS), strict=True):
+        norm = centred_norm(chunk)
+        at_most = max(1, (CPU_TILE if flat.device.type == "cpu" else CHUNK_ENTRIES) // max(1, len(chunk)))
+        n_tiles = math.ceil(codes.shape[1] / at_most)
+        edges = [round(i * codes.shape[1] / n_tiles) for i in range(n_tiles + 1)]  # no thin last tile
+        for part in map(slice, edges, edges[1:]):
+            a = exponent[part] if exponent.ndim else exponent
+            scores = folded_score(chunk, sae.W_enc[:, part], sae.b_enc[part], a, norm)
+            out[:, part] = sae.select_features(scores, part)
 
 
 @torch.no_grad()
@@ -90,7 +117,7 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
     else:
         entries, values = _entries_in_chunks(sae, flat)
     found = entries.token_offsets.diff()
-    width = max(int(found.max()) if len(found) else 0, getattr(sae.activation_fn, "k", 0) if _per_token(sae) else 0)
+    width = sae.activation_fn.k if isinstance(sae.activation_fn, TopK) else int(found.max()) if len(found) else 0
     # entry j of a token goes to place j of its row
     rows_start = torch.arange(len(flat), device=found.device) * width - entries.token_offsets[:-1]
     place = torch.arange(len(entries), device=found.device) + rows_start.index_select(0, entries.tokens)
@@ -99,10 +126,6 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
     padded.scatter_(0, place, values.to(sae.dtype))
     indices.scatter_(0, place, entries.features)
     return SparseCodes(padded.view(*shape, width), indices.view(*shape, width))
-
-
-def _per_token(sae: ScoredSAE) -> bool:
-    return isinstance(getattr(sae.activation_fn, "k", None), int)
 
 
 def _entries_in_chunks(sae: ScoredSAE, flat: torch.Tensor) -> tuple[Entries, torch.Tensor]:
@@ -127,7 +150,7 @@ def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInput
     with torch.autocast(device, enabled=False):
         norm = centred_norm(x_centered)
         inputs = UnitInputs(x_centered / norm, norm.log().squeeze(-1))
-        weight, column_norm, rounded = _prepared(sae)
+        weight, column_norm, rounded = _prepared(sae, len(x_centered))
         norm_exponent, log_scale, unit_columns = sae.score_parameters()
         gain = column_norm.reciprocal() if unit_columns else torch.ones_like(column_norm)
         bias = sae.b_enc.detach()
@@ -138,25 +161,19 @@ def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInput
         encoder = Encoder(weight, terms, rounded, product_dtype)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"
-        scored, sae.floor_hint = select(inputs, encoder, sae.floor_hint)
+        hint = sae.floor_hint if sae.floor_hint is None or sae.floor_hint.isfinite() else None
+        scored, sae.floor_hint = select(inputs, encoder, hint)
     return scored, inputs, column_norm.square().reciprocal() if unit_columns else None
 
 
-_Prepared = tuple[torch.Tensor, torch.Tensor, Rounded | None]
-_PREPARED: WeakKeyDictionary[torch.nn.Module, tuple[tuple[Any, ...], _Prepared]] = WeakKeyDictionary()
+def _prepared(sae: ScoredSAE, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Rounded | None]:
+    """Encoder columns as rows, their norms, and the rows as the filter multiplies them.
 
-
-def _prepared(sae: ScoredSAE) -> _Prepared:
-    """Encoder columns as rows, their norms, and the rows as the filter multiplies them; kept while inference changes nothing."""
+    Made anew in each call: nothing would tell that a write to `W_enc.data`, SAELens' own way to fold, has made them stale.
+    """
     W_enc = sae.W_enc.detach()
-    key = (W_enc.data_ptr(), sae.W_enc._version, W_enc.dtype, W_enc.device)
-    known = _PREPARED.get(sae)
-    if known is not None and known[0] == key and not sae.training:
-        return known[1]
     weight = W_enc.T.to(torch.promote_types(W_enc.dtype, torch.float32)).contiguous()
-    rounded = Rounded.of(weight) if weight.device.type == "cpu" else None
-    column_norm = weight.norm(dim=1) if rounded is None else rounded.norm
-    prepared = (weight, column_norm.clamp_min(NORM_FLOOR), rounded)
-    if not sae.training:
-        _PREPARED[sae] = (key, prepared)
-    return prepared
+    if weight.device.type != "cpu":
+        return weight, weight.norm(dim=1).clamp_min(NORM_FLOOR), None
+    rounded = Rounded.of(weight, None if n_tokens >= WORTH_ROUNDING else weight.dtype)
+    return weight, rounded.norm.clamp_min(NORM_FLOOR), rounded

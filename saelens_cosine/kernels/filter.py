@@ -6,7 +6,8 @@ floor, is then scored exactly by the caller. The bound is rigorous, so nothing i
 
     |<x', w'>_computed - <x, w>|  <=  ||x' - x|| ||w'|| + ||x|| ||w' - w|| + D v ||x'|| ||w'||  +  u |<x', w'>|
 
-by Cauchy and Schwarz, where v is the rounding of sums (twice 2^-24: float32 in any order) and u that of the result.
+by Cauchy and Schwarz, where v is the rounding of sums (twice 2^-24: float32 in any order) and u that of the result. A few
+more roundings make room for the exact score's own, so that no score is missed as it is computed.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Rounded:
     loss: torch.Tensor
 
     @classmethod
-    def of(cls, exact: torch.Tensor) -> Rounded:
-        dtype = filter_dtype(exact.dtype)
+    def of(cls, exact: torch.Tensor, dtype: torch.dtype | None = None) -> Rounded:
+        """`exact [n, D]` rounded to `dtype`, the filter's if not given."""
+        dtype = dtype or filter_dtype(exact.dtype)
         norm = torch.empty(len(exact), dtype=exact.dtype)
         if dtype == exact.dtype:
             return cls(exact, torch.linalg.vector_norm(exact, dim=1, out=norm), torch.zeros_like(norm))
@@ -120,8 +122,9 @@ def candidates(
     order = log_norm.argsort()  # tokens of a tile have like norms
     log_norm = log_norm.index_select(0, order)
     row_gain = ((shared - rise) * log_norm).exp()
-    rows = Rounded.of(unit.index_select(0, order).mul_(row_gain.unsqueeze(-1)))
-    sums = d_in * torch.finfo(wide(dtype)).eps
+    rows = Rounded.of(unit.index_select(0, order).mul_(row_gain.unsqueeze(-1)), dtype)
+    exact = torch.finfo(unit.dtype).eps
+    sums = d_in * (torch.finfo(wide(dtype)).eps + exact)  # those of the product, and of the exact score to come
     column_norm = columns.norm + columns.loss  # at least the rounded column's
     per_tile = max(1, TILE_BYTES // (dtype.itemsize * min(TILE_TOKENS, n_tokens)))
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -130,11 +133,13 @@ def candidates(
     for start in range(0, n_tokens, TILE_TOKENS):
         tile = slice(start, min(start + TILE_TOKENS, n_tokens))
         ends = log_norm[[tile.start, tile.stop - 1]]
-        need = torch.minimum(*(floor - terms.bias * (-rise * end).exp() for end in ends))
+        biases = [terms.bias * (-rise * end).exp() for end in ends]
+        need = torch.minimum(*(floor - bias - 8 * exact * (floor.abs() + bias.abs()) for bias in biases))
         bound = torch.minimum(*(need / ((gap * end + terms.log_scale).exp() * terms.gain) for end in ends))
         norm, loss = rows.norm[tile].max(), rows.loss[tile].max()
         bound -= loss * column_norm + norm * columns.loss + sums * (norm + loss) * column_norm
-        bound = as_ordered(bound - 2.5 * rounding * bound.abs(), dtype)  # the result's rounding, and the bound's own
+        # the rounding of the result, of the bound itself, and of what makes a score of a product
+        bound = as_ordered(bound - (2.5 * rounding + 64 * exact) * bound.abs(), dtype)
         for first in range(0, len(bound), per_tile):
             part = slice(first, min(first + per_tile, len(bound)))
             size = (tile.stop - tile.start, part.stop - part.start)

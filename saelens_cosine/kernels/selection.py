@@ -106,6 +106,8 @@ EntrySelector = Callable[[UnitInputs, Encoder, Any], tuple[Scored, Any]]
 def above(inputs: UnitInputs, encoder: Encoder, threshold: torch.Tensor) -> Scored:
     """Entries with a positive score above `threshold`, `[]` or `[F]`: what a trained JumpReLU keeps."""
     floor = threshold.clamp_min(0).to(inputs.unit.dtype)
+    if len(inputs.unit) == 0:
+        return _nothing(inputs, encoder)
     if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.places_above(*scores, floor))
     scored = score_entries(*_candidates(inputs, encoder, floor), inputs, encoder)
@@ -123,6 +125,8 @@ def best_of_batch(
     """
     if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False)), None
+    if n_wanted == 0 or len(inputs.unit) == 0:
+        return _nothing(inputs, encoder), hint
     if hint is None:
         sample = _sample(inputs)
         share = len(sample.unit) / len(inputs.unit)
@@ -160,12 +164,14 @@ def best_of_each(
     """
     if _on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True)), None
+    if len(inputs.unit) == 0:
+        return _nothing(inputs, encoder), hint
     rise = encoder.terms.norm_exponent.mean()
     reach = (rise * inputs.log_norm).exp()
     n_tokens = len(inputs.unit)
     if hint is None:
         sample = _sample(inputs)
-        hint = (encoder.dense(sample).topk(k, dim=-1).values[:, -1] / (rise * sample.log_norm).exp()).min()
+        hint = _lowest(encoder.dense(sample).topk(k, dim=-1).values[:, -1] / (rise * sample.log_norm).exp(), 0)
     hint = hint.clamp_min(0)
     scored = score_entries(*_candidates(inputs, encoder, hint, rise), inputs, encoder)
     floor = hint * reach
@@ -183,7 +189,7 @@ def best_of_each(
     table = scored.score.new_zeros(n_tokens, width)
     table[scored.entries.tokens, place] = scored.score
     cut = table.topk(k, dim=-1).values[:, -1]
-    next_hint = 0.98 * (cut / reach).kthvalue(max(1, int(SHORT_TOKENS * n_tokens))).values
+    next_hint = 0.98 * _lowest(cut / reach, SHORT_TOKENS)
     return scored.where(_at_least(scored.score, cut, scored.entries.tokens, k)), next_hint
 
 
@@ -192,6 +198,12 @@ def _candidates(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert encoder.rounded is not None
     return candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor, floor_exponent)
+
+
+def _nothing(inputs: UnitInputs, encoder: Encoder) -> Scored:
+    place, value = torch.empty(0, dtype=torch.int64), inputs.unit.new_empty(0)
+    entries = Entries(place, place, len(inputs.unit), len(encoder.weight))
+    return Scored(entries, value, value, value)
 
 
 def _on_gpu(inputs: UnitInputs) -> bool:
@@ -224,6 +236,14 @@ def _sample(inputs: UnitInputs) -> UnitInputs:
     return UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
 
 
+def _lowest(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The value that this share of the finite ones does not exceed; 0 if there is none."""
+    finite = values[values.isfinite()]
+    if len(finite) == 0:
+        return values.new_zeros(())
+    return finite.kthvalue(max(1, int(share * len(finite)))).values
+
+
 def _largest(values: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank`-th largest, counted from 1; the smallest where there are fewer."""
     return values.kthvalue(max(1, len(values) - rank + 1)).values
@@ -237,6 +257,8 @@ def _ranked(values: torch.Tensor, *ranks: int) -> list[torch.Tensor]:
 
 def _at_least(score: torch.Tensor, cut: torch.Tensor, group: torch.Tensor, quota: int) -> torch.Tensor:
     """True where the score is above its group's cut, and at the cut for as many of the first as the quota leaves."""
+    if len(group) == 0:
+        return torch.zeros_like(group, dtype=torch.bool)
     cut_of = cut.index_select(0, group)
     sure, tied = score > cut_of, score == cut_of
     n_groups = len(cut)
@@ -250,16 +272,14 @@ def _at_least(score: torch.Tensor, cut: torch.Tensor, group: torch.Tensor, quota
 def _with_dense_tokens(scored: Scored, tokens: torch.Tensor, inputs: UnitInputs, encoder: Encoder, k: int) -> Scored:
     """`scored` with the entries of some tokens replaced by their k best of a dense product."""
     some = UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
-    top = encoder.dense(some).topk(k, dim=-1)
-    row, column = (top.values > 0).nonzero(as_tuple=True)
-    features = top.indices[row, column]
-    order = torch.argsort(row * len(encoder.weight) + features)
+    dense = encoder.dense(some)
+    cut = dense.topk(k, dim=-1).values[:, -1:]
+    # with ties and neighbours by rounding, which the caller's cut decides between
+    row, features = ((dense >= cut - 1e-5 * cut.abs()) & (dense > 0)).nonzero(as_tuple=True)
     again = torch.zeros(len(inputs.unit), dtype=torch.bool).index_fill(0, tokens, True)
     keep = ~again.index_select(0, scored.entries.tokens)
     kept = scored.where(keep).entries
-    return score_entries(
-        torch.cat([kept.tokens, tokens[row[order]]]), torch.cat([kept.features, features[order]]), inputs, encoder
-    )
+    return score_entries(torch.cat([kept.tokens, tokens[row]]), torch.cat([kept.features, features]), inputs, encoder)
 
 
 def _batch_topk(activation: BatchTopK, n_tokens: int) -> EntrySelector:

@@ -53,7 +53,11 @@ class ThresholdSelector(ScoredSAE):
 
     @override
     def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
-        return self.activation_fn(hidden_pre) * (hidden_pre > self.threshold)
+        return self.select_features(hidden_pre, slice(None))
+
+    def select_features(self, hidden_pre: torch.Tensor, features: slice) -> torch.Tensor:
+        """`select` of some features, from their pre-activations alone: `[..., n] -> [..., n]`."""
+        return self.activation_fn(hidden_pre) * (hidden_pre > self.threshold[features])
 
     @override
     def entry_selector(self, n_tokens: int) -> EntrySelector | None:

@@ -67,6 +67,8 @@ class RecipeConfig(ConfigMixin):
                 f"unit_decoder=True keeps decoder rows at norm 1, but decoder_init_norm={self.decoder_init_norm}; "
                 "set decoder_init_norm=1.0 or unit_decoder=False."
             )
+        if self.kernels not in ("auto", "reference", "fast"):
+            raise ValueError(f"kernels={self.kernels!r} is none of 'auto', 'reference', 'fast'.")
         k = getattr(self, "k", None)
         if k is not None and not 0 < k <= self.d_sae:
             raise ValueError(f"k={k} features cannot be active out of d_sae={self.d_sae}; 0 < k <= d_sae is needed.")

@@ -38,26 +38,38 @@ def fuse_adam_of(parameter: torch.nn.Parameter) -> RemovableHandle:
             for group in optimizer.param_groups:
                 if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
                     group["fused"] = True
-        if all(group["fused"] for group in optimizer.param_groups):
-            optimizer._init_group = _turning(optimizer._init_group)
+        collect = optimizer._init_group
+        if all(group["fused"] for group in optimizer.param_groups) and not isinstance(collect, _Turning):
+            optimizer._init_group = _Turning(collect)
 
-    return register_optimizer_step_pre_hook(fuse)
+    handle = register_optimizer_step_pre_hook(fuse)
+    weakref.finalize(parameter, handle.remove)
+    return handle
 
 
-def _turning(init_group: Callable[..., Any]) -> Callable[..., Any]:
+class _Turning:
     """Adam's own collecting of tensors for a step, with every feature-major matrix seen as the `[d_sae, d_in]` that it is.
 
     PyTorch's fused Adam on the CPU copies a tensor that is not contiguous, and back: three times the work of the step. Views
-    change nothing that anyone else sees; the method is PyTorch's, private but the same since 2.0.
+    change nothing that anyone else sees; the method is PyTorch's, private but the same since 2.0. The fused step also leaves
+    no trace in the tensors' versions, which it does here.
     """
 
-    def collect(group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
-        result = init_group(group, *lists)
-        for i, parameter in enumerate(lists[0]):
-            if parameter.ndim == 2 and not parameter.is_contiguous() and parameter.T.is_contiguous():
-                for tensors in lists:
-                    if i < len(tensors) and tensors[i].ndim == 2:
-                        tensors[i] = tensors[i].T
+    def __init__(self, init_group: Callable[..., Any]):
+        self.init_group = init_group
+
+    def __call__(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
+        result = self.init_group(group, *lists)
+        parameters, gradients, *moments = lists
+        for i, parameter in enumerate(parameters):
+            torch.autograd.graph.increment_version(parameter)
+            matrices = [m for m in moments if i < len(m) and m[i].ndim == 2]
+            if parameter.ndim == 2 and all(_feature_major(t) for t in (parameter, *(m[i] for m in matrices))):
+                gradients[i] = gradients[i].T.contiguous()
+                for tensors in (parameters, *matrices):
+                    tensors[i] = tensors[i].T
         return result
 
-    return collect
+
+def _feature_major(matrix: torch.Tensor) -> bool:
+    return not matrix.is_contiguous() and matrix.T.is_contiguous()
