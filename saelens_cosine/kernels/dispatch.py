@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPARSE_ENOUGH = 8
-"""The fast path pays when at most one in this many codes is active; measured in `kernels/README.md`."""
+"""By default the fast path is taken when at most one in this many codes is active: its work grows with their number."""
 
 
 def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
