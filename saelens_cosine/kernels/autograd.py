@@ -29,6 +29,7 @@ class ScoredBatch:
         unit (torch.Tensor): `[B, D]`, centred inputs at length 1.
         log_norm (torch.Tensor): `[B]`.
         inverse_square (torch.Tensor | None): `[F]`, 1 / ||w_i||^2 where the score is by direction, else None.
+        signed (bool): Whether codes keep the sign of their scores.
     """
 
     entries: Entries
@@ -37,10 +38,11 @@ class ScoredBatch:
     unit: torch.Tensor
     log_norm: torch.Tensor
     inverse_square: torch.Tensor | None
+    signed: bool
 
 
 class EntryScores(torch.autograd.Function):
-    """`relu(exp(a_i log n_b + c_i) gain_i <u_b, w_i> + bias_i)` at the active entries, `[N]`."""
+    """`exp(a_i log n_b + c_i) gain_i <u_b, w_i> + bias_i` at the active entries, `[N]`, rectified unless signed."""
 
     @override
     @staticmethod
@@ -54,7 +56,9 @@ class EntryScores(torch.autograd.Function):
         log_scale: torch.Tensor,
         batch: ScoredBatch,
     ) -> torch.Tensor:
-        values = (batch.factor * batch.product + b_enc.index_select(0, batch.entries.features)).relu_()
+        values = batch.factor * batch.product + b_enc.index_select(0, batch.entries.features)
+        if not batch.signed:
+            values.relu_()
         ctx.save_for_backward(W_enc, norm_exponent, log_scale, values)
         ctx.batch = batch
         return values
@@ -63,8 +67,8 @@ class EntryScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         W_enc, norm_exponent, log_scale, values = ctx.saved_tensors
-        gradient = gradients[0] * (values > 0)
         batch: ScoredBatch = ctx.batch
+        gradient = gradients[0] if batch.signed else gradients[0] * (values > 0)
         entries, unit = batch.entries, batch.unit
         needs_x, needs_b_dec, needs_W_enc, needs_b_enc, needs_exponent, needs_scale, _ = ctx.needs_input_grad
         to_product = gradient * batch.factor

@@ -124,13 +124,22 @@ class EntryCodes(DenseOnDemand):
         return EntryDecode.apply(self.values, other, self.entries) if fits else NotImplemented
 
     def _mul(self, other: Any) -> Any:
-        if isinstance(other, torch.Tensor) and tuple(other.shape) == (self.entries.d_sae,):
+        if not isinstance(other, torch.Tensor):
+            return NotImplemented
+        if tuple(other.shape) == (self.entries.d_sae,):
             return self._with(self.values * other.index_select(0, self.entries.features))
+        if tuple(other.shape) == (self.entries.n_tokens, 1):
+            return self._with(self.values * other.squeeze(-1).index_select(0, self.entries.tokens))
         return NotImplemented
+
+    def _to(self, dtype: Any, **options: Any) -> Any:
+        known = isinstance(dtype, torch.dtype) and not options
+        return self._with(self.values.to(dtype)) if known else NotImplemented
 
     shortcuts: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
         torch.Tensor.bool: _plainly(lambda self: self._with(self.values.bool())),
         torch.Tensor.float: _plainly(lambda self: self._with(self.values.float())),
+        torch.Tensor.to: _to,
         torch.Tensor.detach: _plainly(lambda self: self._with(self.values.detach())),
         torch.Tensor.to_dense: _plainly(lambda self: self.dense()),
         torch.Tensor.requires_grad.__get__: lambda self, *_: self.values.requires_grad,  # pyright: ignore
@@ -148,6 +157,7 @@ class ScoresOnDemand(DenseOnDemand):
     Args:
         compute: makes `[tokens, len(columns)]` pre-activations of the given features, or of all for None.
         parameters: what they depend on; once these have changed, the pre-activations of that step are gone.
+        active: `[N]`, those of the active entries.
         shape, dtype, device: of the whole.
     """
 
@@ -156,6 +166,7 @@ class ScoresOnDemand(DenseOnDemand):
         cls: type[Any],
         compute: Callable[[torch.Tensor | None], torch.Tensor],
         parameters: Iterable[torch.Tensor],
+        active: torch.Tensor,
         *,
         shape: Iterable[int],
         dtype: torch.dtype,
@@ -167,9 +178,11 @@ class ScoresOnDemand(DenseOnDemand):
         self,
         compute: Callable[[torch.Tensor | None], torch.Tensor],
         parameters: Iterable[torch.Tensor],
+        active: torch.Tensor,
         **_: Any,
     ):
         self._compute = compute
+        self.active = active
         self._versions = [(parameter, parameter._version) for parameter in parameters]
 
     @override
@@ -188,3 +201,10 @@ class ScoresOnDemand(DenseOnDemand):
                 'Read hidden_pre before the step, or train with kernels="reference", which keeps it.'
             )
         return self._compute(features)
+
+
+def scores_of(codes: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
+    """Pre-activations of the active codes, in one row or at their places among zeros."""
+    if isinstance(hidden_pre, ScoresOnDemand):
+        return hidden_pre.active
+    return torch.where(codes != 0, hidden_pre.detach(), 0)

@@ -54,7 +54,7 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
     decoder_norm = sae.W_dec.norm(dim=-1).index_select(0, entries.features) if rescale else None
     if decoder_norm is not None:
         factor = factor / decoder_norm.detach()
-    batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square)
+    batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square, scored.signed)
     b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
     values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
     if decoder_norm is not None:
@@ -68,9 +68,15 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
         return hidden_pre
 
     hidden_pre = ScoresOnDemand(
-        scores, list(sae.parameters()), shape=(len(x), sae.cfg.d_sae), dtype=x_centered.dtype, device=x.device
+        scores,
+        list(sae.parameters()),
+        values.detach(),
+        shape=(len(x), sae.cfg.d_sae),
+        dtype=x_centered.dtype,
+        device=x.device,
     )
-    return EntryCodes(entries, values.to(sae.dtype)), hidden_pre
+    codes: Any = sae.finish(EntryCodes(entries, values), x_centered)
+    return codes.to(sae.dtype), hidden_pre
 
 
 @torch.no_grad()
@@ -79,16 +85,19 @@ def encode_in_chunks(sae: ScoredSAE, x: torch.Tensor) -> torch.Tensor:
     x_centered = sae.process_sae_in(x)
     flat = x_centered.reshape(-1, x_centered.shape[-1])
     codes = torch.empty(len(flat), sae.cfg.d_sae, dtype=sae.dtype, device=flat.device)
-    by_feature = defined_together(sae, "score", "score_parameters") and defined_together(
-        sae, "select", "select_features"
-    )
+    pairs = (("score", "score_parameters"), ("select", "select_features"), ("finish", "encode_with_hidden_pre"))
+    by_feature = all(defined_together(sae, *pair) for pair in pairs)
     if by_feature and not sae.score_parameters().unit_columns:
         _encode_tiles(sae, flat, codes)
     else:
         size = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
         for chunk, out in zip(flat.split(size), codes.split(size), strict=True):
-            out.copy_(sae.select(sae.rescale(sae.score(chunk))))
+            out.copy_(_codes(sae, chunk))
     return codes.view(*x_centered.shape[:-1], sae.cfg.d_sae)
+
+
+def _codes(sae: ScoredSAE, x_centered: torch.Tensor) -> torch.Tensor:
+    return sae.finish(sae.select(sae.rescale(sae.score(x_centered))), x_centered)
 
 
 def _encode_tiles(sae: Any, flat: torch.Tensor, codes: torch.Tensor) -> None:
@@ -113,7 +122,7 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
     flat = x_centered.reshape(-1, x_centered.shape[-1])
     if decline_reason(sae, flat) is None:
         scored = _select(sae, flat)[0]
-        entries, values = scored.entries, scored.score.relu()
+        entries, values = _as_entries(sae.finish(EntryCodes(scored.entries, scored.score), flat))
     else:
         entries, values = _entries_in_chunks(sae, flat)
     found = entries.token_offsets.diff()
@@ -134,12 +143,18 @@ def _entries_in_chunks(sae: ScoredSAE, flat: torch.Tensor) -> tuple[Entries, tor
         size = max(1, len(flat))
     tokens, features, values = [], [], []
     for i, chunk in enumerate(flat.split(size)):
-        codes = sae.select(sae.rescale(sae.score(chunk)))
-        token, feature = codes.nonzero(as_tuple=True)
-        tokens.append(token + i * size)
-        features.append(feature)
-        values.append(codes[token, feature])
+        entries, value = _as_entries(_codes(sae, chunk))
+        tokens.append(entries.tokens + i * size)
+        features.append(entries.features)
+        values.append(value)
     return Entries(torch.cat(tokens), torch.cat(features), len(flat), sae.cfg.d_sae), torch.cat(values)
+
+
+def _as_entries(codes: torch.Tensor) -> tuple[Entries, torch.Tensor]:
+    if isinstance(codes, EntryCodes):
+        return codes.entries, codes.values
+    tokens, features = codes.nonzero(as_tuple=True)
+    return Entries(tokens, features, *codes.shape), codes[tokens, features]
 
 
 @torch.no_grad()

@@ -67,12 +67,14 @@ class ScoreTerms:
         log_scale (torch.Tensor): c, `[]` or `[F]`.
         gain (torch.Tensor): positive factor per feature `[F]`: 1 / ||w_i|| where the score is by direction.
         bias (torch.Tensor): `[F]`.
+        signed (bool): Whether a score counts by its size, whatever its sign, instead of rectified.
     """
 
     norm_exponent: torch.Tensor
     log_scale: torch.Tensor
     gain: torch.Tensor
     bias: torch.Tensor
+    signed: bool = False
 
     def factor(self, log_norm: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """`exp(a log n + c) * gain` of entries, all arguments and the result `[N]`."""
@@ -99,7 +101,7 @@ def candidates(
     floor: torch.Tensor,
     floor_exponent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and features `[C]` int64 of a set that holds every entry with a score above its floor.
+    """Tokens and features `[C]` int64 of a set that holds every entry with a score (or its size) above its floor.
 
     Args:
         unit: `[B, D]`, inputs of length 1.
@@ -133,7 +135,8 @@ def candidates(
     for start in range(0, n_tokens, TILE_TOKENS):
         tile = slice(start, min(start + TILE_TOKENS, n_tokens))
         ends = log_norm[[tile.start, tile.stop - 1]]
-        biases = [terms.bias * (-rise * end).exp() for end in ends]
+        bias = terms.bias.abs() if terms.signed else terms.bias  # |p + b| > f only where |p| > f - |b|
+        biases = [bias * (-rise * end).exp() for end in ends]
         need = torch.minimum(*(floor - bias - 8 * exact * (floor.abs() + bias.abs()) for bias in biases))
         bound = torch.minimum(*(need / ((gap * end + terms.log_scale).exp() * terms.gain) for end in ends))
         norm, loss = rows.norm[tile].max(), rows.loss[tile].max()
@@ -145,7 +148,10 @@ def candidates(
             size = (tile.stop - tile.start, part.stop - part.start)
             product = torch.mm(rows.rows[tile], columns.rows[part].T, out=buffer[: size[0] * size[1]].view(size))
             passed = mask[: size[0] * size[1]].view(size)
-            torch.ge(product.view(bound.dtype), bound[part], out=passed)
+            bits = product.view(bound.dtype)
+            if terms.signed:
+                bits &= torch.iinfo(bound.dtype).max  # without the sign
+            torch.ge(bits, bound[part], out=passed)
             flat = true_places(passed)
             row = torch.div(flat, size[1], rounding_mode="floor")
             found.append((row + start, flat - row * size[1] + first))

@@ -77,7 +77,7 @@ def best_places(
 
     The device's exponential is off by a few roundings, so among scores as near as that the reference may choose others.
 
-    A radix select: rectified scores are ordered as their bits are, so a histogram of the first eight bits, by token, tells
+    A radix select: scores, rectified or by size, are ordered as their bits are, so a histogram of the first eight bits, by token, tells
     in which bin the cut lies and how many of that bin are wanted; three more passes over what has these first bits make
     the cut exact. The histograms also tell how many entries each token has above the cut and at it, hence where in the
     result it writes.
@@ -149,6 +149,7 @@ def _score_arguments(
     options = {
         "EXPONENT_STEP": terms.norm_exponent.ndim,
         "SCALE_STEP": terms.log_scale.ndim,
+        "SIGNED": terms.signed,
         "BLOCK": SCORE_BLOCK,
         "enable_fp_fusion": False,  # where sums and products fuse is the compiler's choice in each kernel anew
     }
@@ -204,17 +205,19 @@ def _at(parameter, features, inside, STEP: tl.constexpr):
 
 
 @triton.jit
-def _rectified_scores(
+def _ranked_scores(
     product, log_norm, exponent, log_scale, gain, bias, n_features, token, features,
-    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr,
+    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Float32 scores of some features at a token; 0 past the last feature, and 0 for NaN, which is not above 0."""
+    """Float32 scores of some features at a token, rectified or, signed, their sizes; 0 past the last feature and for NaN."""
     inside = features < n_features
     a = _at(exponent, features, inside, EXPONENT_STEP)
     c = _at(log_scale, features, inside, SCALE_STEP)
     scale = tl.exp(a * tl.load(log_norm + token) + c) * tl.load(gain + features, mask=inside, other=0.0)
     dot = tl.load(product + token * n_features + features, mask=inside, other=0.0).to(tl.float32)
     score = scale * dot + tl.load(bias + features, mask=inside, other=0.0)
+    if SIGNED:
+        score = tl.abs(score)
     return tl.where(score > 0.0, score, 0.0)
 
 
@@ -230,7 +233,7 @@ def _append(out, end, taken, token, features, n_features):
 def _count_digits(
     product, log_norm, exponent, log_scale, gain, bias, n_features, cut, shift, counts,
     CUT_STEP: tl.constexpr, BITS: tl.constexpr,
-    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Counts of a token's scores by the BITS above `shift`, among those whose bits above these are the cut's."""
     token = tl.program_id(0).to(tl.int64)
@@ -239,9 +242,10 @@ def _count_digits(
     count = tl.zeros([1 << BITS], dtype=tl.int32)
     for first in range(0, n_features, BLOCK):
         features = first + tl.arange(0, BLOCK)
-        score = _rectified_scores(
-            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features, EXPONENT_STEP, SCALE_STEP
-        )
+        score = _ranked_scores(
+            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features,
+            EXPONENT_STEP, SCALE_STEP, SIGNED,
+        )  # fmt: skip
         bits = score.to(tl.int32, bitcast=True) >> shift
         counted = (features < n_features) & ((bits >> BITS) == prefix)
         count += tl.histogram(tl.where(counted, bits & ((1 << BITS) - 1), 0), 1 << BITS)
@@ -253,7 +257,7 @@ def _count_digits(
 @triton.jit
 def _write_best(
     product, log_norm, exponent, log_scale, gain, bias, n_features, cut, quota, starts, places,
-    CUT_STEP: tl.constexpr, EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, BLOCK: tl.constexpr,
+    CUT_STEP: tl.constexpr, EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's places above the cut, and the first at the cut up to its quota."""
     token = tl.program_id(0).to(tl.int64)
@@ -262,9 +266,10 @@ def _write_best(
     end = tl.load(starts + token)
     for first in range(0, n_features, BLOCK):
         features = first + tl.arange(0, BLOCK)
-        score = _rectified_scores(
-            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features, EXPONENT_STEP, SCALE_STEP
-        )
+        score = _ranked_scores(
+            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features,
+            EXPONENT_STEP, SCALE_STEP, SIGNED,
+        )  # fmt: skip
         bits = score.to(tl.int32, bitcast=True)
         inside = features < n_features
         tied = ((bits == limit) & inside).to(tl.int32)
@@ -278,16 +283,17 @@ def _write_best(
 def _places_above(
     product, log_norm, exponent, log_scale, gain, bias, n_features, threshold, ends, places,
     WRITE: tl.constexpr, THRESHOLD_STEP: tl.constexpr,
-    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENT_STEP: tl.constexpr, SCALE_STEP: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A token's places above the threshold, from `ends[token]` on; or how many these are, added to `ends[token]`."""
     token = tl.program_id(0).to(tl.int64)
     end = tl.load(ends + token)
     for first in range(0, n_features, BLOCK):
         features = first + tl.arange(0, BLOCK)
-        score = _rectified_scores(
-            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features, EXPONENT_STEP, SCALE_STEP
-        )
+        score = _ranked_scores(
+            product, log_norm, exponent, log_scale, gain, bias, n_features, token, features,
+            EXPONENT_STEP, SCALE_STEP, SIGNED,
+        )  # fmt: skip
         limit = tl.maximum(_at(threshold, features, features < n_features, THRESHOLD_STEP), 0.0)
         taken = score > limit
         if WRITE:

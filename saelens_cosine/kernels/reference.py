@@ -50,7 +50,7 @@ def sampled_product(entries: Entries, left: torch.Tensor, right: torch.Tensor) -
 def best_places(
     product: torch.Tensor, log_norm: torch.Tensor, terms: ScoreTerms, n_wanted: int, per_token: bool
 ) -> torch.Tensor:
-    """Where the highest rectified scores are, of the whole batch or of each token. Ties at the cut go to the lowest place.
+    """Where the highest scores are, of the whole batch or of each token. Ties at the cut go to the lowest place.
 
     Args:
         product: `[B, F]`, `<u_b, w_i>`.
@@ -62,7 +62,7 @@ def best_places(
     Returns:
         `[n_wanted]` or `[B * n_wanted]` int64, flat places `token * F + feature`, ascending.
     """
-    scores = _rectified_scores(product, log_norm, terms)
+    scores = _ranked_scores(product, log_norm, terms)
     groups = scores if per_token else scores.reshape(1, -1)
     best = groups.sort(dim=-1, descending=True, stable=True).indices[:, :n_wanted].sort(dim=-1).values
     starts = torch.arange(groups.shape[0], device=product.device) * groups.shape[1]
@@ -83,14 +83,15 @@ def places_above(
     Returns:
         `[N]` int64, flat places `token * F + feature`, ascending.
     """
-    scores = _rectified_scores(product, log_norm, terms)
+    scores = _ranked_scores(product, log_norm, terms)
     return (scores > threshold.to(scores.dtype).clamp_min(0)).flatten().nonzero().squeeze(-1)
 
 
-def _rectified_scores(product: torch.Tensor, log_norm: torch.Tensor, terms: ScoreTerms) -> torch.Tensor:
-    """`[B, F]` in float32 or wider; NaN counts as 0."""
+def _ranked_scores(product: torch.Tensor, log_norm: torch.Tensor, terms: ScoreTerms) -> torch.Tensor:
+    """`[B, F]` in float32 or wider, rectified or, signed, their sizes; NaN counts as 0."""
     dtype = wide(product.dtype)
     exponent, log_scale = terms.norm_exponent.to(dtype), terms.log_scale.to(dtype)
     scale = (exponent * log_norm.to(dtype).unsqueeze(-1) + log_scale).exp() * terms.gain.to(dtype)
     score = scale * product.to(dtype) + terms.bias.to(dtype)
+    score = score.abs() if terms.signed else score
     return score.where(score > 0, 0)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from sae_lens.saes.abstopk_sae import AbsTopK
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.topk_sae import TopK
 
@@ -65,26 +66,40 @@ class Encoder:
     product_dtype: torch.dtype | None = None
 
     def dense(self, inputs: UnitInputs) -> torch.Tensor:
-        """All scores `[B, F]`."""
+        """All scores `[B, F]` as they are ranked."""
         terms = self.terms
         scale = (terms.norm_exponent * inputs.log_norm.unsqueeze(-1) + terms.log_scale).exp()
-        return scale * (inputs.unit @ self.weight.T) * terms.gain + terms.bias
+        scores = scale * (inputs.unit @ self.weight.T) * terms.gain + terms.bias
+        return scores.abs() if terms.signed else scores
+
+    def by_size(self) -> Encoder:
+        """The same, for a selector that ranks by size and keeps signs."""
+        return replace(self, terms=replace(self.terms, signed=True))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Entries with their products `<u_b, w_i>`, what the score multiplies these with, and their scores, all `[N]`."""
+    """Entries with their products `<u_b, w_i>`, what the score multiplies these with, and their scores, all `[N]`.
+
+    Codes are the scores if these are signed, and the rectified scores otherwise.
+    """
 
     entries: Entries
     product: torch.Tensor
     factor: torch.Tensor
     score: torch.Tensor
+    signed: bool = False
+
+    @property
+    def rank(self) -> torch.Tensor:
+        """What the entries are ranked by, `[N]`."""
+        return self.score.abs() if self.signed else self.score
 
     def where(self, keep: torch.Tensor) -> Scored:
         places = keep.nonzero().squeeze(-1)
         tokens, features = (t.index_select(0, places) for t in (self.entries.tokens, self.entries.features))
         entries = Entries(tokens, features, self.entries.n_tokens, self.entries.d_sae)
-        return Scored(entries, *(t.index_select(0, places) for t in (self.product, self.factor, self.score)))
+        return Scored(entries, *(t.index_select(0, places) for t in (self.product, self.factor, self.score)), self.signed)
 
 
 def score_entries(tokens: torch.Tensor, features: torch.Tensor, inputs: UnitInputs, encoder: Encoder) -> Scored:
@@ -95,7 +110,8 @@ def score_entries(tokens: torch.Tensor, features: torch.Tensor, inputs: UnitInpu
     entries = Entries(tokens, features, n_tokens, len(encoder.weight))
     product = operations.sampled_product(entries, inputs.unit, encoder.weight)
     factor = encoder.terms.factor(inputs.log_norm.index_select(0, tokens), features)
-    return Scored(entries, product, factor, factor * product + encoder.terms.bias.index_select(0, features))
+    score = factor * product + encoder.terms.bias.index_select(0, features)
+    return Scored(entries, product, factor, score, encoder.terms.signed)
 
 
 EntrySelector = Callable[[UnitInputs, Encoder, Any], tuple[Scored, Any]]
@@ -156,7 +172,7 @@ def best_of_batch(
 def best_of_each(
     inputs: UnitInputs, encoder: Encoder, k: int, hint: torch.Tensor | None
 ) -> tuple[Scored, torch.Tensor | None]:
-    """The k entries with the highest positive scores of each token (TopK), and the next hint.
+    """The k entries with the highest positive scores of each token (TopK) or, signed, the largest, and the next hint.
 
     Args:
         hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: a token's floor goes with the same
@@ -175,7 +191,7 @@ def best_of_each(
     hint = hint.clamp_min(0)
     scored = score_entries(*_candidates(inputs, encoder, hint, rise), inputs, encoder)
     floor = hint * reach
-    scored = scored.where(scored.score > floor.index_select(0, scored.entries.tokens))
+    scored = scored.where(scored.rank > floor.index_select(0, scored.entries.tokens))
     found = scored.entries.token_offsets.diff()
     short = ((found < k) & (floor > 0)).nonzero().squeeze(-1)
     if len(short):
@@ -187,10 +203,10 @@ def best_of_each(
         0, scored.entries.tokens
     )
     table = scored.score.new_zeros(n_tokens, width)
-    table[scored.entries.tokens, place] = scored.score
+    table[scored.entries.tokens, place] = scored.rank
     cut = table.topk(k, dim=-1).values[:, -1]
     next_hint = 0.98 * _lowest(cut / reach, SHORT_TOKENS)
-    return scored.where(_at_least(scored.score, cut, scored.entries.tokens, k)), next_hint
+    return scored.where(_at_least(scored.rank, cut, scored.entries.tokens, k)), next_hint
 
 
 def _candidates(
@@ -203,7 +219,7 @@ def _candidates(
 def _nothing(inputs: UnitInputs, encoder: Encoder) -> Scored:
     place, value = torch.empty(0, dtype=torch.int64), inputs.unit.new_empty(0)
     entries = Entries(place, place, len(inputs.unit), len(encoder.weight))
-    return Scored(entries, value, value, value)
+    return Scored(entries, value, value, value, encoder.terms.signed)
 
 
 def _on_gpu(inputs: UnitInputs) -> bool:
@@ -222,7 +238,8 @@ def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., t
     entries = Entries(tokens, flat - tokens * d_sae, len(inputs.unit), d_sae)
     picked = product.view(-1).index_select(0, flat).to(inputs.unit.dtype)
     factor = encoder.terms.factor(inputs.log_norm.index_select(0, tokens), entries.features)
-    return Scored(entries, picked, factor, factor * picked + encoder.terms.bias.index_select(0, entries.features))
+    score = factor * picked + encoder.terms.bias.index_select(0, entries.features)
+    return Scored(entries, picked, factor, score, encoder.terms.signed)
 
 
 def _count_above(scored: Scored, floor: torch.Tensor) -> int:
@@ -290,5 +307,13 @@ def _topk(activation: TopK, _n_tokens: int) -> EntrySelector:
     return lambda inputs, encoder, hint: best_of_each(inputs, encoder, activation.k, hint)
 
 
-ENTRY_SELECTORS: dict[type[Any], Callable[[Any, int], EntrySelector]] = {BatchTopK: _batch_topk, TopK: _topk}
+def _abs_topk(activation: AbsTopK, _n_tokens: int) -> EntrySelector:
+    return lambda inputs, encoder, hint: best_of_each(inputs, encoder.by_size(), activation.k, hint)
+
+
+ENTRY_SELECTORS: dict[type[Any], Callable[[Any, int], EntrySelector]] = {
+    BatchTopK: _batch_topk,
+    TopK: _topk,
+    AbsTopK: _abs_topk,
+}
 """How to select entries, by SAELens' activation function: what a new selector adds to join the fast path."""

@@ -65,15 +65,23 @@ class ScoredSAE(SAE[Any]):
         """Codes `[..., d_sae]` from pre-activations: SAELens' activation function unless a selector says otherwise."""
         return self.activation_fn(hidden_pre)
 
+    def finish(self, codes: torch.Tensor, x_centered: torch.Tensor) -> torch.Tensor:
+        """What a selector does with its codes `[..., d_sae]` that takes the centred input `[..., d_in]`: by default nothing."""
+        return codes
+
     def score_parameters(self) -> ScoreParameters:
         """The parameters that make `score`."""
         raise NotImplementedError(f"{type(self).__name__} has no score_parameters.")
+
+    def encoder_bias(self) -> torch.Tensor:
+        """`b_enc` of the score, `[d_sae]`."""
+        return self.b_enc
 
     def score_features(self, x_centered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """`score` of some features only: `[..., d_in] -> [..., len(features)]`."""
         parameters = self.score_parameters()
         norm_exponent, log_scale = (p[features] if p.ndim else p for p in parameters[:2])
-        W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.b_enc[features]
+        W_enc, b_enc = self.W_enc.T.index_select(0, features).T, self.encoder_bias()[features]
         if parameters.unit_columns:
             return cosine_score(x_centered, W_enc, b_enc, norm_exponent, log_scale)
         return folded_score(x_centered, W_enc, b_enc, norm_exponent)
@@ -90,8 +98,10 @@ class ScoredSAE(SAE[Any]):
 
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and (decoder-norm rescaled) pre-activations, both `[..., d_sae]`."""
-        hidden_pre = self.rescale(self.hook_sae_acts_pre(self.score(self.process_sae_in(x))))
-        return self.hook_sae_acts_post(self.select(hidden_pre).to(self.dtype)), hidden_pre
+        x_centered = self.process_sae_in(x)
+        hidden_pre = self.rescale(self.hook_sae_acts_pre(self.score(x_centered)))
+        codes = self.finish(self.select(hidden_pre), x_centered)
+        return self.hook_sae_acts_post(codes.to(self.dtype)), hidden_pre
 
     @override
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -198,17 +208,14 @@ class ScoredTrainingSAE(ScoredSAE, TrainingSAE[Any]):
         return super().encode_with_hidden_pre(x)[0]
 
 
-class InnerProductScore(ScoredTrainingSAE):
-    """The standard score, `<x_c, w_i> + b_enc_i`: the control that shares everything but the score.
-
-    Saved as SAELens' own class, so there is no inference form here.
-    """
+class InnerProductScore(ScoredSAE):
+    """The standard score, `<x_c, w_i> + b_enc_i`: the control that shares everything but the score."""
 
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
-        return (x_centered.to(self.W_enc.dtype) @ self.W_enc + self.b_enc).to(x_centered.dtype)
+        return (x_centered.to(self.W_enc.dtype) @ self.W_enc + self.encoder_bias()).to(x_centered.dtype)
 
     @override
     def score_parameters(self) -> ScoreParameters:
-        one = torch.ones((), dtype=wide(self.dtype), device=self.b_enc.device)
+        one = torch.ones((), dtype=wide(self.dtype), device=self.W_enc.device)
         return ScoreParameters(one, torch.zeros_like(one), unit_columns=False)
