@@ -6,28 +6,8 @@ from saelens_cosine.registry import (
     register_inference,
     register_training,
 )
-from saelens_cosine.saes import (
-    CosineBatchTopKTrainingSAE,
-    CosineBatchTopKTrainingSAEConfig,
-    CosineJumpReLUSAE,
-    CosineJumpReLUSAEConfig,
-    CosineTopKSAE,
-    CosineTopKSAEConfig,
-    CosineTopKTrainingSAE,
-    CosineTopKTrainingSAEConfig,
-    InnerProductBatchTopKTrainingSAE,
-    InnerProductBatchTopKTrainingSAEConfig,
-    InnerProductTopKTrainingSAE,
-    InnerProductTopKTrainingSAEConfig,
-    PerFeatureCosineBatchTopKTrainingSAE,
-    PerFeatureCosineBatchTopKTrainingSAEConfig,
-    PerFeatureCosineJumpReLUSAE,
-    PerFeatureCosineJumpReLUSAEConfig,
-    PerFeatureCosineTopKSAE,
-    PerFeatureCosineTopKSAEConfig,
-    PerFeatureCosineTopKTrainingSAE,
-    PerFeatureCosineTopKTrainingSAEConfig,
-)
+from saelens_cosine.saes import *  # noqa: F403
+from saelens_cosine.saes import __all__ as _architectures
 from saelens_cosine.score import cosine_score, folded_score
 
 __version__ = "0.1.0"
@@ -39,24 +19,5 @@ __all__ = [
     "folded_score",
     "register_inference",
     "register_training",
-    "CosineBatchTopKTrainingSAE",
-    "CosineBatchTopKTrainingSAEConfig",
-    "CosineJumpReLUSAE",
-    "CosineJumpReLUSAEConfig",
-    "CosineTopKSAE",
-    "CosineTopKSAEConfig",
-    "CosineTopKTrainingSAE",
-    "CosineTopKTrainingSAEConfig",
-    "InnerProductBatchTopKTrainingSAE",
-    "InnerProductBatchTopKTrainingSAEConfig",
-    "InnerProductTopKTrainingSAE",
-    "InnerProductTopKTrainingSAEConfig",
-    "PerFeatureCosineBatchTopKTrainingSAE",
-    "PerFeatureCosineBatchTopKTrainingSAEConfig",
-    "PerFeatureCosineJumpReLUSAE",
-    "PerFeatureCosineJumpReLUSAEConfig",
-    "PerFeatureCosineTopKSAE",
-    "PerFeatureCosineTopKSAEConfig",
-    "PerFeatureCosineTopKTrainingSAE",
-    "PerFeatureCosineTopKTrainingSAEConfig",
 ]
+__all__ += _architectures  # pyright: ignore[reportUnsupportedDunderAll]

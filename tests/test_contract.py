@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 
 import saelens_cosine
 from saelens_cosine import register_inference, register_training
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import ScoredSAE, ScoredTrainingSAE
 
 # --- a third party's score, x_c / ||x_c||_1, on two SAELens selectors ---
@@ -77,7 +77,7 @@ class L1TopKSAEConfig(TopKSAEConfig):
 
 
 @dataclass
-class L1TopKTrainingSAEConfig(RecipeConfig, TopKTrainingSAEConfig):
+class L1TopKTrainingSAEConfig(TopKRecipeConfig, TopKTrainingSAEConfig):
     @classmethod
     def architecture(cls):
         return "l1_topk"

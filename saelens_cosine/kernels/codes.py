@@ -7,7 +7,7 @@ evaluation, a loss of the user's, sees the dense tensor, with gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from typing_extensions import override
 
 from saelens_cosine.kernels.autograd import EntryDecode
-from saelens_cosine.kernels.entries import Entries
+from saelens_cosine.kernels.entries import Entries, stable_order
 
 _METADATA = {
     getattr(torch.Tensor, name).__get__
@@ -109,7 +109,21 @@ class EntryCodes(DenseOnDemand):
         """`[d_sae]` booleans: whether each feature has a code other than zero."""
         return self.entries.sum_by_feature((self.values != 0).to(torch.int32)) > 0
 
-    def _with(self, values: torch.Tensor) -> EntryCodes:
+    def split_features(self, edges: Sequence[int]) -> EntryCodes:
+        """The codes of features `edges[i] .. edges[i + 1] - 1` apart from the others: `[len(edges) - 1, tokens]` rows in one.
+
+        The edges start at 0 and end at d_sae.
+        """
+        entries = self.entries
+        part = torch.stack([entries.features >= edge for edge in edges[1:-1]]).sum(dim=0) if len(edges) > 2 else 0
+        n_rows = (len(edges) - 1) * entries.n_tokens
+        rows = entries.tokens + entries.n_tokens * part
+        order = stable_order(rows, n_rows)
+        moved = Entries(rows[order], entries.features[order], n_rows, entries.d_sae)
+        return EntryCodes(moved, self.values[order])
+
+    def with_values(self, values: torch.Tensor) -> EntryCodes:
+        """Other values at the same places."""
         return EntryCodes(self.entries, values)
 
     def _sum(self, dim: Any = None, **options: Any) -> Any:
@@ -127,20 +141,20 @@ class EntryCodes(DenseOnDemand):
         if not isinstance(other, torch.Tensor):
             return NotImplemented
         if tuple(other.shape) == (self.entries.d_sae,):
-            return self._with(self.values * other.index_select(0, self.entries.features))
+            return self.with_values(self.values * other.index_select(0, self.entries.features))
         if tuple(other.shape) == (self.entries.n_tokens, 1):
-            return self._with(self.values * other.squeeze(-1).index_select(0, self.entries.tokens))
+            return self.with_values(self.values * other.squeeze(-1).index_select(0, self.entries.tokens))
         return NotImplemented
 
     def _to(self, dtype: Any, **options: Any) -> Any:
         known = isinstance(dtype, torch.dtype) and not options
-        return self._with(self.values.to(dtype)) if known else NotImplemented
+        return self.with_values(self.values.to(dtype)) if known else NotImplemented
 
     shortcuts: ClassVar[dict[Callable[..., Any], Callable[..., Any]]] = {
-        torch.Tensor.bool: _plainly(lambda self: self._with(self.values.bool())),
-        torch.Tensor.float: _plainly(lambda self: self._with(self.values.float())),
+        torch.Tensor.bool: _plainly(lambda self: self.with_values(self.values.bool())),
+        torch.Tensor.float: _plainly(lambda self: self.with_values(self.values.float())),
         torch.Tensor.to: _to,
-        torch.Tensor.detach: _plainly(lambda self: self._with(self.values.detach())),
+        torch.Tensor.detach: _plainly(lambda self: self.with_values(self.values.detach())),
         torch.Tensor.to_dense: _plainly(lambda self: self.dense()),
         torch.Tensor.requires_grad.__get__: lambda self, *_: self.values.requires_grad,  # pyright: ignore
         torch.Tensor.sum: _sum,

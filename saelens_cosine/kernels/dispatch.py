@@ -32,8 +32,9 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
         reason = "use_sparse_activations=True asks for SAELens' sparse tensors"
     if wanted == "fast" and reason is not None:
         raise RuntimeError(f'kernels="fast" is impossible here: {reason}. Use kernels="auto" or "reference".')
-    if reason is None and wanted == "auto" and sae.cfg.k * SPARSE_ENOUGH > sae.cfg.d_sae:
-        reason = f"k={sae.cfg.k} of d_sae={sae.cfg.d_sae} is too dense to gain from the fast one"
+    k = getattr(sae.cfg, "k", 0)
+    if reason is None and wanted == "auto" and k * SPARSE_ENOUGH > sae.cfg.d_sae:
+        reason = f"k={k} of d_sae={sae.cfg.d_sae} is too dense to gain from the fast one"
     if reason is not None:
         _log_once(f"{sae.cfg.architecture()} takes the reference path: {reason}.")
     return reason is None

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sae_lens.saes.abstopk_sae import AbsTopK
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.saes.topk_sae import TopK
 
@@ -126,7 +127,9 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
     else:
         entries, values = _entries_in_chunks(sae, flat)
     found = entries.token_offsets.diff()
-    width = sae.activation_fn.k if isinstance(sae.activation_fn, TopK) else int(found.max()) if len(found) else 0
+    width = (
+        sae.activation_fn.k if isinstance(sae.activation_fn, (TopK, AbsTopK)) else int(found.max()) if len(found) else 0
+    )
     # entry j of a token goes to place j of its row
     rows_start = torch.arange(len(flat), device=found.device) * width - entries.token_offsets[:-1]
     place = torch.arange(len(entries), device=found.device) + rows_start.index_select(0, entries.tokens)

@@ -14,9 +14,10 @@ from typing_extensions import override
 from saelens_cosine.kernels.codes import EntryCodes
 from saelens_cosine.kernels.selection import EntrySelector, above
 from saelens_cosine.registry import register_training
-from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, PerFeatureCosineScore
+from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFeatureCosineScoreConfig
+from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import InnerProductScore, ScoredTrainingSAE
 from saelens_cosine.score import wide
 
@@ -101,7 +102,7 @@ class BatchTopKThreshold(ScoredTrainingSAE):
 
 
 @dataclass
-class InnerProductBatchTopKTrainingSAEConfig(RecipeConfig, BatchTopKThresholdConfig):
+class InnerProductBatchTopKTrainingSAEConfig(TopKRecipeConfig, BatchTopKThresholdConfig):
     """Configuration of SAELens' BatchTopK with the standard score under the paper's recipe; saved as `jumprelu`."""
 
     @override
@@ -111,7 +112,7 @@ class InnerProductBatchTopKTrainingSAEConfig(RecipeConfig, BatchTopKThresholdCon
 
 
 @dataclass
-class CosineBatchTopKTrainingSAEConfig(CosineScoreConfig, RecipeConfig, BatchTopKThresholdConfig):
+class CosineBatchTopKTrainingSAEConfig(CosineScoreConfig, TopKRecipeConfig, BatchTopKThresholdConfig):
     """Configuration for training BatchTopK with the cosine score; saved as `cosine_jumprelu`."""
 
     @override
@@ -125,7 +126,7 @@ class CosineBatchTopKTrainingSAEConfig(CosineScoreConfig, RecipeConfig, BatchTop
 
 
 @dataclass
-class PerFeatureCosineBatchTopKTrainingSAEConfig(CosineBatchTopKTrainingSAEConfig):
+class PerFeatureCosineBatchTopKTrainingSAEConfig(PerFeatureCosineScoreConfig, CosineBatchTopKTrainingSAEConfig):
     """Configuration for training BatchTopK with one exponent and scale per feature; saved as `per_feature_cosine_jumprelu`."""
 
     @override

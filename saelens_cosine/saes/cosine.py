@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from sae_lens.saes.sae import SAEConfig
+from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import nn
 from typing_extensions import override
 
@@ -50,6 +50,10 @@ class CosineScoreConfig(ConfigMixin):
         log_scale_init (float | None): Start of the log-scale (natural log). None is log(sqrt(d_in)), the paper's default.
         log_scale_from_data (bool): Start the log-scale where scores have the size of the first batch's mean centred norm instead: (1 - norm_exponent_init) * log(mean norm). Better where norms are much smaller than sqrt(d_in) (the paper's experiment 42), and in short runs where they are larger (27); worse in long runs there (34, 41).
         learn_log_scale (bool): Whether the log-scale is trained.
+        norm_exponent_lr_multiplier (float): Times the learning rate, how far an optimizer like Adam moves the exponent in a step. The trained parameter is the exponent divided by it. The paper has 1, which limits how far the exponent can get (experiments 12 and 17).
+        log_scale_lr_multiplier (float): Likewise for the log-scale.
+        norm_exponent_l2 (float): Adds this times the sum of squared exponents to the loss (experiment 37).
+        relative_exponent_penalties (bool): Multiply penalties on exponents by the (detached) reconstruction loss. The paper does not; against a loss of 10,000 its variance penalty (experiment 47) did nothing.
     """
 
     norm_exponent_init: float = 0.0
@@ -57,6 +61,10 @@ class CosineScoreConfig(ConfigMixin):
     log_scale_init: float | None = None
     log_scale_from_data: bool = False
     learn_log_scale: bool = True
+    norm_exponent_lr_multiplier: float = 1.0
+    log_scale_lr_multiplier: float = 1.0
+    norm_exponent_l2: float = 0.0
+    relative_exponent_penalties: bool = False
 
     @override
     def __post_init__(self) -> None:
@@ -67,10 +75,24 @@ class CosineScoreConfig(ConfigMixin):
             raise ValueError(
                 f"log_scale_from_data=True measures the start that log_scale_init={self.log_scale_init} fixes; set one."
             )
+        for name in ("norm_exponent_lr_multiplier", "log_scale_lr_multiplier"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be positive; learn_{name.removesuffix('_lr_multiplier')}=False "
+                    "keeps a parameter fixed."
+                )
+        if self.norm_exponent_l2 and not self.learn_norm_exponent:
+            raise ValueError(
+                f"norm_exponent_l2={self.norm_exponent_l2} has nothing to shrink with learn_norm_exponent=False; set one."
+            )
 
 
 class CosineScore(ScoredTrainingSAE):
-    """Training form: encoder direction, exponent and log-scale are separate parameters."""
+    """Training form: encoder direction, exponent and log-scale are separate parameters.
+
+    `norm_exponent` and `log_scale` are what the optimizer moves; `score_parameters` are the exponents and log-scales that they
+    stand for, which differ by the learning-rate multipliers and by what features share.
+    """
 
     per_feature: ClassVar[bool] = False
     norm_exponent: nn.Parameter
@@ -82,16 +104,35 @@ class CosineScore(ScoredTrainingSAE):
         cfg: Any = self.cfg
         # from d_in now, not in the config: SAELens' synthetic runner corrects d_in after the config was made
         log_scale = math.log(math.sqrt(cfg.d_in)) if cfg.log_scale_init is None else cfg.log_scale_init
-        self.norm_exponent = _score_parameter(self, cfg.norm_exponent_init, cfg.learn_norm_exponent)
-        self.log_scale = _score_parameter(self, log_scale, cfg.learn_log_scale)
+        self.norm_exponent = self._score_parameter(
+            cfg.norm_exponent_init / cfg.norm_exponent_lr_multiplier, cfg.learn_norm_exponent
+        )
+        self.log_scale = self._score_parameter(log_scale / cfg.log_scale_lr_multiplier, cfg.learn_log_scale)
+
+    def _score_parameter(self, value: float, learn: bool) -> nn.Parameter:
+        return parameter(self, (self.cfg.d_sae,) if self.per_feature else (), value, learn)
+
+    def own_exponent(self) -> torch.Tensor:
+        """The exponents that the parameters stand for, in the shape of `log_scale`."""
+        return times(self.norm_exponent, self.cfg.norm_exponent_lr_multiplier)
+
+    def spread(self, own: torch.Tensor) -> torch.Tensor:
+        """Values in the shape of `log_scale` as each feature has them: `[]` or `[d_sae]`."""
+        return own
 
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
-        return cosine_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent, self.log_scale)
+        norm_exponent, log_scale, _ = self.score_parameters()
+        return cosine_score(x_centered, self.W_enc, self.encoder_bias(), norm_exponent, log_scale)
 
     @override
     def score_parameters(self) -> ScoreParameters:
-        return ScoreParameters(self.norm_exponent, self.log_scale, unit_columns=True)
+        log_scale = times(self.log_scale, self.cfg.log_scale_lr_multiplier)
+        return ScoreParameters(self.spread(self.own_exponent()), self.spread(log_scale), unit_columns=True)
+
+    def inference_parameters(self) -> ScoreParameters:
+        """`score_parameters` as they are after training, without gradients."""
+        return ScoreParameters(*(p.detach() for p in self.score_parameters()[:2]), unit_columns=True)
 
     @override
     @torch.no_grad()
@@ -100,26 +141,55 @@ class CosineScore(ScoredTrainingSAE):
         if self.cfg.log_scale_from_data:
             mean_norm = self.process_sae_in(batch).norm(dim=-1).mean()
             # a share norm_exponent_init of the norm is in the score already
-            self.log_scale.fill_((1 - self.cfg.norm_exponent_init) * mean_norm.log())
+            log_scale = (1 - self.cfg.norm_exponent_init) * mean_norm.log()
+            self.log_scale.fill_(log_scale / self.cfg.log_scale_lr_multiplier)
 
     @override
     def training_metrics(self) -> dict[str, torch.Tensor]:
-        exponent = self.norm_exponent.detach()
+        exponent, log_scale, _ = self.inference_parameters()
         return {
             **super().training_metrics(),
             "norm_exponent_mean": exponent.mean(),
             "norm_exponent_min": exponent.min(),
             "norm_exponent_max": exponent.max(),
             "norm_exponent_share_above_0.5": (exponent > 0.5).float().mean(),
-            "log_scale_mean": self.log_scale.detach().mean(),
+            "log_scale_mean": log_scale.mean(),
         }
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        assert isinstance(losses, dict)
+        penalties = self.exponent_penalties(step_input.n_training_steps)
+        if penalties and self.cfg.relative_exponent_penalties:
+            error = (sae_out - step_input.sae_in).detach().pow(2).sum(dim=-1).mean()
+            penalties = {name: error * penalty for name, penalty in penalties.items()}
+        return losses | penalties
+
+    def exponent_penalties(self, step: int) -> dict[str, torch.Tensor]:
+        """Penalties on the exponents at a training step, by the name they are logged under; those of weight 0 left out."""
+        if not self.cfg.norm_exponent_l2:
+            return {}
+        exponent = self.spread(self.own_exponent())
+        return {"norm_exponent_l2_loss": self.cfg.norm_exponent_l2 * exponent.pow(2).sum()}
 
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         """Make an SAE trained on `s * x` exact on `x`: `b += a log s`; `b_enc` is in score units and stays."""
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        self.log_scale.add_(self.norm_exponent * math.log(scaling_factor))
+        shift = self._kept_exponent() * math.log(scaling_factor)
+        self.log_scale.add_(shift / self.cfg.log_scale_lr_multiplier)
+
+    def _kept_exponent(self) -> torch.Tensor:
+        """`own_exponent` as it is after training."""
+        return self.own_exponent()
 
     @override
     @torch.no_grad()
@@ -127,35 +197,33 @@ class CosineScore(ScoredTrainingSAE):
         """Move decoder norms `r_i` into the score: `b_i += log r_i`, `b_enc_i *= r_i`.
 
         Raises:
-            NotImplementedError: one log-scale for all features cannot hold a norm per feature.
+            NotImplementedError: a log-scale that features share cannot hold a norm per feature.
         """
-        if not self.per_feature:
+        if self.log_scale.shape != (self.cfg.d_sae,):
+            whose = "all features" if self.log_scale.ndim == 0 else "each group of features"
             raise NotImplementedError(
-                f"{self.cfg.architecture()!r} has one log_scale for all features, which cannot hold a decoder norm per "
-                "feature. Save it (save_inference_model): the inference form folds decoder norms exactly."
+                f"{self.cfg.architecture()!r} has one log_scale for {whose}, which cannot hold a decoder norm per feature. "
+                "Save it (save_inference_model): the inference form folds decoder norms exactly."
             )
         W_enc = self.W_enc.clone()
         norms = self.get_W_dec_norm()
         super().fold_W_dec_norm()
         self.W_enc.copy_(W_enc)  # SAELens scales the columns, which a cosine does not see
-        self.log_scale.add_(norms.log())
+        self.log_scale.add_(norms.log() / self.cfg.log_scale_lr_multiplier)
 
     @override
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> None:
-        _refuse_whitening(self)
+        refuse_whitening(self)
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        state_dict["W_enc"] = fold_scale(state_dict["W_enc"], state_dict.pop("log_scale")).contiguous()
+        norm_exponent, log_scale, _ = self.inference_parameters()
+        del state_dict["log_scale"]
+        state_dict["W_enc"] = fold_scale(state_dict["W_enc"], log_scale).contiguous()
+        state_dict["norm_exponent"] = norm_exponent.clone()
         super().process_state_dict_for_saving_inference(state_dict)
-
-
-class PerFeatureCosineScore(CosineScore):
-    """One exponent and one log-scale per feature, the form that the paper's authors published."""
-
-    per_feature = True
 
 
 class FoldedCosineScore(ScoredSAE):
@@ -171,11 +239,11 @@ class FoldedCosineScore(ScoredSAE):
     @override
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        self.norm_exponent = _score_parameter(self, 0.0, learn=True)
+        self.norm_exponent = parameter(self, (self.cfg.d_sae,) if self.per_feature else (), 0.0, learn=True)
 
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
-        return folded_score(x_centered, self.W_enc, self.b_enc, self.norm_exponent)
+        return folded_score(x_centered, self.W_enc, self.encoder_bias(), self.norm_exponent)
 
     @override
     def score_parameters(self) -> ScoreParameters:
@@ -192,22 +260,21 @@ class FoldedCosineScore(ScoredSAE):
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> None:
-        _refuse_whitening(self)
+        refuse_whitening(self)
 
 
-class FoldedPerFeatureCosineScore(FoldedCosineScore):
-    """Inference form with one exponent per feature."""
-
-    per_feature = True
-
-
-def _score_parameter(sae: CosineScore | FoldedCosineScore, value: float, learn: bool) -> nn.Parameter:
-    shape = (sae.cfg.d_sae,) if sae.per_feature else ()
-    data = torch.full(shape, value, dtype=wide(sae.dtype), device=sae.device)
-    return nn.Parameter(data, requires_grad=learn)
+def parameter(sae: ScoredSAE, shape: tuple[int, ...], value: float, learn: bool) -> nn.Parameter:
+    """A score's parameter, float32 or wider, filled with its start."""
+    return nn.Parameter(torch.full(shape, value, dtype=wide(sae.dtype), device=sae.device), requires_grad=learn)
 
 
-def _refuse_whitening(sae: ScoredSAE) -> None:
+def times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The product; the tensor itself for a factor of 1."""
+    return tensor if factor == 1 else tensor * factor
+
+
+def refuse_whitening(sae: ScoredSAE) -> None:
+    """Raise NotImplementedError: no weights of a cosine SAE reproduce a whitened input's norm."""
     raise NotImplementedError(
         f"A whitening cannot be folded into {sae.cfg.architecture()!r}: {_REFUSED_NORMALISATIONS['covariance_whitening']}."
     )

@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from saelens_cosine.kernels.selection import EntrySelector, above
 from saelens_cosine.registry import register_inference
-from saelens_cosine.saes.cosine import FoldedCosineScore, FoldedPerFeatureCosineScore, refuse_normalisation
+from saelens_cosine.saes.cosine import FoldedCosineScore, refuse_normalisation
+from saelens_cosine.saes.per_feature_cosine import FoldedPerFeatureCosineScore
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.score import wide
 

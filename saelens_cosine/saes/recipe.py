@@ -38,10 +38,9 @@ class RecipeConfig(ConfigMixin):
         unit_decoder (bool): Keep decoder rows at norm 1: project their gradient onto the sphere's tangent and renormalise before each step. False leaves them free, as SAELens does.
         decoder_init_norm (float | None): Norm of decoder rows and encoder columns at the start. Must be 1 (or None) with unit_decoder.
         b_dec_init (Literal["geometric_median", "zeros"]): Start of the decoder bias: geometric median of the first training batch, or SAELens' zeros.
-        normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance and let it see rectified scores, as the paper does. False is SAELens' un-normalised loss on raw scores.
+        normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance and let it see rectified scores, as the paper does (AbsTopK included). False is SAELens' un-normalised loss on raw scores.
         aux_loss_coefficient (float): Weight of the auxiliary loss. The paper uses 1/32 with the normalised loss; SAELens 1 with its own.
         dead_feature_window_tokens (int): A feature is dead when it has not fired for this many training tokens. Counted by the SAE, in tokens; the paper uses 10,000,000 of 500,000,000.
-        rescale_acts_by_decoder_norm (bool): Multiply scores by decoder norms before selecting. Needless with unit_decoder.
         kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays, and logs why when it does not.
     """
 
@@ -51,13 +50,12 @@ class RecipeConfig(ConfigMixin):
     normalize_aux_loss: bool = True
     aux_loss_coefficient: float = 1 / 32
     dead_feature_window_tokens: int = 10_000_000
-    rescale_acts_by_decoder_norm: bool = False
     kernels: Literal["auto", "reference", "fast"] = "auto"
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.unit_decoder and self.rescale_acts_by_decoder_norm:
+        if self.unit_decoder and getattr(self, "rescale_acts_by_decoder_norm", False):
             raise ValueError(
                 "unit_decoder=True keeps every decoder norm at 1, where rescale_acts_by_decoder_norm=True does nothing; "
                 "set one of them."
@@ -76,6 +74,18 @@ class RecipeConfig(ConfigMixin):
             raise ValueError(
                 f"dead_feature_window_tokens={self.dead_feature_window_tokens} must be a positive token count."
             )
+
+
+@dataclass(kw_only=True)
+class TopKRecipeConfig(RecipeConfig):
+    """
+    The paper's recipe for SAELens' TopK family.
+
+    Args:
+        rescale_acts_by_decoder_norm (bool): Multiply scores by decoder norms before selecting. Needless with unit_decoder.
+    """
+
+    rescale_acts_by_decoder_norm: bool = False
 
 
 class DeadFeatures(NamedTuple):
@@ -103,6 +113,9 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     Resuming restores them exactly. `TrainingSAE.load_from_disk` casts them to the SAE's dtype on the way, so a bfloat16 SAE
     that is fine-tuned starts with token counts rounded to 8 bits.
     """
+
+    signed_codes: ClassVar[bool] = False
+    """Whether a code may be negative."""
 
     tokens_since_fired: torch.Tensor
     initialized_from_data: torch.Tensor
@@ -175,21 +188,56 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Count this step's firings, then the auxiliary loss over the features that are dead after it.
+        """The selector's losses, then the auxiliary loss over the features that are dead after this step's firings.
 
         The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
         """
+        losses = self.sparsity_losses(step_input, feature_acts, hidden_pre, sae_out)
         dead = self._count_firings(feature_acts)
         if dead is None or self.cfg.aux_loss_coefficient == 0:
-            return {"auxiliary_reconstruction_loss": sae_out.new_zeros(())}
-        loss = self._aux_loss((step_input.sae_in - sae_out).detach(), hidden_pre, dead)
-        return {"auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient * loss}
+            loss = sae_out.new_zeros(())
+        else:
+            loss = self.cfg.aux_loss_coefficient * self.aux_loss(step_input, feature_acts, hidden_pre, sae_out, dead)
+        return {**losses, "auxiliary_reconstruction_loss": loss}
 
-    def _aux_loss(self, residual: torch.Tensor, hidden_pre: torch.Tensor, dead: DeadFeatures) -> torch.Tensor:
+    def sparsity_losses(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What a selector adds to the loss: nothing where it fixes the number of active features."""
+        return {}
+
+    def aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+        dead: DeadFeatures,
+    ) -> torch.Tensor:
+        """The auxiliary loss, before its coefficient."""
+        return self.revival_loss((step_input.sae_in - sae_out).detach(), hidden_pre, dead)
+
+    def revival_loss(
+        self,
+        residual: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead: DeadFeatures,
+        gain: torch.Tensor | float = 1.0,
+    ) -> torch.Tensor:
         """Error of predicting the residual `e [tokens, d_in]` from the top `d_in // 2` dead features of each token.
 
         The paper's is `mean ||e - e_hat||^2 / mean ||e - mean(e)||^2` from rectified scores. With `normalize_aux_loss=False`
         it is SAELens', `mean ||e - e_hat||^2` from scores of either sign, scaled down while fewer than `d_in // 2` are dead.
+
+        Args:
+            residual: `e`.
+            hidden_pre: `[tokens, d_sae]`.
+            dead: which features are.
+            gain: `[tokens, 1]`, from scores to codes, for a selector that has one.
         """
         if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
             raise ValueError(
@@ -201,13 +249,13 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
         if self.cfg.normalize_aux_loss:
             scores = scores.relu()
-        scores = torch.where(dead.certain, scores, -torch.inf)
         most = self.cfg.d_in // 2
-        top = scores.topk(min(most, len(dead.features)), dim=-1, sorted=False)
-        values = torch.where(top.values == -torch.inf, 0, top.values)
-        codes = torch.zeros_like(scores).scatter(-1, top.indices, values)
+        rank = scores.abs() if self.signed_codes else scores
+        top = torch.where(dead.certain, rank, -torch.inf).topk(min(most, len(dead.features)), dim=-1, sorted=False)
+        values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
+        codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
         prediction = act_times_W_dec(
-            codes.to(self.dtype), self.W_dec[dead.features], self.cfg.rescale_acts_by_decoder_norm
+            codes.to(self.dtype), self.W_dec[dead.features], getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
         )
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
         n_dead = dead.certain.sum()

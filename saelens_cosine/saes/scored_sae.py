@@ -41,6 +41,7 @@ class ScoredSAE(SAE[Any]):
 
     kept_wide: ClassVar[dict[str, torch.dtype]] = {
         "norm_exponent": torch.float32,
+        "norm_exponent_base": torch.float32,
         "log_scale": torch.float32,
         "threshold": torch.float32,
         "topk_threshold": torch.float64,

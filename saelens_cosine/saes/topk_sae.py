@@ -9,15 +9,13 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopK
 from typing_extensions import override
 
 from saelens_cosine.registry import register_inference, register_training
-from saelens_cosine.saes.cosine import (
-    CosineScore,
-    CosineScoreConfig,
-    FoldedCosineScore,
+from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, FoldedCosineScore, refuse_normalisation
+from saelens_cosine.saes.per_feature_cosine import (
     FoldedPerFeatureCosineScore,
     PerFeatureCosineScore,
-    refuse_normalisation,
+    PerFeatureCosineScoreConfig,
 )
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import InnerProductScore
 
 
@@ -55,7 +53,7 @@ class PerFeatureCosineTopKSAE(FoldedPerFeatureCosineScore, TopKSAE):
 
 
 @dataclass
-class InnerProductTopKTrainingSAEConfig(RecipeConfig, TopKTrainingSAEConfig):
+class InnerProductTopKTrainingSAEConfig(TopKRecipeConfig, TopKTrainingSAEConfig):
     """Configuration of SAELens' TopK with the standard score under the paper's recipe; saved as SAELens' `topk`."""
 
     @override
@@ -69,7 +67,7 @@ class InnerProductTopKTrainingSAEConfig(RecipeConfig, TopKTrainingSAEConfig):
 
 
 @dataclass
-class CosineTopKTrainingSAEConfig(CosineScoreConfig, RecipeConfig, TopKTrainingSAEConfig):
+class CosineTopKTrainingSAEConfig(CosineScoreConfig, TopKRecipeConfig, TopKTrainingSAEConfig):
     """Configuration for training TopK with the cosine score; saved as `cosine_topk`."""
 
     @override
@@ -79,7 +77,7 @@ class CosineTopKTrainingSAEConfig(CosineScoreConfig, RecipeConfig, TopKTrainingS
 
 
 @dataclass
-class PerFeatureCosineTopKTrainingSAEConfig(CosineTopKTrainingSAEConfig):
+class PerFeatureCosineTopKTrainingSAEConfig(PerFeatureCosineScoreConfig, CosineTopKTrainingSAEConfig):
     """Configuration for training TopK with one exponent and scale per feature; saved as `per_feature_cosine_topk`."""
 
     @override
