@@ -8,17 +8,16 @@ experiment 40 (the dictionary_learning recipe), which all published checkpoints 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.saes.topk_sae import act_times_W_dec
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.counting import LaggedCount
-from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredTrainingSAE
+from saelens_cosine.saes.dead_features import DeadFeatureRevival
+from saelens_cosine.saes.losses import ReconstructionLoss, TokenWeighting
+from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
 from saelens_cosine.training.optimizer import fuse_adam_of
 
@@ -41,6 +40,11 @@ class RecipeConfig(ConfigMixin):
         normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance and let it see rectified scores, as the paper does (AbsTopK included). False is SAELens' un-normalised loss on raw scores.
         aux_loss_coefficient (float): Weight of the auxiliary loss. The paper uses 1/32 with the normalised loss; SAELens 1 with its own.
         dead_feature_window_tokens (int): A feature is dead when it has not fired for this many training tokens. Counted by the SAE, in tokens; the paper uses 10,000,000 of 500,000,000.
+        mse_weight (float): Weight of the squared error in the reconstruction loss. This and the next four lines are options of the paper's experiments; the defaults are SAELens' loss.
+        token_weighting (Literal["none", "inverse_norm", "inverse_squared_norm"]): Divide each token's squared error by its centred norm, or by that squared, relative to the batch's mean weight (experiment 59).
+        cosine_loss_weight (float): Weight of 1 - cos(x, x_hat) (experiments 10 and 12).
+        post_norm_loss_weight (float): Weight of the squared error after the model's next RMS norm (experiments 14, 18, 21, 22). The norm's gain is read from the model: `saelens_cosine.training.next_norm.take_next_norms(runner)`, which `saelens-cosine train` does.
+        post_norm_eps (float): eps of that norm, read along with the gain.
         kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays, and logs why when it does not.
     """
 
@@ -50,11 +54,28 @@ class RecipeConfig(ConfigMixin):
     normalize_aux_loss: bool = True
     aux_loss_coefficient: float = 1 / 32
     dead_feature_window_tokens: int = 10_000_000
+    mse_weight: float = 1.0
+    token_weighting: TokenWeighting = "none"
+    cosine_loss_weight: float = 0.0
+    post_norm_loss_weight: float = 0.0
+    post_norm_eps: float = 1e-6
     kernels: Literal["auto", "reference", "fast"] = "auto"
+
+    @property
+    def reconstruction_loss(self) -> ReconstructionLoss:
+        """What the weights above make."""
+        return ReconstructionLoss(
+            self.mse_weight,
+            self.cosine_loss_weight,
+            self.post_norm_loss_weight,
+            self.token_weighting,
+            self.post_norm_eps,
+        )
 
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.reconstruction_loss  # refuses impossible weights
         if self.unit_decoder and getattr(self, "rescale_acts_by_decoder_norm", False):
             raise ValueError(
                 "unit_decoder=True keeps every decoder norm at 1, where rescale_acts_by_decoder_norm=True does nothing; "
@@ -88,25 +109,13 @@ class TopKRecipeConfig(RecipeConfig):
     rescale_acts_by_decoder_norm: bool = False
 
 
-class DeadFeatures(NamedTuple):
-    """
-    The dead features, and maybe some more.
-
-    Args:
-        features (torch.Tensor): `[n]` int64, all dead features and then living ones.
-        certain (torch.Tensor): `[n]` booleans, which are the dead ones.
-    """
-
-    features: torch.Tensor
-    certain: torch.Tensor
-
-
-class RecipeTrainingSAE(ScoredTrainingSAE):
+class RecipeTrainingSAE(DeadFeatureRevival):
     """Mix in between a score and a SAELens training class."""
 
     training_state: ClassVar[dict[str, torch.dtype]] = {
         "tokens_since_fired": torch.int64,
         "initialized_from_data": torch.bool,
+        "post_norm_gain": torch.float32,
     }
     """Buffers that only training needs: saved in checkpoints, left out of the inference form.
 
@@ -114,25 +123,18 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     that is fine-tuned starts with token counts rounded to 8 bits.
     """
 
-    signed_codes: ClassVar[bool] = False
-    """Whether a code may be negative."""
-
-    tokens_since_fired: torch.Tensor
     initialized_from_data: torch.Tensor
+    post_norm_gain: torch.Tensor
     _adam_watch: RemovableHandle | None = None
 
     def __init__(self, cfg: Any, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._at_risk = LaggedCount()
-        self._at_risk_tokens = 0
         device = self.W_dec.device
-        self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=device))
         self.register_buffer("initialized_from_data", torch.zeros((), dtype=torch.bool, device=device))
-
-    @property
-    def dead_features(self) -> torch.Tensor:
-        """`[d_sae]` booleans: not fired in the last `cfg.dead_feature_window_tokens` training tokens."""
-        return self.tokens_since_fired >= self.cfg.dead_feature_window_tokens
+        if cfg.post_norm_loss_weight:
+            self.register_buffer("post_norm_gain", torch.zeros(cfg.d_in, device=device))
+        if not cfg.reconstruction_loss.is_mse:
+            self.mse_loss_fn = self._reconstruction_loss
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -151,12 +153,31 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         if self.cfg.unit_decoder:
             self.normalize_decoder()
             self._project_next_decoder_gradient()
+        if self.cfg.post_norm_loss_weight and step_input.n_training_steps == 0 and not self.post_norm_gain.any():
+            raise ValueError(
+                f"post_norm_loss_weight={self.cfg.post_norm_loss_weight} needs the gain of the model's norm after "
+                f"{self.cfg.metadata.hook_name}: call saelens_cosine.training.next_norm.take_next_norms(runner) before "
+                "runner.run(), or set_next_norm on the SAE."
+            )
         output = super().training_forward_pass(step_input)
+        if not self.cfg.reconstruction_loss.is_mse:
+            output.losses["reconstruction_loss"] = output.losses.pop("mse_loss")
         if step_input.is_logging_step or step_input.n_training_steps % CHECK_EVERY_STEPS == 0:
             self._check_finite(step_input, output)
         if step_input.is_logging_step:
             output.metrics.update(self.training_metrics())
         return output
+
+    def _reconstruction_loss(self, sae_out: torch.Tensor, sae_in: torch.Tensor) -> torch.Tensor:
+        gain = self.post_norm_gain if self.cfg.post_norm_loss_weight else None
+        return self.cfg.reconstruction_loss(sae_out, sae_in, self.b_dec, gain)
+
+    def set_next_norm(self, gain: torch.Tensor, eps: float) -> None:
+        """Give the post-norm loss the RMS norm that follows in the model: gain `[d_in]` and eps."""
+        if gain.shape != self.post_norm_gain.shape:
+            raise ValueError(f"gain has shape {tuple(gain.shape)}, the activations have d_in={self.cfg.d_in}.")
+        self.post_norm_gain.copy_(gain)
+        self.cfg.post_norm_eps = eps
 
     def _fuse_adam(self, step: int) -> None:
         if self._adam_watch is not None:
@@ -171,122 +192,6 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
         super().initialize_from_data(batch)
         if self.cfg.b_dec_init == "geometric_median":
             self.b_dec.copy_(geometric_median(batch.to(wide(self.b_dec.dtype))))
-
-    @override
-    def training_metrics(self) -> dict[str, torch.Tensor]:
-        return {
-            **super().training_metrics(),
-            "dead_features_in_token_window": self.dead_features.sum(),
-            "dead_feature_window_tokens": torch.tensor(self.cfg.dead_feature_window_tokens),
-        }
-
-    @override
-    def calculate_aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The selector's losses, then the auxiliary loss over the features that are dead after this step's firings.
-
-        The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
-        """
-        losses = self.sparsity_losses(step_input, feature_acts, hidden_pre, sae_out)
-        dead = self._count_firings(feature_acts)
-        if dead is None or self.cfg.aux_loss_coefficient == 0:
-            loss = sae_out.new_zeros(())
-        else:
-            loss = self.cfg.aux_loss_coefficient * self.aux_loss(step_input, feature_acts, hidden_pre, sae_out, dead)
-        return {**losses, "auxiliary_reconstruction_loss": loss}
-
-    def sparsity_losses(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """What a selector adds to the loss: nothing where it fixes the number of active features."""
-        return {}
-
-    def aux_loss(
-        self,
-        step_input: TrainStepInput,
-        feature_acts: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        sae_out: torch.Tensor,
-        dead: DeadFeatures,
-    ) -> torch.Tensor:
-        """The auxiliary loss, before its coefficient."""
-        return self.revival_loss((step_input.sae_in - sae_out).detach(), hidden_pre, dead)
-
-    def revival_loss(
-        self,
-        residual: torch.Tensor,
-        hidden_pre: torch.Tensor,
-        dead: DeadFeatures,
-        gain: torch.Tensor | float = 1.0,
-    ) -> torch.Tensor:
-        """Error of predicting the residual `e [tokens, d_in]` from the top `d_in // 2` dead features of each token.
-
-        The paper's is `mean ||e - e_hat||^2 / mean ||e - mean(e)||^2` from rectified scores. With `normalize_aux_loss=False`
-        it is SAELens', `mean ||e - e_hat||^2` from scores of either sign, scaled down while fewer than `d_in // 2` are dead.
-
-        Args:
-            residual: `e`.
-            hidden_pre: `[tokens, d_sae]`.
-            dead: which features are.
-            gain: `[tokens, 1]`, from scores to codes, for a selector that has one.
-        """
-        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
-            raise ValueError(
-                f"The auxiliary loss does not go with normalize_activations={self.cfg.normalize_activations!r}: the residual "
-                "is in the units of the activations, the decoder in those of the normalised ones. Use 'none' or "
-                "'expected_average_only_in', or aux_loss_coefficient=0."
-            )
-        lazy = isinstance(hidden_pre, ScoresOnDemand)
-        scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
-        if self.cfg.normalize_aux_loss:
-            scores = scores.relu()
-        most = self.cfg.d_in // 2
-        rank = scores.abs() if self.signed_codes else scores
-        top = torch.where(dead.certain, rank, -torch.inf).topk(min(most, len(dead.features)), dim=-1, sorted=False)
-        values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
-        codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
-        prediction = act_times_W_dec(
-            codes.to(self.dtype), self.W_dec[dead.features], getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        )
-        error = (residual - prediction).pow(2).sum(dim=-1).mean()
-        n_dead = dead.certain.sum()
-        if not self.cfg.normalize_aux_loss:
-            return (n_dead / most).clamp_max(1) * error
-        variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
-        return (error / variance.clamp_min(1e-8)).nan_to_num(0.0) * (n_dead > 0)
-
-    @torch.no_grad()
-    def _count_firings(self, feature_acts: torch.Tensor) -> DeadFeatures | None:
-        """Count this batch's tokens for every feature that did not fire in it; the features that are dead now.
-
-        How many could be dead was counted a step ago, so that a device that runs ahead is not waited for.
-        """
-        n_tokens, window = feature_acts.shape[0], self.cfg.dead_feature_window_tokens
-        at_most = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
-        if isinstance(feature_acts, EntryCodes):
-            fired = feature_acts.fired()
-        else:
-            codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
-            fired = (codes != 0).any(dim=0)
-        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
-        self._at_risk.put((self.tokens_since_fired + n_tokens >= window).sum(), self.tokens_since_fired)
-        self._at_risk_tokens = n_tokens
-        dead = self.dead_features
-        if at_most is None:
-            at_most = int(dead.sum())
-        if at_most == 0:
-            return None
-        dead_first = dead.to(torch.int8).sort(descending=True, stable=True)
-        return DeadFeatures(dead_first.indices[:at_most], dead_first.values[:at_most].bool())
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -368,7 +273,7 @@ class RecipeTrainingSAE(ScoredTrainingSAE):
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         for name in self.training_state:
-            del state_dict[name]
+            state_dict.pop(name, None)
         if self.cfg.unit_decoder:
             state_dict["W_dec"] = state_dict["W_dec"] / self.get_W_dec_norm().unsqueeze(-1)
         super().process_state_dict_for_saving_inference(state_dict)

@@ -13,6 +13,7 @@ from sae_lens.llm_sae_training_runner import (
 from saelens_cosine.bundled import BUNDLED, load_bundled_model
 from saelens_cosine.data import load_text
 from saelens_cosine.models import size_at_hook
+from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import HighNormFilter, filter_high_norm_tokens
 
 
@@ -36,6 +37,7 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
             f"d_in={cfg.sae.d_in} but the activations of {cfg.model_name} at {cfg.hook_name} have size {size}; "
             f"pass --d_in {size}."
         )
+    take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
     runner.run()
     return norm_filter

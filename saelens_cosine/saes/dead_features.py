@@ -1,0 +1,163 @@
+"""Dead features: counted in tokens, and revived by the paper's auxiliary loss or by SAELens'."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import act_times_W_dec
+from typing_extensions import override
+
+from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
+from saelens_cosine.kernels.counting import LaggedCount
+from saelens_cosine.saes.scored_sae import ScoredTrainingSAE
+
+
+class DeadFeatures(NamedTuple):
+    """
+    The dead features, and maybe some more.
+
+    Args:
+        features (torch.Tensor): `[n]` int64, all dead features and then living ones.
+        certain (torch.Tensor): `[n]` booleans, which are the dead ones.
+    """
+
+    features: torch.Tensor
+    certain: torch.Tensor
+
+
+class DeadFeatureRevival(ScoredTrainingSAE):
+    """Counts the tokens since each feature fired, and lets the features that are dead predict what the others leave over."""
+
+    signed_codes: ClassVar[bool] = False
+    """Whether a code may be negative."""
+
+    tokens_since_fired: torch.Tensor
+
+    def __init__(self, cfg: Any, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self._at_risk = LaggedCount()
+        self._at_risk_tokens = 0
+        self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64, device=self.W_dec.device))
+
+    @property
+    def dead_features(self) -> torch.Tensor:
+        """`[d_sae]` booleans: not fired in the last `cfg.dead_feature_window_tokens` training tokens."""
+        return self.tokens_since_fired >= self.cfg.dead_feature_window_tokens
+
+    @override
+    def training_metrics(self) -> dict[str, torch.Tensor]:
+        return {
+            **super().training_metrics(),
+            "dead_features_in_token_window": self.dead_features.sum(),
+            "dead_feature_window_tokens": torch.tensor(self.cfg.dead_feature_window_tokens),
+        }
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The selector's losses, then the auxiliary loss over the features that are dead after this step's firings.
+
+        The paper's order: a feature that fires in this batch is alive in this batch's loss. Called once per step.
+        """
+        losses = self.sparsity_losses(step_input, feature_acts, hidden_pre, sae_out)
+        dead = self._count_firings(feature_acts)
+        if dead is None or self.cfg.aux_loss_coefficient == 0:
+            loss = sae_out.new_zeros(())
+        else:
+            loss = self.cfg.aux_loss_coefficient * self.aux_loss(step_input, feature_acts, hidden_pre, sae_out, dead)
+        return {**losses, "auxiliary_reconstruction_loss": loss}
+
+    def sparsity_losses(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """What a selector adds to the loss: nothing where it fixes the number of active features."""
+        return {}
+
+    def aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        sae_out: torch.Tensor,
+        dead: DeadFeatures,
+    ) -> torch.Tensor:
+        """The auxiliary loss, before its coefficient."""
+        return self.revival_loss((step_input.sae_in - sae_out).detach(), hidden_pre, dead)
+
+    def revival_loss(
+        self,
+        residual: torch.Tensor,
+        hidden_pre: torch.Tensor,
+        dead: DeadFeatures,
+        gain: torch.Tensor | float = 1.0,
+    ) -> torch.Tensor:
+        """Error of predicting the residual `e [tokens, d_in]` from the top `d_in // 2` dead features of each token.
+
+        The paper's is `mean ||e - e_hat||^2 / mean ||e - mean(e)||^2` from rectified scores. With `normalize_aux_loss=False`
+        it is SAELens', `mean ||e - e_hat||^2` from scores of either sign, scaled down while fewer than `d_in // 2` are dead.
+
+        Args:
+            residual: `e`.
+            hidden_pre: `[tokens, d_sae]`.
+            dead: which features are.
+            gain: `[tokens, 1]`, from scores to codes, for a selector that has one.
+        """
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                f"The auxiliary loss does not go with normalize_activations={self.cfg.normalize_activations!r}: the residual "
+                "is in the units of the activations, the decoder in those of the normalised ones. Use 'none' or "
+                "'expected_average_only_in', or aux_loss_coefficient=0."
+            )
+        lazy = isinstance(hidden_pre, ScoresOnDemand)
+        scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
+        if self.cfg.normalize_aux_loss:
+            scores = scores.relu()
+        most = self.cfg.d_in // 2
+        rank = scores.abs() if self.signed_codes else scores
+        top = torch.where(dead.certain, rank, -torch.inf).topk(min(most, len(dead.features)), dim=-1, sorted=False)
+        values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
+        codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
+        prediction = act_times_W_dec(
+            codes.to(self.dtype), self.W_dec[dead.features], getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+        )
+        error = (residual - prediction).pow(2).sum(dim=-1).mean()
+        n_dead = dead.certain.sum()
+        if not self.cfg.normalize_aux_loss:
+            return (n_dead / most).clamp_max(1) * error
+        variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
+        return (error / variance.clamp_min(1e-8)).nan_to_num(0.0) * (n_dead > 0)
+
+    @torch.no_grad()
+    def _count_firings(self, feature_acts: torch.Tensor) -> DeadFeatures | None:
+        """Count this batch's tokens for every feature that did not fire in it; the features that are dead now.
+
+        How many could be dead was counted a step ago, so that a device that runs ahead is not waited for.
+        """
+        n_tokens, window = feature_acts.shape[0], self.cfg.dead_feature_window_tokens
+        at_most = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
+        if isinstance(feature_acts, EntryCodes):
+            fired = feature_acts.fired()
+        else:
+            codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
+            fired = (codes != 0).any(dim=0)
+        self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
+        self._at_risk.put((self.tokens_since_fired + n_tokens >= window).sum(), self.tokens_since_fired)
+        self._at_risk_tokens = n_tokens
+        dead = self.dead_features
+        if at_most is None:
+            at_most = int(dead.sum())
+        if at_most == 0:
+            return None
+        dead_first = dead.to(torch.int8).sort(descending=True, stable=True)
+        return DeadFeatures(dead_first.indices[:at_most], dead_first.values[:at_most].bool())
