@@ -31,15 +31,26 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_cosine.kernels import selection
 from saelens_cosine.registry import check_training_architecture
-from saelens_cosine.saes.recipe import RecipeConfig
+from saelens_cosine.saes.recipe import TopKRecipeConfig
 
-SAELENS_ARMS = ("saelens_batchtopk", "saelens_topk", "saelens_topk_sparse")
+SELECTORS = ("matryoshka_batchtopk", "batchtopk", "abstopk", "topk")
+"""SAELens' selectors that have a fast path; an architecture's is the first that its name ends in."""
+
+SAELENS_ARMS = (*(f"saelens_{selector}" for selector in SELECTORS), "saelens_topk_sparse")
 """SAELens' own classes; the last with `use_sparse_activations=True` and without rescaling by decoder norms."""
 
-FAST_ARCHITECTURES = tuple(
-    f"{score}_{selector}"
-    for selector in ("batchtopk", "topk")
-    for score in ("inner_product", "cosine", "per_feature_cosine")
+MATRYOSHKA_LEVELS = (1 / 8, 1 / 4, 1 / 2, 1)
+"""Widths of the nested reconstructions, as shares of d_sae."""
+
+FAST_ARCHITECTURES = (
+    *(
+        f"{score}_{selector}"
+        for selector in ("batchtopk", "topk")
+        for score in ("inner_product", "cosine", "per_feature_cosine")
+    ),
+    "cosine_abstopk",
+    "cosine_matryoshka_batchtopk",
+    "magnitude_bypass_batchtopk",
 )
 
 DEFAULT_ARMS = (
@@ -60,7 +71,7 @@ class BenchmarkSettings:
     What to measure.
 
     Args:
-        arms (tuple[str, ...]): `saelens_batchtopk`, `saelens_topk`, `saelens_topk_sparse`, or `<architecture>/<kernels>`.
+        arms (tuple[str, ...]): `saelens_<selector>`, `saelens_topk_sparse`, or `<architecture>/<kernels>`.
         d_in (int): Size of the activations.
         d_sae (int): Number of features.
         batch (int): Tokens per step.
@@ -89,10 +100,10 @@ class BenchmarkSettings:
             if arm in SAELENS_ARMS:
                 continue
             config = get_sae_training_class(check_training_architecture(architecture))[1]
-            if kernels not in ("reference", "fast") or not issubclass(config, RecipeConfig):
+            if kernels not in ("reference", "fast") or not issubclass(config, TopKRecipeConfig):
                 raise ValueError(
                     f"Unknown arm {arm!r}. There are {', '.join(SAELENS_ARMS)}, and <architecture>/reference or "
-                    "<architecture>/fast for the architectures of this package."
+                    f"<architecture>/fast for those of this package that end in {', '.join(SELECTORS)}."
                 )
 
 
@@ -271,7 +282,8 @@ def _compare(rows: list[Row], floor_ms: float) -> None:
     steps = {row.arm: row.step_ms for row in rows}
     for row in rows:
         row.ratio_to_floor = row.step_ms / floor_ms
-        selector = "batchtopk" if "batchtopk" in row.arm else "topk"
+        architecture = row.arm.partition("/")[0].removesuffix("_sparse")
+        selector = next(s for s in SELECTORS if architecture.endswith(s))
         base = steps.get(f"saelens_{selector}", next((steps[a] for a in SAELENS_ARMS if a in steps), None))
         row.ratio_to_saelens = None if base is None else row.step_ms / base
 
@@ -322,7 +334,7 @@ class _Arm:
         architecture, _, kernels = name.partition("/")
         options: dict[str, Any] = {"kernels": kernels} if kernels else {}
         if name in SAELENS_ARMS:
-            architecture = name.split("_")[1]
+            architecture = name.removeprefix("saelens_").removesuffix("_sparse")
             if name.endswith(
                 "sparse"
             ):  # with its default rescaling, the sparse product has no backward in PyTorch 2.13
@@ -330,6 +342,8 @@ class _Arm:
         sae_class, config_class = get_sae_training_class(architecture)
         torch.manual_seed(0)
         options |= {"d_in": settings.d_in, "d_sae": settings.d_sae, "k": settings.k, "device": settings.device}
+        if architecture.endswith("matryoshka_batchtopk"):
+            options["matryoshka_widths"] = [max(1, round(share * settings.d_sae)) for share in MATRYOSHKA_LEVELS]
         self.sae: Any = sae_class(config_class(**options))
         self.clock = clock
         self.trainer = SAETrainer(_trainer_config(settings), self.sae, iter(()))

@@ -125,14 +125,19 @@ class CosineScore(ScoredTrainingSAE):
         norm_exponent, log_scale, _ = self.score_parameters()
         return cosine_score(x_centered, self.W_enc, self.encoder_bias(), norm_exponent, log_scale)
 
+    def exponents(self, in_training: bool) -> torch.Tensor:
+        """Exponents that the score takes, `[]` or `[d_sae]`."""
+        return self.spread(self.own_exponent())
+
     @override
     def score_parameters(self) -> ScoreParameters:
         log_scale = times(self.log_scale, self.cfg.log_scale_lr_multiplier)
-        return ScoreParameters(self.spread(self.own_exponent()), self.spread(log_scale), unit_columns=True)
+        return ScoreParameters(self.exponents(self.training), self.spread(log_scale), unit_columns=True)
 
     def inference_parameters(self) -> ScoreParameters:
         """`score_parameters` as they are after training, without gradients."""
-        return ScoreParameters(*(p.detach() for p in self.score_parameters()[:2]), unit_columns=True)
+        log_scale = self.score_parameters().log_scale.detach()
+        return ScoreParameters(self.exponents(in_training=False).detach(), log_scale, unit_columns=True)
 
     @override
     @torch.no_grad()

@@ -146,6 +146,8 @@ class DeadFeatureRevival(ScoredTrainingSAE):
         """
         n_tokens, window = feature_acts.shape[0], self.cfg.dead_feature_window_tokens
         at_most = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
+        if at_most is None:  # what the step before would have counted, so that a resumed run sums in the same order
+            at_most = int((self.tokens_since_fired + n_tokens >= window).sum())
         if isinstance(feature_acts, EntryCodes):
             fired = feature_acts.fired()
         else:
@@ -155,8 +157,6 @@ class DeadFeatureRevival(ScoredTrainingSAE):
         self._at_risk.put((self.tokens_since_fired + n_tokens >= window).sum(), self.tokens_since_fired)
         self._at_risk_tokens = n_tokens
         dead = self.dead_features
-        if at_most is None:
-            at_most = int(dead.sum())
         if at_most == 0:
             return None
         dead_first = dead.to(torch.int8).sort(descending=True, stable=True)

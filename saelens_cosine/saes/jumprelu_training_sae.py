@@ -3,10 +3,11 @@
 SAELens' settings are absolute: a bandwidth of 0.05, thresholds from 0.01 that Adam moves by the learning rate, a penalty
 against a reconstruction loss of any size. Scores of some tens or hundreds then never see their thresholds, and the paper's
 own attempt (experiment 63) stayed at an L0 of thousands, its thresholds bound to a factor of three by the learning rate.
-Here the first batch sets the unit and the start, and everything else is relative:
+Here everything is relative:
 
-- `threshold` counts in units of the first batch's root-mean-square positive score, and starts where L0 is `target_l0`;
-- the bandwidth is a share of each batch's root-mean-square positive score (experiment 63);
+- thresholds and bandwidth count in units of the root mean square of positive scores (experiment 63 has its bandwidth so), a
+  running one, so that they follow when scores grow as a whole;
+- thresholds start where the first batch's L0 is `target_l0`, and move three times as far in a step as weights do;
 - the penalty, quadratic in the batch's mean L0 about the target, is multiplied by the (detached) reconstruction loss.
 
 Of the paper's recipe the unit decoder, the start of `b_dec` and the auxiliary loss apply.
@@ -37,6 +38,9 @@ from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFea
 from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import InnerProductScore
 
+UNIT_RATE = 0.1
+"""Weight of each batch in the running root mean square."""
+
 SAMPLE_SCORES = 2**24
 """Scores of the first batch that the start of the thresholds is taken from, at most."""
 
@@ -49,16 +53,16 @@ class JumpReLUThresholdConfig(RecipeConfig, JumpReLUTrainingSAEConfig):
     Args:
         jumprelu_sparsity_loss_mode (Literal["step", "tanh", "quadratic"]): SAELens' modes. "quadratic" is 2 / target_l0 times the squared distance of the batch's mean L0 from target_l0; SAELens takes each token's, which settles below the target where tokens differ.
         target_l0 (float | None): Active features per token that thresholds start at and that "quadratic" holds.
-        jumprelu_bandwidth (float): Width of the window in which a score moves its threshold, as a multiple of the batch's root-mean-square positive score (the paper's experiment 63: 0.5).
-        jumprelu_init_threshold (float): Start of the thresholds without a target_l0, in units of the first batch's root-mean-square positive score.
-        threshold_lr_multiplier (float): Times the learning rate, how far an optimizer like Adam moves a threshold in a step, in these units.
+        jumprelu_bandwidth (float): Width of the window in which a score moves its threshold, as a multiple of the root mean square of positive scores (the paper's experiment 63: 0.5).
+        jumprelu_init_threshold (float): Start of the thresholds without a target_l0, as a multiple of the same.
+        threshold_lr_multiplier (float): Times the learning rate, how far an optimizer like Adam moves a threshold in a step, as a multiple of the same.
         relative_l0_loss (bool): Multiply the sparsity loss by the (detached) reconstruction loss, so that l0_coefficient means the same at any scale of the activations. False is SAELens'.
     """
 
     jumprelu_sparsity_loss_mode: Literal["step", "tanh", "quadratic"] = "quadratic"
     target_l0: float | None = 100.0
     jumprelu_bandwidth: float = 0.5
-    threshold_lr_multiplier: float = 1.0
+    threshold_lr_multiplier: float = 3.0
     relative_l0_loss: bool = True
 
     @override
@@ -124,7 +128,7 @@ class LearnedThreshold(RecipeTrainingSAE):
 
     def score_thresholds(self) -> torch.Tensor:
         """Thresholds in units of the scores, `[d_sae]`."""
-        return self.threshold * self.threshold_unit
+        return self.threshold * (self.cfg.threshold_lr_multiplier * self.threshold_unit)
 
     @override
     @torch.no_grad()
@@ -132,23 +136,24 @@ class LearnedThreshold(RecipeTrainingSAE):
         super().initialize_from_data(batch)  # b_dec and scale, which scores depend on
         sample = batch[: max(1, SAMPLE_SCORES // self.cfg.d_sae)]
         scores = self.score(self.process_sae_in(sample))
-        size = root_mean_square_positive(scores)
-        start = size * self.cfg.jumprelu_init_threshold
+        self.threshold_unit = root_mean_square_positive(scores).to(self.threshold_unit.dtype)
+        start = self.threshold_unit * self.cfg.jumprelu_init_threshold
         if self.cfg.target_l0 is not None:
             rank = min(scores.numel(), math.ceil(self.cfg.target_l0 * len(scores)))
             start = scores.flatten().kthvalue(scores.numel() - rank + 1).values.clamp_min(0)
-        self.threshold_unit.copy_(size * self.cfg.threshold_lr_multiplier)
-        self.threshold.copy_((start / self.threshold_unit).expand_as(self.threshold))
+        self.threshold.copy_(
+            (start / (self.cfg.threshold_lr_multiplier * self.threshold_unit)).expand_as(self.threshold)
+        )
 
     @override
     def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
         threshold = self.score_thresholds().to(hidden_pre.dtype)
         if not self.training:  # SAELens' training step starts with the same clamp
             return hidden_pre * (hidden_pre > threshold.clamp_min(0))
-        return JumpReLU.apply(hidden_pre, threshold, self._window(hidden_pre), self.cfg.jumprelu_ste_to_input)
+        return JumpReLU.apply(hidden_pre, threshold, self._window(), self.cfg.jumprelu_ste_to_input)
 
-    def _window(self, hidden_pre: torch.Tensor) -> torch.Tensor:
-        return self.cfg.jumprelu_bandwidth * root_mean_square_positive(hidden_pre.detach())
+    def _window(self) -> torch.Tensor:
+        return self.cfg.jumprelu_bandwidth * self.threshold_unit
 
     @override
     def sparsity_losses(
@@ -163,13 +168,15 @@ class LearnedThreshold(RecipeTrainingSAE):
         if cfg.jumprelu_sparsity_loss_mode == "tanh":
             loss = torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * decoder_norm).sum(dim=-1).mean()
         else:
-            active: Any = Step.apply(hidden_pre, threshold, self._window(hidden_pre), cfg.jumprelu_ste_to_input)
+            active: Any = Step.apply(hidden_pre, threshold, self._window(), cfg.jumprelu_ste_to_input)
             loss = active.sum(dim=-1).mean()
             if cfg.jumprelu_sparsity_loss_mode == "quadratic":
                 loss = 2 / cfg.target_l0 * (loss - cfg.target_l0) ** 2
         loss = step_input.coefficients["l0"] * loss
         if cfg.relative_l0_loss:
             loss = loss * (sae_out - step_input.sae_in).detach().pow(2).sum(dim=-1).mean()
+        now = root_mean_square_positive(hidden_pre.detach()).to(self.threshold_unit.dtype)
+        self.threshold_unit = self.threshold_unit.lerp(now, UNIT_RATE)
         losses = {"l0_loss": loss}
         if cfg.pre_act_loss_coefficient is not None:
             losses["pre_act_loss"] = calculate_pre_act_loss(

@@ -11,7 +11,6 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, FoldedCosineScore, parameter, times
-from saelens_cosine.score import ScoreParameters
 
 
 @dataclass(kw_only=True)
@@ -106,19 +105,11 @@ class PerFeatureCosineScore(CosineScore):
         return own.repeat_interleave(sizes, output_size=d_sae)
 
     @override
-    def score_parameters(self) -> ScoreParameters:
-        norm_exponent, log_scale, unit_columns = super().score_parameters()
-        if self.cfg.norm_exponent_dropout:
-            in_step = self.training and self._dropped is not None
-            kept = (~self._dropped).to(norm_exponent) if in_step else 1 - self.cfg.norm_exponent_dropout
-            norm_exponent = norm_exponent * kept
-        return ScoreParameters(norm_exponent, log_scale, unit_columns)
-
-    @override
-    def inference_parameters(self) -> ScoreParameters:
-        norm_exponent, log_scale, _ = super().score_parameters()
-        kept = 1 - self.cfg.norm_exponent_dropout
-        return ScoreParameters(times(norm_exponent.detach(), kept), log_scale.detach(), unit_columns=True)
+    def exponents(self, in_training: bool) -> torch.Tensor:
+        exponents = super().exponents(in_training)
+        if in_training and self._dropped is not None:
+            return exponents * (~self._dropped).to(exponents)
+        return times(exponents, 1 - self.cfg.norm_exponent_dropout)
 
     @override
     def _kept_exponent(self) -> torch.Tensor:

@@ -149,7 +149,7 @@ class RecipeTrainingSAE(DeadFeatureRevival):
         if step_input.n_training_steps == 0 and not self.initialized_from_data:
             self.initialize_from_data(step_input.sae_in)
             self.initialized_from_data.fill_(True)
-        self._fuse_adam(step_input.n_training_steps)
+        self._fuse_adam()
         if self.cfg.unit_decoder:
             self.normalize_decoder()
             self._project_next_decoder_gradient()
@@ -179,11 +179,11 @@ class RecipeTrainingSAE(DeadFeatureRevival):
         self.post_norm_gain.copy_(gain)
         self.cfg.post_norm_eps = eps
 
-    def _fuse_adam(self, step: int) -> None:
+    def _fuse_adam(self) -> None:
+        """Watch for the optimizer in this object's first training step, be it a run's or that of a resumed one."""
         if self._adam_watch is not None:
             self._adam_watch.remove()
-            self._adam_watch = None
-        if step == 0 and self.cfg.kernels != "reference" and torch.is_grad_enabled():
+        elif self.cfg.kernels != "reference" and torch.is_grad_enabled():
             self._adam_watch = fuse_adam_of(self.W_dec)
 
     @override

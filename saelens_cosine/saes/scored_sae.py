@@ -44,6 +44,8 @@ class ScoredSAE(SAE[Any]):
         "norm_exponent_base": torch.float32,
         "log_scale": torch.float32,
         "threshold": torch.float32,
+        "threshold_unit": torch.float32,
+        "post_norm_gain": torch.float32,
         "topk_threshold": torch.float64,
     }
     """Parameters and buffers that no cast may narrow further: rounded, they would stop learning and shift L0."""
@@ -158,8 +160,9 @@ class ScoredSAE(SAE[Any]):
         result = super()._apply(fn, recurse)
         for name, tensor in self._wide_tensors().items():
             dtype = torch.promote_types(tensor.dtype, self.kept_wide[name])
-            if tensor.dtype != dtype:
-                tensor.data = before[name].to(tensor.device, dtype)  # the value before it was rounded
+            # the value before it was rounded, also where SAELens' JumpReLU has widened it again
+            if tensor.dtype != dtype or self.W_enc.dtype != wide(self.W_enc.dtype):
+                tensor.data = before[name].to(tensor.device, dtype)
         return result
 
     @override

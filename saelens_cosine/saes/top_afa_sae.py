@@ -141,10 +141,10 @@ class TopAFASAEConfig(SAEConfig):
 @dataclass(kw_only=True)
 class TopAFATrainingSAEConfig(RecipeConfig, TopAFASAEConfig, TrainingSAEConfig):
     """
-    Configuration for training a top-AFA SAE; saved as `top_afa`. The number of active features follows from each token's norm and from afa_coefficient: L0 rises with it.
+    Configuration for training a top-AFA SAE; saved as `top_afa`. There is no k: each token's norm decides, and training how much of it a feature makes up.
 
     Args:
-        afa_coefficient (float): Weight of the squared difference between the norm of a token's features and its own, in the paper's units, where the reconstruction error is averaged over dimensions (SAELens sums it, so d_in times this is what the loss has). The paper sweeps 1/128 to 1/16.
+        afa_coefficient (float): Weight of the squared difference between the norm of a token's features and its own, in the paper's units, where the reconstruction error is averaged over dimensions (SAELens sums it, so d_in times this is what the loss has). The paper sweeps 1/128 to 1/16, on activations with normalize_activations="layer_norm", where L0 rises with it; without normalisation it may fall.
         afa_warm_up_steps (int): Training steps over which the coefficient rises from 0.
         afa_loss_target (Literal["input", "centered"]): The norm that the loss aims at: of the input, as in the paper, or of the input minus b_dec, which is the one that features are selected by.
         use_encoder_bias (bool): Whether b_enc is trained. False keeps it at 0, as in the paper.
@@ -194,8 +194,7 @@ class AFASelection(InnerProductScore):
         with torch.no_grad(), torch.autocast(codes.device.type, enabled=False):
             if not self.cfg.apply_b_dec_to_input:
                 x_centered = x_centered - self.b_dec
-            coefficients = self.unit_coefficients(codes.detach().to(wide(codes.dtype)))
-            target = x_centered.to(coefficients.dtype).norm(dim=-1)
+            coefficients, target = self.unit_coefficients(codes), x_centered.norm(dim=-1)
             keep = afa_prefix(coefficients, target, self.cfg.match, self.cfg.k_min, self.cfg.k_max)
         return codes * keep
 
