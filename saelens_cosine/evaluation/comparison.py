@@ -26,6 +26,7 @@ from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
+from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 
@@ -259,6 +260,7 @@ def _run_seed(
         override_model=model.model,
         override_saes=saes,
     )
+    take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
     what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
     monitor = TrainingMonitor(
@@ -278,7 +280,7 @@ def _run_seed(
         saved = SAE.load_from_disk(workspace / arm, device=settings.device)
         (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
-        exponent = getattr(sae, "norm_exponent", None)
+        exponent = getattr(saved, "norm_exponent", None)
         results.append(
             ArmResult(
                 architecture=arm,

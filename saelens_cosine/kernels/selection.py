@@ -99,9 +99,8 @@ class Scored:
         places = keep.nonzero().squeeze(-1)
         tokens, features = (t.index_select(0, places) for t in (self.entries.tokens, self.entries.features))
         entries = Entries(tokens, features, self.entries.n_tokens, self.entries.d_sae)
-        return Scored(
-            entries, *(t.index_select(0, places) for t in (self.product, self.factor, self.score)), self.signed
-        )
+        product, factor, score = (t.index_select(0, places) for t in (self.product, self.factor, self.score))
+        return Scored(entries, product, factor, score, self.signed)
 
 
 def score_entries(tokens: torch.Tensor, features: torch.Tensor, inputs: UnitInputs, encoder: Encoder) -> Scored:

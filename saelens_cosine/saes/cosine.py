@@ -169,8 +169,8 @@ class CosineScore(ScoredTrainingSAE):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
-        assert isinstance(losses, dict)
+        selector: Any = super()
+        losses: dict[str, torch.Tensor] = selector.calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         penalties = self.exponent_penalties(step_input.n_training_steps)
         if penalties and self.cfg.relative_exponent_penalties:
             error = (sae_out - step_input.sae_in).detach().pow(2).sum(dim=-1).mean()

@@ -24,7 +24,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from typing_extensions import override
 
-from saelens_cosine.kernels.codes import scores_of
+from saelens_cosine.kernels.codes import EntryCodes, scores_of
 from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.batchtopk_sae import BatchTopKThreshold, BatchTopKThresholdConfig
 from saelens_cosine.saes.cosine import PLUGIN_NOTE, FoldedCosineScore, refuse_normalisation, refuse_whitening
@@ -185,7 +185,7 @@ class MagnitudeBypass(NormRestore, RecipeTrainingSAE):
     def living_gain(self, feature_acts: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:
         """From scores to codes as this batch's living features have it, `[tokens, 1]`; 1 for a token without codes."""
         scores = scores_of(feature_acts, hidden_pre)
-        if scores.ndim == 1:
+        if isinstance(feature_acts, EntryCodes):
             scores = feature_acts.with_values(scores)
         codes, scores = feature_acts.sum(dim=-1), scores.sum(dim=-1)
         return torch.where(scores > 0, codes / scores, 1).unsqueeze(-1)
@@ -232,6 +232,8 @@ class MagnitudeBypassTopKTrainingSAE(MagnitudeBypass, TopKTrainingSAE):
 
 class MagnitudeBypassBatchTopKTrainingSAE(MagnitudeBypass, BatchTopKThreshold, BatchTopKTrainingSAE):
     """BatchTopK on cosines, with the norm restored: tokens with few aligned features get fewer codes."""
+
+    cfg: Any
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -90,10 +90,11 @@ class MatryoshkaLevels(RecipeTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
             yield from super()._iterable_decode(feature_acts, include_outer_loss)
             return
         widths = self.cfg.matryoshka_widths
+        codes: Any = feature_acts
         if self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
+            codes = codes * (1 / self.W_dec.norm(dim=-1))
         # one product for all levels: each level's share of the codes is a token of its own
-        shares = feature_acts.split_features([0, *widths]) @ self.W_dec
+        shares = codes.split_features([0, *widths]) @ self.W_dec
         nested = shares.view(len(widths), -1, self.cfg.d_in).cumsum(dim=0) + self.b_dec
         for width, decoded in zip(widths, nested, strict=True):
             if include_outer_loss or width != widths[-1]:

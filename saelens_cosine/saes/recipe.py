@@ -48,6 +48,9 @@ class RecipeConfig(ConfigMixin):
         kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays, and logs why when it does not.
     """
 
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a named recipe (`saelens_cosine.training.recipe`) leaves as this class has them."""
+
     unit_decoder: bool = True
     decoder_init_norm: float | None = 1.0
     b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"

@@ -68,6 +68,8 @@ class PerFeatureCosineStandardSAE(FoldedPerFeatureCosineScore, StandardSAE):
 class StandardRecipeConfig(RecipeConfig):
     """The recipe without the auxiliary loss, which cannot reach a dead ReLU feature's rectified score."""
 
+    keeps = frozenset({"aux_loss_coefficient"})
+
     aux_loss_coefficient: float = 0.0
 
 

@@ -155,6 +155,10 @@ class TopAFATrainingSAEConfig(RecipeConfig, TopAFASAEConfig, TrainingSAEConfig):
         kernels (Literal["auto", "reference", "fast"]): The reference path is the only one: how many codes a token has is not known before all its scores are.
     """
 
+    keeps = frozenset(
+        {"unit_decoder", "rescale_acts_by_decoder_norm", "b_dec_init", "normalize_aux_loss", "aux_loss_coefficient"}
+    )
+
     afa_coefficient: float = 1 / 16
     afa_warm_up_steps: int = 0
     afa_loss_target: Literal["input", "centered"] = "input"

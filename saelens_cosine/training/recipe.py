@@ -117,16 +117,27 @@ def get_recipe(name: str, training_tokens: int, batch: int | None = None) -> Rec
 def sae_config(architecture: str, recipe: Recipe, **settings: Any) -> TrainingSAEConfig:
     """A training config of any registered architecture, with the recipe's settings and then `settings`.
 
-    `k` is left out for an architecture that has none (SAELens' `standard`, say, is set by its own coefficients).
-    The recipe applies to architectures with a `RecipeConfig`. SAELens' own keep their defaults: their fields share names with
-    ours but not meanings (SAELens' auxiliary loss is not divided by the residual's variance).
+    `k` becomes `target_l0` for our JumpReLU and is left out for an architecture that has neither (`standard` and `gated` are set
+    by their coefficients, `top_afa` by its own). Matryoshka levels that are not given are an eighth, a quarter, half and all
+    of the features.
+
+    The recipe applies to architectures with a `RecipeConfig`, except for what such a config keeps (`keeps`). SAELens' own keep
+    their defaults: their fields share names with ours but not meanings (SAELens' auxiliary loss is not divided by the residual's
+    variance).
     """
     config_class = get_sae_training_class(check_training_architecture(architecture))[1]
     known = {field.name for field in fields(config_class)}
-    ours = recipe.sae if issubclass(config_class, RecipeConfig) else {}
+    ours = {}
+    if issubclass(config_class, RecipeConfig):
+        ours = {key: value for key, value in recipe.sae.items() if key in known - config_class.keeps}
     if "k" not in known:
-        settings.pop("k", None)
-    return config_class(**{key: value for key, value in ours.items() if key in known} | settings)
+        k = settings.pop("k", None)
+        if "target_l0" in known and issubclass(config_class, RecipeConfig):
+            settings.setdefault("target_l0", k)
+    if "matryoshka_widths" in known and not settings.get("matryoshka_widths"):
+        d_sae = settings["d_sae"]
+        settings["matryoshka_widths"] = sorted({max(1, d_sae // 8), max(1, d_sae // 4), max(1, d_sae // 2), d_sae})
+    return config_class(**ours | settings)
 
 
 def runner_config(
@@ -146,7 +157,7 @@ def runner_config(
         architecture: any architecture registered for training.
         d_in: size of the activations at the hook.
         d_sae: number of features.
-        k: active features per token (BatchTopK: on average).
+        k: active features per token (BatchTopK, JumpReLU: on average).
         training_tokens: the budget that the recipe is scaled to.
         recipe: `"paper"` or `"saelens"`.
         sae: further fields of the SAE's config, over the recipe's.
