@@ -114,6 +114,11 @@ class MagnitudeBypassConfig(NormRestoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.metadata.requires = PLUGIN_NOTE
+        if getattr(self, "use_sparse_activations", False):
+            raise ValueError(
+                f"use_sparse_activations=True does not go with architecture={self.architecture()!r}: PyTorch cannot divide "
+                "sparse codes by a norm per token. The fast path (kernels='auto') never makes dense ones."
+            )
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig

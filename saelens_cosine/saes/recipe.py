@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from saelens_cosine.saes.dead_features import DeadFeatureRevival
-from saelens_cosine.saes.losses import ReconstructionLoss, TokenWeighting
+from saelens_cosine.saes.losses import ReconstructionLoss
 from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
 from saelens_cosine.training.optimizer import fuse_adam_of
@@ -58,7 +58,7 @@ class RecipeConfig(ConfigMixin):
     aux_loss_coefficient: float = 1 / 32
     dead_feature_window_tokens: int = 10_000_000
     mse_weight: float = 1.0
-    token_weighting: TokenWeighting = "none"
+    token_weighting: Literal["none", "inverse_norm", "inverse_squared_norm"] = "none"
     cosine_loss_weight: float = 0.0
     post_norm_loss_weight: float = 0.0
     post_norm_eps: float = 1e-6
