@@ -280,7 +280,8 @@ def _run_seed(
         saved = SAE.load_from_disk(workspace / arm, device=settings.device)
         (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
-        exponent = getattr(saved, "norm_exponent", None)
+        # as saved, of arms that learn one; the magnitude bypass has it at 0
+        exponent = saved.norm_exponent if hasattr(sae, "norm_exponent") else None
         results.append(
             ArmResult(
                 architecture=arm,

@@ -1,0 +1,312 @@
+"""Read a trained SAE with the other score: a standard one by cosine, a cosine-scored one by inner product.
+
+The paper swaps scores with the threshold and the scale left as training had them, so L0 changes with the score and the
+comparison is not at equal sparsity (arXiv 2606.15054, released code: experiment 29 reads standard weights by cosine, 64
+swaps both ways). Here the threshold is fitted again, to a target L0, and the scale keeps codes at their size or is fitted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, TrainingSAE
+from tqdm.auto import tqdm
+
+from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
+from saelens_cosine.saes.cosine import PLUGIN_NOTE
+from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
+
+SELECTORS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
+"""Selectors that can be rescored, and what each becomes: a ReLU has no threshold to fit."""
+
+RELATIVE_SCALES = [4 ** (i / 10) for i in range(-10, 11)]
+"""What a fit tries, relative to the scale that keeps codes at their size. 4 either way, in steps of 15 %."""
+
+CHUNK_SCORES = 2**24
+"""Scores held at a time: 64 MiB in float32."""
+
+
+class Threshold(NamedTuple):
+    """
+    A threshold that gives an L0.
+
+    Args:
+        value (float): Features are active when their score is above it.
+        l0 (float): Active features per token on the activations that it was fitted on.
+    """
+
+    value: float
+    l0: float
+
+
+@torch.no_grad()
+def rescore(
+    sae: SAE[Any],
+    activations: torch.Tensor,
+    score: Literal["cosine", "inner_product"],
+    target_l0: float | None = None,
+    scale: float | Literal["keep", "fit"] = "keep",
+    progress: bool = True,
+) -> SAE[Any]:
+    """The same dictionary with another score, as a new inference SAE. The one passed in is left alone.
+
+    Decoder norms are folded into the encoder first, which is exact, so that one threshold compares scores in units of the
+    activations (a TopK that was not trained for that keeps its own units; it has no threshold). Then feature i scores
+    `scale * length_i * cos(x_c, w_i) + b_enc_i`, times `||x_c||` for an inner product. `length_i` is the length of its
+    column `W_enc[:, i]`, exp(b_i) in a cosine SAE; it is 1 when a standard SAE is read by cosine, whose lengths belong to
+    the score that is given up.
+
+    Args:
+        sae: an SAE with a ReLU, JumpReLU, TopK or AbsTopK, or one that is saved as such (BatchTopK), of SAELens or of this
+            package. In a training form or an inference form.
+        activations: `[tokens, d_in]` as the SAE takes them, that scale and threshold are fitted on. Measure on others.
+        score: `"cosine"` gives exponent 0, `"inner_product"` SAELens' own class.
+        target_l0: active features per token on these activations; None for what `sae` has. Not for TopK, which keeps k.
+        scale: a number; `"keep"`, such that the features which `sae` activates keep their mean score before `b_enc`;
+            or `"fit"`, the one with the highest fraction of variance explained, each at the target L0, of 21 from a quarter
+            of that to four times that. (Experiment 29 tries 20 from 0.1 sqrt(d_in) to 5 mean ||x||, which can lie wholly
+            below the best one.)
+        progress: show a bar while scales are tried.
+
+    Returns:
+        `cosine_jumprelu`, `cosine_topk` or `cosine_abstopk`, or the same of SAELens without `cosine_`. A ReLU becomes a
+        JumpReLU. `cfg.metadata.rescored` lists what was done, the last entry for this call.
+
+    Raises:
+        ValueError: an architecture that has no one score per feature, activations of another size, or a target L0 or scale
+            that is out of range.
+    """
+    swap = _prepare(sae, activations, score)
+    original = _measure(swap, activations)
+    if swap.has_threshold:
+        target_l0 = original.l0 if target_l0 is None else target_l0
+    elif target_l0 is not None:
+        raise ValueError(
+            f"target_l0={target_l0} does not go with {swap.architecture!r}, which keeps its k={sae.cfg.k}."
+        )
+
+    def at(c: float) -> tuple[SAE[Any], Threshold | None]:
+        candidate = swap.at(c)
+        return candidate, None if target_l0 is None else fit_threshold(candidate, activations, target_l0)
+
+    chosen = original.kept_scale if scale in ("keep", "fit") else float(scale)
+    if not (math.isfinite(chosen) and chosen > 0):
+        raise ValueError(
+            f"scale={chosen} must be a positive number, 'keep' or 'fit'; for these two, some feature must fire."
+        )
+    if scale == "fit":
+        bar = tqdm([chosen * r for r in RELATIVE_SCALES], desc="scale", leave=False, disable=not progress)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scales that cannot reach the L0
+            chosen = max(bar, key=lambda c: evaluate_reconstruction(at(c)[0], activations).fve)
+    result, threshold = at(chosen)
+    note = {
+        "from_architecture": swap.source.cfg.architecture(),
+        "score": score,
+        "scale": chosen,
+        "scale_chosen_by": scale if isinstance(scale, str) else "caller",
+        "threshold": threshold and threshold.value,
+        "l0": threshold.l0 if threshold else _l0(result, activations),
+        "l0_before": original.l0,
+        "tokens": len(activations),
+        "decoder_norms_folded": swap.folded,
+    }
+    result.cfg.metadata.rescored = [*(result.cfg.metadata.rescored or []), note]
+    if result.cfg.reshape_activations == "hook_z":
+        result.turn_on_forward_pass_hook_z_reshaping()
+    return result
+
+
+@torch.no_grad()
+def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> Threshold:
+    """Set all thresholds of a JumpReLU SAE, in place, to the one value that gives an L0 on `[tokens, d_in]` activations.
+
+    The exact quantile of all `tokens * d_sae` scores, of which never more than about twice the active ones are held. Among
+    equal scores at the cut, all or none are active, whichever is nearer. Only positive scores can be active: if there are
+    too few, the threshold is 0 and a warning says which L0 that gives.
+
+    Raises:
+        ValueError: the SAE is not in an inference form or has no thresholds, or target_l0 is not between 0 and d_sae.
+    """
+    if isinstance(sae, TrainingSAE) or not hasattr(sae, "threshold"):
+        raise ValueError(f"{type(sae).__name__} is no inference form with thresholds to fit; rescore makes one.")
+    if not 0 < target_l0 < sae.cfg.d_sae:
+        raise ValueError(f"target_l0={target_l0} must be above 0 and below d_sae={sae.cfg.d_sae}.")
+    wanted = max(1, round(target_l0 * len(activations)))
+    chunks: list[torch.Tensor] = []
+    held, floor = 0, 0.0
+    for x in activations.split(_chunk(sae)):
+        scores = _scores(sae, x.to(sae.device))
+        chunks.append(scores[(scores > 0) & (scores >= floor)])
+        held += chunks[-1].numel()
+        if held > 2 * wanted:
+            chunks = [_largest(torch.cat(chunks), wanted)]
+            held, floor = chunks[0].numel(), chunks[0].min().item()
+    largest = _largest(torch.cat(chunks), wanted)
+    active, value = len(largest), 0.0
+    if active >= wanted:
+        cut = largest.min()
+        above = int((largest > cut).sum())
+        # strictly above the cut itself, or above the number below it in the scores' own precision
+        none_of_the_ties = wanted - above <= active - wanted
+        value = (cut if none_of_the_ties else torch.nextafter(cut, torch.zeros_like(cut))).item()
+        active = above if none_of_the_ties else active
+    else:
+        warnings.warn(
+            f"Only {active / len(activations):.4g} scores per token are positive, so L0 cannot be {target_l0:.4g}; the "
+            "threshold is 0. A larger scale makes more of them positive if b_enc is negative.",
+            stacklevel=3,  # past torch's decorator
+        )
+    parameters: Any = sae
+    parameters.threshold.fill_(value)
+    return Threshold(value, active / len(activations))
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """An SAE and what becomes of it, up to the scale."""
+
+    source: SAE[Any]
+    architecture: str
+    lengths: torch.Tensor  # of the source's columns
+    kept_lengths: torch.Tensor  # of the result's at scale 1
+    folded: bool
+
+    @property
+    def has_threshold(self) -> bool:
+        return self.architecture.endswith("jumprelu")
+
+    @property
+    def norm_exponent(self) -> float:
+        return 0.0 if self.architecture.startswith("cosine_") else 1.0
+
+    def at(self, scale: float) -> SAE[Any]:
+        """The rescored SAE for `[tokens, d_in]`, with its thresholds at 0."""
+        state = self.source.state_dict()
+        gain = scale * self.kept_lengths / self.lengths.clamp_min(NORM_FLOOR)
+        state["W_enc"] = (state["W_enc"].to(gain.dtype) * gain).to(self.source.dtype).contiguous()
+        state.pop("norm_exponent", None)
+        config = self.source.cfg.to_dict()
+        config["metadata"].pop("requires", None)
+        if self.norm_exponent == 0:
+            state["norm_exponent"] = gain.new_zeros(())
+            config["metadata"]["requires"] = PLUGIN_NOTE
+        if self.has_threshold:
+            state["threshold"] = torch.zeros_like(gain)
+        return _build({**config, "architecture": self.architecture}, state)
+
+
+class _Original(NamedTuple):
+    """What is measured on the SAE before the swap."""
+
+    l0: float
+    kept_scale: float
+
+
+def _prepare(sae: SAE[Any], activations: torch.Tensor, score: str) -> _Swap:
+    if score not in ("cosine", "inner_product"):
+        raise ValueError(f"score={score!r} is none of 'cosine', 'inner_product'.")
+    if activations.ndim != 2 or activations.shape[-1] != sae.cfg.d_in or len(activations) == 0:
+        raise ValueError(
+            f"activations of shape {tuple(activations.shape)} are not [tokens, d_in] with d_in={sae.cfg.d_in}; flatten "
+            "batch and position, and heads if there are any."
+        )
+    source = _inference_copy(sae)
+    selector = _selector(source.cfg.architecture())
+    folded = getattr(source.cfg, "rescale_acts_by_decoder_norm", True)  # only a TopK has the option
+    if folded:
+        source.fold_W_dec_norm()
+    lengths = source.W_enc.detach().to(wide(source.dtype)).norm(dim=0)
+    keeps_lengths = score == "inner_product" or hasattr(source, "norm_exponent")
+    return _Swap(
+        source,
+        ("cosine_" if score == "cosine" else "") + SELECTORS[selector],
+        lengths,
+        lengths if keeps_lengths else torch.ones_like(lengths),
+        folded,
+    )
+
+
+def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
+    weights: Any = swap.source
+    exponent = getattr(weights, "norm_exponent", swap.lengths.new_ones(())).expand_as(swap.lengths)
+    active, before, after = 0, 0.0, 0.0
+    for chunk in activations.split(_chunk(weights)):
+        x = chunk.to(weights.device)
+        codes = weights.encode(x)
+        token, feature = codes.nonzero(as_tuple=True)
+        score = codes[token, feature].to(swap.lengths.dtype) - weights.b_enc[feature]
+        norm = centred_norm(weights.process_sae_in(x)).squeeze(-1)[token]
+        cosine = score / (norm ** exponent[feature] * swap.lengths[feature])
+        active += len(token)
+        before += score.abs().sum().item()
+        after += (norm**swap.norm_exponent * swap.kept_lengths[feature] * cosine).abs().sum().item()
+    return _Original(active / len(activations), before / after if after > 0 else math.nan)
+
+
+def _selector(architecture: str) -> str:
+    selector = architecture.removeprefix("per_feature_").removeprefix("cosine_")
+    if selector not in SELECTORS:
+        raise ValueError(
+            f"Architecture {architecture!r} cannot be rescored: it does not select from one score per feature, or scores "
+            f"otherwise. Those that can, with or without 'cosine_' or 'per_feature_cosine_': {', '.join(SELECTORS)}, and "
+            "what is saved as one of them. Train the other score instead."
+        )
+    return selector
+
+
+def _inference_copy(sae: SAE[Any]) -> SAE[Any]:
+    """A copy that shares nothing with `sae`, in the form in which it would be saved."""
+    if isinstance(sae, TrainingSAE):
+        _selector(sae.cfg.get_inference_config_class().architecture())
+    else:
+        _selector(sae.cfg.architecture())
+    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(state)
+        config = sae.cfg.get_inference_sae_cfg_dict()
+    else:
+        sae.process_state_dict_for_saving(state)
+        config = sae.cfg.to_dict()
+    return _build(copy.deepcopy(config), state)
+
+
+def _build(config: dict[str, Any], state: dict[str, torch.Tensor]) -> SAE[Any]:
+    """What SAELens makes of a saved SAE, from memory."""
+    if config["architecture"] not in SAE_CLASS_REGISTRY:
+        raise ValueError(f"{config['architecture']!r} is not registered in SAELens; import saelens_cosine first.")
+
+    def in_memory(path: Any, device: str, cfg_overrides: dict[str, Any] | None = None) -> Any:  # noqa: ARG001
+        return config, state
+
+    sae: SAE[Any] = SAE.load_from_disk("", device=config["device"], converter=in_memory).eval()
+    sae.turn_off_forward_pass_hook_z_reshaping()  # activations here are [tokens, d_in]
+    return sae
+
+
+def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
+    """Pre-activations `[tokens, d_sae]` as they meet the threshold."""
+    seen: list[torch.Tensor] = []
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda scores, hook: seen.append(scores))]):  # noqa: ARG005
+        sae.encode(x)
+    return seen[0]
+
+
+def _l0(sae: SAE[Any], activations: torch.Tensor) -> float:
+    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(_chunk(sae)))
+    return active / len(activations)
+
+
+def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """The n largest and whatever equals the least of them; all if there are fewer."""
+    return scores if len(scores) < n else scores[scores >= scores.topk(n, sorted=False).values.min()]
+
+
+def _chunk(sae: SAE[Any]) -> int:
+    return max(1, CHUNK_SCORES // sae.cfg.d_sae)
