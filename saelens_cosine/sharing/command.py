@@ -1,0 +1,152 @@
+"""`saelens-cosine share`: its options, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import disable_progress_bars
+from sae_lens import ActivationsStore
+
+from saelens_cosine.data import load_text
+from saelens_cosine.models import load_hooked_model
+from saelens_cosine.sharing.features import feature_dashboards, top_activations
+from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
+from saelens_cosine.sharing.neuronpedia import check_client, upload_dashboards, write_dashboards
+
+RECORD = "neuronpedia.json"
+"""File in an SAE's folder that notes what Neuronpedia has taken, so that an upload can go on. It is not published."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def add_share_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
+    """The options of the subcommand; `count` parses a number of tokens."""
+    parser.add_argument("path", type=Path, help="folder of a saved SAE, or one that `compare` has written")
+    parser.add_argument("--dry-run", action="store_true", help="write to --output what would be sent, and send nothing")
+    parser.add_argument("--output", type=Path, default=Path("runs/share"), help="folder for --dry-run")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    hub = parser.add_argument_group("Hugging Face Hub (log in with `hf auth login`, or set HF_TOKEN)")
+    hub.add_argument("--repo", metavar="OWNER/NAME", help="repository; created if it does not exist")
+    hub.add_argument("--id", help="id of a single SAE in SAE.from_pretrained(repo, id); its hook point if not given")
+    hub.add_argument("--license", help="stated on the card, as the Hub names licenses: mit, apache-2.0")
+    hub.add_argument("--private", action="store_true", help="create the repository private")
+    hub.add_argument("--replace-card", action="store_true", help="replace the README.md that the repository has")
+    pages = parser.add_argument_group("Neuronpedia (pip install 'saelens-cosine[share]', set NEURONPEDIA_API_KEY)")
+    pages.add_argument("--neuronpedia", metavar="MODEL/SET", help="upload dashboards: gpt2-small/res-cosine-16k")
+    pages.add_argument("--new-model", action="store_true", help="create MODEL on Neuronpedia, unlisted, and then SET")
+    pages.add_argument("--model", help="language model; the one that the SAE's metadata names if not given")
+    pages.add_argument("--dataset", help="text; likewise")
+    pages.add_argument("--tokens", type=count, default=1_000_000, help="tokens to look for activations in")
+    pages.add_argument("--contexts", type=int, default=20, help="contexts shown of each feature")
+    pages.add_argument("--device", default="cpu", help="where the model and the SAE run: cpu, cuda, cuda:1")
+
+
+def check_options(options: Any) -> None:
+    """Refuse what cannot be done before anything is loaded or sent.
+
+    Raises:
+        ValueError: no target, or not one SAE for Neuronpedia.
+        ModuleNotFoundError, PermissionError: Neuronpedia's client or its key is missing.
+    """
+    if not options.repo and not options.neuronpedia:
+        raise ValueError("Say where to: --repo OWNER/NAME for the Hugging Face Hub, --neuronpedia MODEL/SET, or both.")
+    if options.neuronpedia:
+        if options.neuronpedia.count("/") != 1:
+            raise ValueError(f"--neuronpedia {options.neuronpedia!r} must be MODEL/SET, such as gpt2-small/res-cosine.")
+        folders = saved_saes(options.path)
+        if "" not in folders:
+            raise ValueError(
+                f"{options.path} holds {len(folders)} SAEs, and a source on Neuronpedia is one. Name its folder: "
+                f"{', '.join(str(folder) for folder in folders.values())}."
+            )
+        if not options.dry_run:
+            check_client()
+
+
+def share_on_hub(options: Any) -> str:
+    """Upload to the Hub, or write what would be; returns what to tell the user."""
+    bundle = gather(options.path, options.repo, options.id, options.license)
+    if options.dry_run:
+        folder = write(bundle, options.output / "hub")
+        return f"Nothing was sent. Written to {folder}: {len(bundle.files)} files for {options.repo}."
+    if options.quiet:
+        disable_progress_bars()
+    published = upload(bundle, private=options.private, replace_card=options.replace_card)
+    kept = "\nIts README.md was there before and is unchanged; --replace-card writes the new one."
+    loads = "".join(f'\n  SAE.from_pretrained("{options.repo}", "{sae_id}")' for sae_id in bundle.sae_ids)
+    return f"{published.url}{loads}{kept if published.card_kept else ''}"
+
+
+def share_on_neuronpedia(options: Any, progress: Progress) -> str:
+    """Compute dashboards and upload them, or write what would be; returns what to tell the user."""
+    model_id, set_name = options.neuronpedia.split("/")
+    sae = load_for_sharing(options.path).to(options.device)
+    metadata = sae.cfg.metadata
+    name, dataset, hook = (
+        options.model or metadata.model_name,
+        options.dataset or metadata.dataset_path,
+        metadata.hook_name,
+    )
+    if not (name and dataset and hook):
+        raise ValueError(
+            f"The metadata of {options.path} name model={metadata.model_name}, dataset={metadata.dataset_path}, "
+            f"hook={hook}. Pass --model and --dataset; an SAE without a hook name has no place on Neuronpedia."
+        )
+    layer = re.search(r"\.(\d+)(\.|$)", hook)
+    if layer is None:
+        raise ValueError(f"The hook {hook!r} names no layer, and a source on Neuronpedia is one layer of a model.")
+    progress("Loading the model", 0, 1)
+    model = load_hooked_model(name, options.device, hook=hook)
+    store = ActivationsStore.from_sae(
+        model.model,
+        sae,
+        load_text(dataset).train,
+        context_size=metadata.context_size or min(128, model.context_size or 128),
+        store_batch_size_prompts=16,
+        device=options.device,
+    )
+    batches = _token_batches(store, options.tokens, progress)
+    activations = top_activations(sae, model.model, batches, options.contexts, metadata.max_norm_multiple)
+    if not activations.tokens_evaluated:
+        raise ValueError(
+            f"Dataset {dataset!r} is shorter than 16 contexts of {store.context_size} tokens; name another."
+        )
+    dashboards = feature_dashboards(sae, model.model, activations)
+    sinks = f"{activations.high_norm_share_dropped:.2%} of {activations.tokens_seen:,} tokens left out as in training"
+    if options.dry_run:
+        folder = options.output / "neuronpedia" / f"{layer[1]}-{set_name}"
+        write_dashboards(dashboards, folder)
+        return f"Nothing was sent. Dashboards are in {folder}; {sinks}."
+    url = upload_dashboards(
+        dashboards,
+        model_id,
+        set_name,
+        int(layer[1]),
+        new_model_layers=_n_layers(model.model) if options.new_model else None,
+        url=f"https://huggingface.co/{options.repo}" if options.repo else None,
+        record=options.path / RECORD,
+        on_batch=lambda done: progress("Uploading features", done, sae.cfg.d_sae),
+    )
+    return f"{url}\n{sinks}"
+
+
+def _token_batches(store: ActivationsStore, tokens: int, progress: Progress) -> Iterator[torch.Tensor]:
+    """Contexts with about this many tokens, fewer where the corpus ends before."""
+    done = 0
+    while done < tokens:
+        progress("Reading text", done, tokens)
+        try:
+            batch = store.get_batch_tokens(raise_at_epoch_end=True)
+        except StopIteration:
+            return
+        yield batch
+        done += batch.numel()
+
+
+def _n_layers(model: Any) -> int:
+    return model.cfg.n_layers if hasattr(model, "cfg") else model.model.config.get_text_config().num_hidden_layers
