@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
 from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
+from saelens_cosine.loading.command import add_convert_command
+from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
 
 EXIT_INTERRUPTED = 130
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         return options.run(options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         print(f"saelens-cosine {options.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2
 
@@ -68,6 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_benchmark_options(parser_of_benchmark)
     parser_of_benchmark.set_defaults(run=_benchmark)
+    add_convert_command(commands)
+    parser_of_share = commands.add_parser(
+        "share",
+        help="publish saved SAEs on the Hugging Face Hub, and their features on Neuronpedia",
+        description="Publish a saved SAE, or all of a comparison, on the Hugging Face Hub in one commit, with a card that says "
+        "how to load it and what was measured; and dashboards of an SAE's features on Neuronpedia.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_share_options(parser_of_share, _count)
+    parser_of_share.set_defaults(run=_share)
     return parser
 
 
@@ -216,6 +228,22 @@ def _benchmark(options: Any) -> int:
         console.print(table)
     if options.json:
         result.write(options.json)
+    return 0
+
+
+def _share(options: Any) -> int:
+    check_options(options)
+    try:
+        if options.repo:
+            print(share_on_hub(options))  # noqa: T201
+        if options.neuronpedia:
+            _hush_libraries()
+            with _progress(options.quiet) as progress:
+                message = share_on_neuronpedia(options, progress)
+            print(message)  # noqa: T201
+    except KeyboardInterrupt:
+        print("Interrupted. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
     return 0
 
 

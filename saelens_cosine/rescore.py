@@ -59,8 +59,9 @@ def rescore(
     Decoder norms are folded into the encoder first, which is exact, so that one threshold compares scores in units of the
     activations (a TopK that was not trained for that keeps its own units; it has no threshold). Then feature i scores
     `scale * length_i * cos(x_c, w_i) + b_enc_i`, times `||x_c||` for an inner product. `length_i` is the length of its
-    column `W_enc[:, i]`, exp(b_i) in a cosine SAE; it is 1 when a standard SAE is read by cosine, whose lengths belong to
-    the score that is given up.
+    column `W_enc[:, i]`, exp(b_i) in a cosine SAE, and in a per-feature one that times m^(a_i - mean a), with m the geometric
+    mean of the centred norms, so that features keep their weight among each other. It is 1 when a standard SAE is read by
+    cosine, whose lengths belong to the score that is given up.
 
     Args:
         sae: an SAE with a ReLU, JumpReLU, TopK or AbsTopK, or one that is saved as such (BatchTopK), of SAELens or of this
@@ -224,13 +225,13 @@ def _prepare(sae: SAE[Any], activations: torch.Tensor, score: str) -> _Swap:
         source.fold_W_dec_norm()
     lengths = source.W_enc.detach().to(wide(source.dtype)).norm(dim=0)
     keeps_lengths = score == "inner_product" or hasattr(source, "norm_exponent")
-    return _Swap(
-        source,
-        ("cosine_" if score == "cosine" else "") + SELECTORS[selector],
-        lengths,
-        lengths if keeps_lengths else torch.ones_like(lengths),
-        folded,
-    )
+    kept = lengths if keeps_lengths else torch.ones_like(lengths)
+    exponents = getattr(source, "norm_exponent", None)
+    if exponents is not None and exponents.ndim:
+        # without its own exponent a feature keeps its weight among the others at the mean log norm
+        log_norm = torch.stack([centred_norm(source.process_sae_in(x)).log().sum() for x in activations.split(4096)])
+        kept = kept * ((exponents.detach() - exponents.detach().mean()) * log_norm.sum() / len(activations)).exp()
+    return _Swap(source, ("cosine_" if score == "cosine" else "") + SELECTORS[selector], lengths, kept, folded)
 
 
 def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:

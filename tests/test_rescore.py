@@ -64,7 +64,11 @@ def reference_scores(sae, x, unit_columns):
     W_enc, b_enc = W_enc * norms, b_enc * norms
     x_centered = x.double() - sae.b_dec.double()
     length = W_enc.norm(dim=0)
-    cosine = x_centered @ W_enc / x_centered.norm(dim=-1, keepdim=True) / length
+    norm = x_centered.norm(dim=-1, keepdim=True)
+    cosine = x_centered @ W_enc / norm / length
+    a = getattr(sae, "norm_exponent", torch.zeros(())).detach().double()
+    if a.ndim:  # each feature keeps its weight at the geometric mean norm
+        length = length * norm.log().mean().exp() ** (a - a.mean())
     return cosine * (torch.ones_like(length) if unit_columns else length), b_enc, W_dec / norms[:, None]
 
 

@@ -134,7 +134,7 @@ class DeadFeatureRevival(ScoredTrainingSAE):
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
         n_dead = dead.certain.sum()
         if not self.cfg.normalize_aux_loss:
-            return (n_dead / most).clamp_max(1) * error
+            return (n_dead.to(error.dtype) / most).clamp_max(1) * error
         variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
         return (error / variance.clamp_min(1e-8)).nan_to_num(0.0) * (n_dead > 0)
 

@@ -70,6 +70,7 @@ class PerFeatureCosineScore(CosineScore):
 
     per_feature = True
     norm_exponent_base: nn.Parameter
+    dropout_draws: torch.Tensor
     _dropped: torch.Tensor | None = None
 
     @override
@@ -80,6 +81,8 @@ class PerFeatureCosineScore(CosineScore):
             start = cfg.norm_exponent_init / cfg.norm_exponent_lr_multiplier
             self.norm_exponent_base = parameter(self, (), start, cfg.learn_norm_exponent)
             self.norm_exponent.data.zero_()
+        if cfg.norm_exponent_dropout:
+            self.register_buffer("dropout_draws", torch.zeros((), dtype=torch.int64, device=self.device))
         if cfg.norm_exponent_init_std:
             noise = torch.randn_like(self.norm_exponent.data)
             self.norm_exponent.data.add_(noise, alpha=cfg.norm_exponent_init_std / cfg.norm_exponent_lr_multiplier)
@@ -119,8 +122,10 @@ class PerFeatureCosineScore(CosineScore):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         p = self.cfg.norm_exponent_dropout
         if p:
-            # from the step, so that a resumed run drops what an uninterrupted one does
-            rng = torch.Generator().manual_seed(step_input.n_training_steps)
+            # from a count that checkpoints keep, so that a resumed run drops what an uninterrupted one does; SAELens' own
+            # count is one behind in a checkpoint
+            rng = torch.Generator().manual_seed(int(self.dropout_draws))
+            self.dropout_draws += 1
             self._dropped = (torch.rand(self.cfg.d_sae, generator=rng) < p).to(self.W_dec.device)
         return super().training_forward_pass(step_input)
 
@@ -135,8 +140,15 @@ class PerFeatureCosineScore(CosineScore):
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        state_dict.pop("norm_exponent_base", None)
+        for name in ("norm_exponent_base", "dropout_draws"):
+            state_dict.pop(name, None)
         super().process_state_dict_for_saving_inference(state_dict)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
+        if "dropout_draws" in state_dict:  # SAELens' loaders have cast it to the SAE's dtype
+            state_dict["dropout_draws"] = state_dict["dropout_draws"].to(torch.int64)
 
 
 class FoldedPerFeatureCosineScore(FoldedCosineScore):
