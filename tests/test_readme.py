@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 import saelens_cosine
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
+from saelens_cosine.loading import RELEASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,16 +37,34 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_first_command_is_the_default_comparison():
-    assert block("bash", "compare").strip().splitlines()[-1] == "saelens-cosine compare"
+    assert block("bash", "saelens-cosine compare").strip().splitlines()[-1] == "saelens-cosine compare"
 
 
-def test_the_table_of_architectures_is_complete_and_right():
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (?:SAELens' )?`(\w+)` \|$", README, re.M)
-    assert [name for name, _ in rows] == list(saelens_cosine.TRAINING_ARCHITECTURES)[: len(rows)]
-    assert len(rows) == 6
-    for name, saved_as in rows:
-        config = SAE_TRAINING_CLASS_REGISTRY[name][1](d_in=4, d_sae=128)
-        assert config.get_inference_config_class().architecture() == saved_as
+def test_the_tables_of_architectures_are_complete_and_right():
+    section = README.split("## Architectures")[1].split("\n## ")[0]
+    scores = re.findall(r"`(\w+)_<selector>`", section)
+    suffixes: dict[str, str] = {}
+    for first, last in re.findall(r"^\| (`[a-z_`, ]+) \| [^|]* \| (`\.\.\._[^|]*) \|$", section, re.M):
+        selectors, saved = re.findall(r"`(\w+)`", first), re.findall(r"`\.\.\._(\w+)`", last)
+        suffixes |= dict(zip(selectors, saved * (len(selectors) // len(saved)), strict=True))
+    others = set(re.findall(r"`(magnitude_bypass_\w+|top_afa)`", section))
+    named = {f"{score}_{selector}" for score in scores for selector in suffixes} | others
+    assert named == set(saelens_cosine.TRAINING_ARCHITECTURES)
+    for score in scores:
+        for selector, suffix in suffixes.items():
+            settings = {"matryoshka_widths": [8, 128]} if "matryoshka" in selector else {}
+            config = SAE_TRAINING_CLASS_REGISTRY[f"{score}_{selector}"][1](d_in=4, d_sae=128, **settings)
+            saved_as = suffix if score == "inner_product" else f"{score}_{suffix}"
+            assert config.get_inference_config_class().architecture() == saved_as
+
+
+def test_options_in_the_readme_are_fields():
+    section = README.split("Options of every arm")[1].split("\n\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    known = {field.name for field in fields(saelens_cosine.PerFeatureCosineBatchTopKTrainingSAEConfig)}
+    named = {name for row in rows for name in re.findall(r"`(\w+)(?:=[^`]*)?`", row.split("|")[2])}
+    assert len(named) > 12
+    assert named <= known
 
 
 def test_the_train_command_parses_in_saelens():
@@ -63,6 +83,38 @@ def test_flags_of_compare_in_the_readme_exist(capsys):
     flags = set(re.findall(r"--[a-z-]+", reading)) - {"--help"}
     assert {"--arms", "--seeds", "--max-norm-multiple", "--model"} <= flags
     assert [flag for flag in flags if flag not in text] == []
+
+
+@pytest.mark.parametrize("command", ["convert", "share"])
+def test_flags_of_other_commands_in_the_readme_exist(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    lines = [line.split("#")[0] for text in blocks("bash") for line in text.splitlines() if f"cosine {command}" in line]
+    flags = {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}
+    assert len(flags) >= 2
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_short_names_in_the_readme_exist():
+    named = re.findall(r'from_pretrained\("([\w./-]+)", "([\w./-]+)"\)', block("python", "cosine-scored-saes-qwen3-8b"))
+    assert len(named) == 2
+    by_repository = {release.repo_id: release for release in RELEASES.values()}
+    for source, sae_id in named:
+        release = RELEASES.get(source) or by_repository[source]
+        assert sae_id in release.saes or sae_id in {sae.folder for sae in release.saes.values()}
+
+
+def test_an_sae_is_read_by_cosine_as_the_readme_shows():
+    from helpers import make_activations, make_sae
+
+    names = {
+        "saelens_cosine": saelens_cosine,
+        "sae": make_sae("inner_product_topk"),
+        "activations": make_activations(64, 7),
+    }
+    exec(block("python", "rescore("), names)
+    assert names["read_by_cosine"].cfg.architecture() == "cosine_topk"
 
 
 def test_snippets_load_hook_and_configure(tmp_path, monkeypatch):
