@@ -281,7 +281,7 @@ def _run_seed(
         (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
         # as saved, of arms that learn one; the magnitude bypass has it at 0
-        exponent = saved.norm_exponent if hasattr(sae, "norm_exponent") else None
+        exponent: Any = saved.norm_exponent if hasattr(sae, "norm_exponent") else None
         results.append(
             ArmResult(
                 architecture=arm,

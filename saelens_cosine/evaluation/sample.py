@@ -1,0 +1,136 @@
+"""Tokens with their activations at a hook, and which of them are ordinary: what every diagnostic here is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+
+from saelens_cosine.training.norm_filter import HighNormFilter
+
+Sinks = Literal["keep", "drop", "both"]
+"""What happens to tokens of a very high norm (attention sinks): they are measured, left out, or both are reported."""
+
+Measured = TypeVar("Measured")
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """
+    Activations at one hook of whole contexts.
+
+    Args:
+        activations (torch.Tensor): `[tokens, d_in]` float32 on the CPU, context after context.
+        tokens (torch.Tensor): `[tokens]` int64, token ids.
+        contexts (torch.Tensor): `[tokens]` int64, the number of each token's context.
+        positions (torch.Tensor): `[tokens]` int64, places in the context.
+        ordinary (torch.Tensor): `[tokens]` booleans, False for the high-norm tokens.
+        max_norm_multiple (float | None): Multiple of the median norm above which a token is not ordinary; None: all are.
+    """
+
+    activations: torch.Tensor
+    tokens: torch.Tensor
+    contexts: torch.Tensor
+    positions: torch.Tensor
+    ordinary: torch.Tensor
+    max_norm_multiple: float | None
+
+    def __len__(self) -> int:
+        return len(self.activations)
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """`[tokens]`, `||x||`."""
+        return self.activations.norm(dim=-1)
+
+    @property
+    def high_norm_share(self) -> float:
+        """Share of the tokens that is not ordinary."""
+        return 1 - self.ordinary.double().mean().item()
+
+    def where(self, keep: torch.Tensor) -> TokenSample:
+        """The tokens that a mask `[tokens]` keeps."""
+        return TokenSample(
+            self.activations[keep],
+            self.tokens[keep],
+            self.contexts[keep],
+            self.positions[keep],
+            self.ordinary[keep],
+            self.max_norm_multiple,
+        )
+
+    def without_sinks(self) -> TokenSample:
+        """The ordinary tokens."""
+        return self.where(self.ordinary)
+
+
+@dataclass(frozen=True)
+class SideBySide(Generic[Measured]):
+    """
+    One measure with and without high-norm tokens.
+
+    Args:
+        with_sinks (Measured | None): On all tokens; None if not asked for.
+        without_sinks (Measured | None): On the ordinary ones; None if not asked for.
+        high_norm_share (float): Share of the tokens that the second leaves out.
+        max_norm_multiple (float | None): Multiple of the median norm that tells them apart.
+    """
+
+    with_sinks: Measured | None
+    without_sinks: Measured | None
+    high_norm_share: float
+    max_norm_multiple: float | None
+
+
+def side_by_side(
+    measure: Callable[[TokenSample], Measured], sample: TokenSample, sinks: Sinks = "both"
+) -> SideBySide[Measured]:
+    """A measure on all tokens, on the ordinary ones, or on both."""
+    if sinks not in ("keep", "drop", "both"):
+        raise ValueError(f"sinks={sinks!r} is none of 'keep', 'drop', 'both'.")
+    return SideBySide(
+        measure(sample) if sinks != "drop" else None,
+        measure(sample.without_sinks()) if sinks != "keep" else None,
+        sample.high_norm_share,
+        sample.max_norm_multiple,
+    )
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Any,
+    hook_name: str,
+    token_batches: Iterable[torch.Tensor],
+    max_norm_multiple: float | None = 10.0,
+) -> TokenSample:
+    """Run a hooked model over contexts and keep its activations at a hook, heads flattened.
+
+    Args:
+        model: as SAELens' runners take it (HookedTransformer, bridge, or the wrapper of a Hugging Face model).
+        hook_name: a hook point of it.
+        token_batches: `[contexts, length]` int64 each; all positions are kept.
+        max_norm_multiple: tokens above this multiple of the sample's median norm are marked as not ordinary.
+
+    Raises:
+        ValueError: no batches.
+    """
+    activations: list[torch.Tensor] = []
+    tokens: list[torch.Tensor] = []
+    contexts: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    n_contexts = 0
+    for batch in token_batches:
+        _, cache = model.run_with_cache(batch, names_filter=[hook_name], prepend_bos=False)
+        activations.append(cache[hook_name].flatten(2).flatten(0, 1).float().cpu())
+        tokens.append(batch.flatten().cpu())
+        rows = torch.arange(n_contexts, n_contexts + len(batch)).unsqueeze(-1)
+        contexts.append(rows.expand(batch.shape).flatten())
+        positions.append(torch.arange(batch.shape[1]).expand(batch.shape).flatten())
+        n_contexts += len(batch)
+    if not activations:
+        raise ValueError("There are no token batches to sample from.")
+    x = torch.cat(activations)
+    ordinary = HighNormFilter(max_norm_multiple).keep(x)
+    return TokenSample(x, torch.cat(tokens), torch.cat(contexts), torch.cat(positions), ordinary, max_norm_multiple)
