@@ -6,10 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -23,24 +23,96 @@ import saelens_cosine  # registers the architectures
 
 D_IN, D_SAE, K = 7, 13, 3  # odd on purpose
 
+
+class Selector(NamedTuple):
+    """
+    What the tests need to know of a selector beyond its code.
+
+    Args:
+        settings: Config fields for k active features of d_sae, where it has any for that.
+        saved_as: The selector that its SAEs are saved with.
+        own: Its tensors in training beside W_enc, W_dec and b_dec: "F" for one number per feature, "" for a single one.
+        saved: Those of the saved form.
+        entries: Whether the fast path has it.
+    """
+
+    settings: Callable[[int, float], dict[str, Any]]
+    saved_as: str
+    own: dict[str, str]
+    saved: dict[str, str]
+    entries: bool
+
+
+def nested(d_sae: int, k: float) -> dict[str, Any]:
+    return {"k": k, "matryoshka_widths": [max(1, d_sae // 3), d_sae] if d_sae > 1 else [1]}
+
+
+BIAS = {"b_enc": "F"}
+GATE = {"b_gate": "F", "b_mag": "F", "r_mag": "F"}
+THRESHOLD = {**BIAS, "threshold": "F"}
+AVERAGED = {**BIAS, "topk_threshold": ""}
+
+SELECTORS = {
+    "standard": Selector(lambda d_sae, k: {}, "standard", BIAS, BIAS, False),
+    "gated": Selector(lambda d_sae, k: {}, "gated", GATE, GATE, False),
+    "jumprelu": Selector(
+        lambda d_sae, k: {"target_l0": min(k, d_sae - 1)},
+        "jumprelu",
+        {**THRESHOLD, "threshold_unit": ""},
+        THRESHOLD,
+        False,
+    ),
+    "topk": Selector(lambda d_sae, k: {"k": k}, "topk", BIAS, BIAS, True),
+    "abstopk": Selector(lambda d_sae, k: {"k": k}, "abstopk", BIAS, BIAS, True),
+    "batchtopk": Selector(lambda d_sae, k: {"k": k}, "jumprelu", AVERAGED, THRESHOLD, True),
+    "matryoshka_batchtopk": Selector(nested, "jumprelu", AVERAGED, THRESHOLD, True),
+    "top_afa": Selector(lambda d_sae, k: {}, "top_afa", BIAS, BIAS, False),
+}
+"""A row for each selector: an architecture's name is a score and one of these."""
+
+
+def selector_of(name: str) -> str:
+    return max((selector for selector in SELECTORS if name.endswith(selector)), key=len)
+
+
+def with_selector(*selectors: str) -> list[str]:
+    return [name for name in TRAINING if selector_of(name) in selectors]
+
+
 TRAINING = list(saelens_cosine.TRAINING_ARCHITECTURES)
-BATCHTOPK = [name for name in TRAINING if name.endswith("batchtopk")]
-TOPK = [name for name in TRAINING if name not in BATCHTOPK]
 COSINE = [name for name in TRAINING if "cosine" in name]
 GLOBAL = [name for name in COSINE if not name.startswith("per_feature")]
 PER_FEATURE = [name for name in COSINE if name.startswith("per_feature")]
+OURS = [name for name in TRAINING if not name.startswith("inner_product")]
+"""Saved in a form that SAELens alone cannot load."""
+EXPONENT = [name for name in OURS if name != "top_afa"]
+"""Saved with a `norm_exponent`."""
+TOPK = with_selector("topk")
+BATCHTOPK = [name for name in TRAINING if "topk_threshold" in SELECTORS[selector_of(name)].own]
+"""With a threshold that is averaged in training."""
+FAST = [name for name in TRAINING if SELECTORS[selector_of(name)].entries]
+"""Architectures that the fast path trains."""
+ONE_PER_SCORE = with_selector("batchtopk")
+"""For what a score does, whatever selects."""
+ONE_PER_SELECTOR = [name for name in TRAINING if name.startswith(("per_feature_cosine_", "top_afa"))]
+"""For what a selector does, whatever the score."""
 
 FREE_DECODER = {"unit_decoder": False, "rescale_acts_by_decoder_norm": True}
 """Overrides for an SAE whose decoder norms are its own and count in the selection, as SAELens' TopK trains."""
 
 
 def make_config(name: str, **overrides: Any) -> Any:
-    """Training config of an architecture, `d_in = 7`, `d_sae = 13`, `k = 3` where it has a k."""
+    """Training config of an architecture, `d_in = 7`, `d_sae = 13`, and what its selector needs for about 3 active features.
+
+    `k` means that number for every selector. `rescale_acts_by_decoder_norm` is left out where there is no such field.
+    """
     config_class = get_sae_training_class(name)[1]
-    defaults: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE}
-    if "k" in {f.name for f in fields(config_class)}:
-        defaults["k"] = K
-    return config_class(**{**defaults, **overrides})
+    settings: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "k": K, **overrides}
+    names = {field.name for field in fields(config_class)}
+    needed = SELECTORS[selector_of(name)].settings(settings["d_sae"], settings.pop("k"))
+    if "rescale_acts_by_decoder_norm" not in names:
+        settings.pop("rescale_acts_by_decoder_norm", None)
+    return config_class(**{**needed, **settings})
 
 
 def make_sae(name: str, seed: int | None = 1, **overrides: Any) -> TrainingSAE[Any]:
@@ -64,23 +136,35 @@ def randomize(sae: TrainingSAE[Any], seed: int = 1) -> None:
     sae.W_enc.copy_(normal(sae.W_enc, 1.0))
     sae.W_dec.copy_(normal(sae.W_dec, 0.5))
     sae.b_dec.copy_(normal(sae.b_dec, 0.5))
-    sae.b_enc.copy_(normal(sae.b_enc, 0.3))
+    for bias in ("b_enc", "b_gate", "b_mag", "r_mag"):
+        tensor = getattr(sae, bias, None)
+        if tensor is not None and tensor.requires_grad:
+            tensor.copy_(normal(tensor, 0.3))
     if hasattr(sae, "norm_exponent"):
         a = sae.norm_exponent
         a.copy_(torch.linspace(-0.5, 1.5, a.numel()) if a.ndim else torch.tensor(0.7))
         sae.log_scale.copy_(0.3 + normal(sae.log_scale, 0.4))
+    if hasattr(sae, "norm_exponent_base"):
+        sae.norm_exponent_base.fill_(0.2)
     if getattr(sae.cfg, "unit_decoder", False):
         sae.normalize_decoder()
+    x = make_activations(64, sae.cfg.d_in, seed=seed).to(sae.dtype)
     if hasattr(sae, "topk_threshold"):
-        set_threshold(sae, make_activations(64, sae.cfg.d_in, seed=seed).to(sae.dtype))
+        sae.topk_threshold = middle_score(sae, x, sae.cfg.k).to(sae.topk_threshold.dtype)
+    elif hasattr(sae, "threshold_unit"):
+        sae.threshold_unit.fill_(1.7)
+        unit = 1.7 * sae.cfg.threshold_lr_multiplier
+        sae.threshold.copy_(
+            middle_score(sae, x, sae.cfg.target_l0 or K) / unit * torch.linspace(0.8, 1.25, sae.cfg.d_sae)
+        )
 
 
 @torch.no_grad()
-def set_threshold(sae: TrainingSAE[Any], x: torch.Tensor) -> None:
-    """`topk_threshold` such that `k` features per row of `x` are above it on average, halfway between two scores."""
+def middle_score(sae: TrainingSAE[Any], x: torch.Tensor, k: float) -> torch.Tensor:
+    """The threshold that k features per row of `x` are above on average, halfway between two scores."""
     scores = sae.encode_with_hidden_pre(x)[1].flatten().sort(descending=True).values
-    cut = int(sae.cfg.k * len(x))
-    sae.topk_threshold = ((scores[cut - 1] + scores[cut]) / 2).to(sae.topk_threshold.dtype)
+    cut = min(int(k * len(x)), len(scores) - 1)
+    return (scores[cut - 1] + scores[cut]) / 2
 
 
 def make_activations(*shape: int, seed: int = 0, spread: float = 1.0, dtype: torch.dtype = torch.float32):

@@ -12,9 +12,12 @@ from helpers import (
     COSINE,
     D_IN,
     D_SAE,
+    EXPONENT,
+    FAST,
     FREE_DECODER,
-    GLOBAL,
-    TOPK,
+    ONE_PER_SCORE,
+    PER_FEATURE,
+    SELECTORS,
     TRAINING,
     assert_same_function,
     codes_and_output,
@@ -26,12 +29,12 @@ from helpers import (
     read_config,
     run_python,
     save_inference,
+    selector_of,
     train_step,
 )
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens.registry import get_sae_class
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.standard_sae import (
     StandardSAE,
     StandardSAEConfig,
@@ -109,18 +112,25 @@ def _third_party(registries):
 
 # --- names, keys, shapes ---
 
-BASE = {"W_enc": (D_IN, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
-PER_FEATURE_SHAPE = {True: (D_SAE,), False: ()}
-SAVED_AS = {
-    "inner_product_topk": "topk",
-    "inner_product_batchtopk": "jumprelu",
-    "cosine_topk": "cosine_topk",
-    "cosine_batchtopk": "cosine_jumprelu",
-    "per_feature_cosine_topk": "per_feature_cosine_topk",
-    "per_feature_cosine_batchtopk": "per_feature_cosine_jumprelu",
-    "l1_standard": "l1_standard",
-    "l1_topk": "l1_topk",
-}
+SCORES = ["inner_product", "cosine", "per_feature_cosine"]
+TRAINABLE = ["standard", "gated", "jumprelu", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"]  # by SAELens
+BYPASS = ["magnitude_bypass_topk", "magnitude_bypass_batchtopk"]
+BASE = {"W_enc": (D_IN, D_SAE), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+SHAPES = {"F": (D_SAE,), "": ()}
+
+
+def plain_selector(name):
+    """What SAELens calls the selector that an SAE is saved with."""
+    return SELECTORS[selector_of(name)].saved_as
+
+
+def saved_as(name):
+    score = name.removesuffix(selector_of(name))
+    return plain_selector(name) if score == "inner_product_" else score + plain_selector(name)
+
+
+def of_shape(own):
+    return {key: SHAPES[shape] for key, shape in own.items()}
 
 
 def shapes(tensors):
@@ -128,46 +138,52 @@ def shapes(tensors):
 
 
 def test_registered_names():
-    assert set(TRAINING) == set(SAVED_AS) - set(TOYS)
-    ours = set(SAVED_AS.values()) - {"topk", "jumprelu"}
-    assert set(saelens_cosine.INFERENCE_ARCHITECTURES) == ours
-    assert set(saelens_cosine.TRAINING_ARCHITECTURES) == set(SAVED_AS)
+    expected = {f"{score}_{selector}" for score in SCORES for selector in TRAINABLE} | {*BYPASS, "top_afa"}
+    assert len(expected) == 24
+    assert set(TRAINING) == expected
+    assert set(saelens_cosine.TRAINING_ARCHITECTURES) == expected | set(TOYS)
+    ours = {
+        f"{score}_{saved}" for score in SCORES[1:] for saved in ("standard", "gated", "jumprelu", "topk", "abstopk")
+    }
+    ours |= {"magnitude_bypass_topk", "magnitude_bypass_jumprelu", "top_afa"}
+    assert len(ours) == 13
+    assert set(saelens_cosine.INFERENCE_ARCHITECTURES) == ours | set(TOYS)
+    assert ours <= {saved_as(name) for name in TRAINING}
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_saved_architecture(name, tmp_path):
     save_inference(make_sae(name), tmp_path)
     config = read_config(tmp_path)
-    assert config["architecture"] == SAVED_AS[name]
+    assert config["architecture"] == saved_as(name)
     assert config["metadata"]["training_architecture"] == name
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_state_dict(name):
     expected = {**BASE, "tokens_since_fired": (D_SAE,), "initialized_from_data": ()}
+    expected |= of_shape(SELECTORS[selector_of(name)].own)
     if name in COSINE:
-        expected["norm_exponent"] = expected["log_scale"] = PER_FEATURE_SHAPE[name not in GLOBAL]
-    if name in BATCHTOPK:
-        expected["topk_threshold"] = ()
+        expected["norm_exponent"] = expected["log_scale"] = (D_SAE,) if name in PER_FEATURE else ()
     assert shapes(make_sae(name).state_dict()) == expected
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_saved_tensors(name, tmp_path):
     save_inference(make_sae(name), tmp_path)
-    expected = dict(BASE)
-    if name in COSINE:
-        expected["norm_exponent"] = PER_FEATURE_SHAPE[name not in GLOBAL]
-    if name in BATCHTOPK:
-        expected["threshold"] = (D_SAE,)
+    expected = {**BASE, **of_shape(SELECTORS[selector_of(name)].saved)}
+    if name in EXPONENT:
+        expected["norm_exponent"] = (D_SAE,) if name in PER_FEATURE else ()
     assert shapes(load_file(tmp_path / "sae_weights.safetensors")) == expected
+
+
+SPELLING = {"topk": "TopK", "abstopk": "AbsTopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU", "afa": "AFA"}
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_class_names_follow_saelens(name):
     # per_feature_cosine_batchtopk -> PerFeatureCosineBatchTopKTrainingSAE
-    camel = "".join(part.capitalize() for part in name.split("_"))
-    camel = camel.replace("Batchtopk", "BatchTopK").replace("Topk", "TopK")
+    camel = "".join(SPELLING.get(part, part.capitalize()) for part in name.split("_"))
     sae = make_sae(name)
     assert type(sae).__name__ == f"{camel}TrainingSAE"
     assert type(sae.cfg).__name__ == f"{camel}TrainingSAEConfig"
@@ -185,7 +201,22 @@ def test_inference_classes_are_public(name):
 
 CHANGED = {
     "norm_exponent_init": 0.25,
-    "learn_norm_exponent": False,
+    "norm_exponent_lr_multiplier": 3.0,
+    "log_scale_lr_multiplier": 0.5,
+    "relative_exponent_penalties": True,
+    "exponent_sharing": "groups",
+    "n_exponent_groups": 4,
+    "norm_exponent_variance_penalty": 0.1,
+    "norm_exponent_dropout": 0.25,
+    "jumprelu_bandwidth": 0.3,
+    "jumprelu_sparsity_loss_mode": "tanh",
+    "threshold_lr_multiplier": 2.0,
+    "relative_l0_loss": False,
+    "l1_coefficient": 0.3,
+    "use_matryoshka_aux_loss": True,
+    "unit_encoder": False,
+    "restore_output_norm": False,
+    "afa_coefficient": 0.5,
     "log_scale_init": -1.5,
     "learn_log_scale": False,
     "unit_decoder": False,
@@ -223,17 +254,47 @@ def test_inference_config_survives_json(name, tmp_path):
     assert values["metadata"] == read_config(tmp_path)["metadata"]
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("k", [0, -1, D_SAE + 1])
 def test_impossible_k_is_refused(name, k):
     with pytest.raises(ValueError, match=rf"k={k}\b.*d_sae={D_SAE}\b"):
         make_config(name, k=k)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_k_of_all_features_is_allowed(name):
     sae = make_sae(name, seed=None, k=D_SAE)
     assert sae(make_activations(3, D_IN)).shape == (3, D_IN)
+
+
+# --- the score, by its definition ---
+
+
+def pre_by_definition(name, sae, x):
+    """The definition in `saelens_cosine.score`, from the training form's parameters; a gated SAE's magnitude."""
+    x_c, W_enc = x - sae.b_dec, sae.W_enc
+    n = x_c.square().sum(-1, keepdim=True).sqrt()
+    product = x_c @ W_enc
+    if name in EXPONENT:
+        a, b = getattr(sae, "norm_exponent", 0.0), getattr(sae, "log_scale", 0.0)
+        product = n ** (a - 1) * torch.exp(torch.as_tensor(b)) * product / W_enc.square().sum(0).sqrt()
+    pre = product * sae.r_mag.exp() + sae.b_mag if "gated" in name else product + sae.b_enc
+    return pre * sae.W_dec.square().sum(1).sqrt() if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False) else pre
+
+
+@pytest.mark.parametrize("options", [{}, FREE_DECODER], ids=["default", "free"])
+@pytest.mark.parametrize("name", TRAINING)
+@torch.no_grad()
+def test_scores_are_those_of_the_definition(name, options, tmp_path):
+    sae = make_sae(name, dtype="float64", **options)
+    saved = save_inference(sae, tmp_path)
+    x = make_activations(30, D_IN, dtype=torch.float64)
+    expected = pre_by_definition(name, sae, x)
+    torch.testing.assert_close(sae.encode_with_hidden_pre(x)[1], expected, rtol=1e-12, atol=1e-12)
+    seen = saved.run_with_cache(x)[1]["hook_sae_acts_pre"]
+    if getattr(saved.cfg, "rescale_acts_by_decoder_norm", False):
+        seen = seen * saved.W_dec.norm(dim=-1)
+    torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-11)
 
 
 # --- the same function everywhere ---
@@ -273,7 +334,7 @@ def test_saved_again_is_the_same_file(name, tmp_path):
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         assert torch.equal(two[key], tensor), key
-    assert read_config(tmp_path / "two")["architecture"] == SAVED_AS[name]
+    assert read_config(tmp_path / "two")["architecture"] == saved_as(name)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -283,13 +344,13 @@ def test_from_pretrained(name, hub):
     assert_same_function(SAE.from_pretrained("owner/repo", "some/folder"), sae, make_activations(50, D_IN))
 
 
-@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("name", EXPONENT)
 def test_from_pretrained_through_the_inference_class(name, hub):
     sae = make_sae(name)
     sae.save_inference_model(hub / "folder")
-    cls = get_sae_class(SAVED_AS[name])[0]
+    cls = get_sae_class(saved_as(name))[0]
     assert type(cls.from_pretrained("owner/repo", "folder")) is cls
-    stock = JumpReLUSAE if name in BATCHTOPK else TopKSAE
+    stock = get_sae_class(plain_selector(name))[0]
     assert isinstance(stock.load_from_disk(hub / "folder"), cls)
 
 
@@ -374,14 +435,14 @@ def test_deepcopy(name):
     assert_same_function(twin, sae, x, tolerance=0)
     before = sae(x)
     twin.W_dec.data.zero_()
-    twin.b_enc.data.add_(1)
+    getattr(twin, "b_mag" if "gated" in name else "b_enc").data.add_(1)
     assert torch.equal(sae(x), before)
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_copy_trains_like_the_original(name):
     # gradients of a unit decoder are tangent to the sphere, also in a copy made after the first step
-    sae = make_sae(name).train()
+    sae = make_sae(name, unit_decoder=True, rescale_acts_by_decoder_norm=False).train()
     x = make_activations(32, D_IN)
     train_step(sae, x).loss.backward()
     twin = copy.deepcopy(sae)
@@ -420,6 +481,8 @@ def test_checkpoint_restores_the_dtypes_of_buffers(name, dtype, tmp_path):
     assert again.initialized_from_data.dtype == torch.bool
     if name in BATCHTOPK:
         assert again.topk_threshold.dtype == torch.double  # SAELens keeps this average in double
+    if hasattr(again, "threshold_unit"):
+        assert again.threshold_unit.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -433,7 +496,8 @@ def test_checkpoint_goes_on_training(name, tmp_path):
     assert torch.equal(losses[0].loss, losses[1].loss)
     assert torch.equal(again.tokens_since_fired, sae.tokens_since_fired)
     losses[1].loss.backward()
-    assert all(p.grad is not None for p in again.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in again.parameters())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in sae.parameters()]
 
 
 # --- what a reader without this package meets ---
@@ -456,7 +520,7 @@ assert not any(name.startswith("saelens_cosine") for name in sys.modules)
 
 def test_inner_product_arms_load_without_this_package(tmp_path):
     x = make_activations(50, D_IN)
-    names = ["inner_product_topk", "inner_product_batchtopk"]
+    names = [f"inner_product_{selector}" for selector in TRAINABLE]
     for name in names:
         sae = make_sae(name)
         sae.save_inference_model(tmp_path / name)
@@ -464,23 +528,22 @@ def test_inner_product_arms_load_without_this_package(tmp_path):
         torch.save({"x": x, "codes": codes, "output": output}, tmp_path / name / "expected.pt")
     result = run_python(LOAD_PLAIN, *(tmp_path / name for name in names))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["topk", "jumprelu"]
+    assert result.stdout.split() == ["standard", "gated", "jumprelu", "topk", "abstopk", "jumprelu", "jumprelu"]
 
 
-@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("name", EXPONENT)
 def test_a_plain_class_refuses_a_cosine_file(name, tmp_path):
     make_sae(name).save_inference_model(tmp_path)
-    plain = "topk" if name in TOPK else "jumprelu"
-    (tmp_path / "cfg.json").write_text(json.dumps({**read_config(tmp_path), "architecture": plain}))
+    config = {**read_config(tmp_path), "architecture": plain_selector(name)}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"norm_exponent"'):
         SAE.load_from_disk(tmp_path)
 
 
-@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("name", EXPONENT)
 def test_a_cosine_class_refuses_a_plain_file(name, tmp_path):
-    plain = "inner_product_topk" if name in TOPK else "inner_product_batchtopk"
-    make_sae(plain).save_inference_model(tmp_path)
-    (tmp_path / "cfg.json").write_text(json.dumps({**read_config(tmp_path), "architecture": SAVED_AS[name]}))
+    make_sae(f"inner_product_{selector_of(name)}").save_inference_model(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps({**read_config(tmp_path), "architecture": saved_as(name)}))
     with pytest.raises(RuntimeError, match=r'Missing key.*"norm_exponent"'):
         SAE.load_from_disk(tmp_path)
 
@@ -493,19 +556,18 @@ def test_exponent_one_saved_is_saelens_own_class_bit_for_bit(name, tmp_path):
     shutil.copytree(tmp_path / "ours", tmp_path / "plain")
     tensors = load_file(tmp_path / "ours" / "sae_weights.safetensors")
     del tensors["norm_exponent"]
-    plain = "topk" if name in TOPK else "jumprelu"
-    stock = SAE.from_dict({**read_config(tmp_path / "ours"), "architecture": plain})
+    stock = SAE.from_dict({**read_config(tmp_path / "ours"), "architecture": plain_selector(name)})
     stock.load_state_dict(tensors)
     x = make_activations(100, D_IN)
-    assert_same_function(ours, stock, x, tolerance=0)
+    # a gate multiplies its score by exp(r_mag), where SAELens multiplies the encoder
+    assert_same_function(ours, stock, x, tolerance=1e-6 if plain_selector(name) == "gated" else 0)
 
 
 # --- L0 ---
 
 
-@pytest.mark.parametrize("name", BATCHTOPK)
-@pytest.mark.parametrize("lr", [3e-4, 1e-3])
-@pytest.mark.parametrize("scale", [1.0, 10.0])
+@pytest.mark.parametrize("name", [*ONE_PER_SCORE, "cosine_matryoshka_batchtopk"])
+@pytest.mark.parametrize("scale, lr", [(1.0, 1e-3), (10.0, 3e-4)])
 def test_batchtopk_keeps_l0_after_saving(name, lr, scale, tmp_path):
     # scores still move after 300 steps, up at scale 10 and down at scale 1, and an average of past thresholds lags
     k = 4

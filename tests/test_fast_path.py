@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import (
     BATCHTOPK,
-    COSINE,
+    FAST,
     FREE_DECODER,
-    TOPK,
-    TRAINING,
+    OURS,
+    SELECTORS,
     Batches,
     assert_close,
     make_activations,
@@ -21,11 +21,12 @@ from helpers import (
     make_trainer,
     planted_batches,
     randomize,
+    selector_of,
     train_step,
 )
 from sae_lens import SAE, TrainingSAE
-from sae_lens.saes.jumprelu_sae import JumpReLUSAE
-from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 from torch.optim import optimizer as torch_optimizer
@@ -42,6 +43,10 @@ from saelens_cosine.saes.scored_sae import ScoredSAE
 D, F, K, B = 24, 300, 5, 64
 AUX = "auxiliary_reconstruction_loss"
 SIZE = {"d_in": D, "d_sae": F, "k": K}
+
+
+RECTIFIED = [name for name in FAST if "abstopk" not in name and "bypass" not in name]
+"""With codes that b_enc can turn on and off."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +75,7 @@ def is_fast(output):
 
 
 def gradients(sae):
-    return {name: p.grad for name, p in sae.named_parameters()}
+    return {name: p.grad for name, p in sae.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -125,6 +130,8 @@ AUX_CASES = {
 def gap_at_the_cut(sae, x):
     """How far the last score that is kept is above the first that is not, relative to it; the smallest over all cuts."""
     scores = sae.rescale(sae.score(sae.process_sae_in(x)))
+    if sae.signed_codes:
+        scores = scores.abs()
     k = K
     if sae.cfg.architecture() in BATCHTOPK:
         scores, k = scores.flatten(), K * len(x)
@@ -135,14 +142,14 @@ def gap_at_the_cut(sae, x):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("aux", AUX_CASES)
 @pytest.mark.parametrize("decoder", [{}, FREE_DECODER], ids=["unit", "free"])
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_steps_are_the_reference_paths(name, decoder, aux, dtype):
-    tolerance = 1e-12 if dtype == "float64" else 2e-6
+    tolerance = 1e-12 if dtype == "float64" else 5e-6 if "bypass" in name else 2e-6  # one norm more
     sae = make(name, "reference", dtype=dtype, **decoder, **AUX_CASES[aux])
     saes = [sae, twin(sae, "fast")]
     for step in (1, 2, 3):
-        x = make_activations(B, D, seed=step, dtype=sae.dtype)
-        assert gap_at_the_cut(sae, x) > 1e-5  # else rounding may choose another code
+        batches = (make_activations(B, D, seed=seed, dtype=sae.dtype) for seed in range(step, 100, 3))
+        x = next(x for x in batches if gap_at_the_cut(sae, x) > 1e-5)  # else rounding may choose another code
         expected, output = (train_step(each, x, step=step) for each in saes)
         assert is_fast(output)
         assert type(expected.feature_acts) is type(expected.hidden_pre) is torch.Tensor
@@ -164,7 +171,7 @@ def test_steps_are_the_reference_paths(name, decoder, aux, dtype):
             assert saes[1].topk_threshold.item() == pytest.approx(sae.topk_threshold.item(), rel=tolerance)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize(
     ("tokens", "options"),
     [
@@ -177,6 +184,8 @@ def test_steps_are_the_reference_paths(name, decoder, aux, dtype):
     ids=["one token", "k 1", "small", "all features", "one input"],
 )
 def test_awkward_sizes(name, tokens, options):
+    if options.get("d_in") == 1 and "bypass" in name:
+        pytest.skip("all cosines of one input are 1 or -1, and torch.topk takes any of them")
     size = {**SIZE, **options}
     sae = make(name, "reference", dtype="float64", dead_feature_window_tokens=1, **{**options, "k": 1})
     sae.cfg.k = sae.activation_fn.k = size["k"]
@@ -199,7 +208,7 @@ def test_a_fraction_of_a_code_per_token(name):
     assert (dense(output.feature_acts) > 0).sum() == 17
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", RECTIFIED)
 @pytest.mark.parametrize("n_on", [0, 2], ids=["none", "some"])
 def test_fewer_positive_scores_than_wanted(name, n_on):
     sae = make(name, "reference", dtype="float64", dead_feature_window_tokens=1)
@@ -248,13 +257,12 @@ def test_a_frozen_parameter_gets_no_gradient_and_changes_no_other(frozen):
     saes = [sae, twin(sae, "fast")]
     for each in saes:
         train_step(each, make_activations(B, D, dtype=torch.float64), step=1).loss.backward()
-    expected, found = map(gradients, saes)
-    assert expected.pop(frozen) is found.pop(frozen) is None
-    for key, gradient in expected.items():
-        assert_close(found[key], gradient, 1e-12)
+        assert each.get_parameter(frozen).grad is None
+    for key, gradient in gradients(sae).items():
+        assert_close(gradients(saes[1])[key], gradient, 1e-12)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("options", [{}, FREE_DECODER, AUX_CASES["dead"]], ids=["unit", "free", "dead"])
 def test_autocast_loses_no_more_than_the_reference_path(name, options):
     x = make_activations(B, D)
@@ -307,7 +315,7 @@ RUNS = {
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, RUNS["default"]) for name in TRAINING]
+    [(name, RUNS["default"]) for name in FAST]
     + [(name, options) for name in ("inner_product_topk", "per_feature_cosine_batchtopk") for options in list(RUNS.values())[1:]],
     ids=lambda value: value if isinstance(value, str) else next((k for k, v in RUNS.items() if v is value), None),
 )  # fmt: skip
@@ -320,7 +328,7 @@ def test_a_run_of_saelens_trainer_is_the_same(name, options):
     assert found.fast == [True] * 30
     assert sum(log[f"losses/{AUX}"] > 0 for log in expected.logs) > 15
     for key, tensor in expected.sae.state_dict().items():
-        assert_close(found.sae.state_dict()[key], tensor, 1e-9)
+        assert_close(found.sae.state_dict()[key] + 1, tensor + 1, 1e-9)  # a b_enc that is not trained is 0
     for counter in ("act_freq_scores", "n_forward_passes_since_fired", "n_frac_active_samples"):
         torch.testing.assert_close(getattr(found, counter), getattr(expected, counter), rtol=0, atol=0)
     assert found.log_feature_sparsity.isfinite().all()
@@ -335,7 +343,7 @@ def test_one_seed_gives_one_result(name):
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("saved_after", [1, 7])
 def test_resumed_equals_uninterrupted(name, saved_after, tmp_path):
     whole, first = run(name, "fast", n=12), run(name, "fast", n=12)
@@ -356,7 +364,6 @@ def test_resumed_equals_uninterrupted(name, saved_after, tmp_path):
     assert second.logs == whole.logs[saved_after:]
 
 
-@pytest.mark.xfail(strict=True, reason="a resumed optimizer is fused by its checkpoint, but its steps are not watched")
 def test_a_resumed_run_notices_its_steps(tmp_path):
     first, second = run("cosine_batchtopk", "fast", n=4), run("cosine_batchtopk", "fast", n=4, start=2)
     for _ in range(2):
@@ -372,7 +379,7 @@ def test_a_resumed_run_notices_its_steps(tmp_path):
             output.hidden_pre[:, 3]
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_a_copy_trains_on_like_the_original(name):
     sae = make(name, "fast", dead_feature_window_tokens=100)
     batches = [make_activations(B, D, seed=i) for i in range(6)]
@@ -553,7 +560,7 @@ def test_an_unknown_path_is_refused():
         make("cosine_topk", "quick")
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_hooks_see_dense_tensors_and_may_change_them(name):
     sae, x = make(name), make_activations(B, D)
     plain = train_step(copy.deepcopy(sae), x, step=1)
@@ -575,13 +582,14 @@ def test_hooks_see_dense_tensors_and_may_change_them(name):
     assert is_fast(train_step(sae, x, step=2))  # the hook is gone
     with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lift)]):
         lifted = train_step(sae, x, step=3)
-    assert (lifted.feature_acts[:, 7] == 1e4).sum() == B
+    # a magnitude bypass makes codes of any scale from it
+    assert (lifted.feature_acts[:, 7] == 1e4).sum() == B or ("bypass" in name and (lifted.feature_acts[:, 7] > 0).all())
     assert all(type(tensor) is torch.Tensor and tensor.shape == (B, F) for tensor in seen.values())
     assert set(seen) == {"hook_sae_acts_pre", "hook_sae_acts_post"}
     assert is_fast(train_step(sae, x, step=4))
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_run_with_cache_in_training_mode(name):
     sae, x = make(name), make_activations(B, D)
     codes = train_step(copy.deepcopy(sae), x, step=1).feature_acts
@@ -595,7 +603,7 @@ def test_run_with_cache_in_training_mode(name):
 # --- nobody pays for what nobody asked for ---
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("n_dead", [0, 10])
 def test_no_tensor_of_all_scores_is_made(name, n_dead, monkeypatch):
     monkeypatch.setattr(filter, "TILE_TOKENS", 128)
@@ -620,7 +628,7 @@ def test_no_tensor_of_all_scores_is_made(name, n_dead, monkeypatch):
 # --- how W_enc lies in memory ---
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_encoder_columns_stay_in_one_piece(name, tmp_path):
     def check(sae):
         assert sae.W_enc.shape == (16, 160)
@@ -646,11 +654,11 @@ def test_encoder_columns_stay_in_one_piece(name, tmp_path):
     fresh.load_weights_from_checkpoint(tmp_path / "training")
     check(fresh)
     assert torch.equal(fresh.W_enc, sae.W_enc)
-    if name in COSINE:
+    if name in OURS:
         check(SAE.load_from_disk(tmp_path / "inference"))
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", FAST)
 def test_files_hold_plain_tensors(name, tmp_path):
     sae = make(name)
     sae.save_model(tmp_path / "training")
@@ -661,13 +669,13 @@ def test_files_hold_plain_tensors(name, tmp_path):
     assert trained.is_contiguous()
     assert saved.is_contiguous()
     assert torch.equal(trained, sae.W_enc)
-    if name in COSINE:  # exp(b_i) * w_i / ||w_i||
-        W_enc = sae.W_enc.double()
-        assert_close(saved, sae.log_scale.double().exp() * W_enc / W_enc.norm(dim=0), 1e-6)
+    if name in OURS:  # exp(b_i) * w_i / ||w_i||, with b = 0 in a magnitude bypass
+        W_enc, log_scale = sae.W_enc.double(), getattr(sae, "log_scale", torch.zeros(()))
+        assert_close(saved, log_scale.double().exp() * W_enc / W_enc.norm(dim=0), 1e-6)
         return
     assert torch.equal(saved, sae.W_enc)
     stock = SAE.load_from_disk(tmp_path / "inference")
-    assert type(stock) is (TopKSAE if name in TOPK else JumpReLUSAE)
+    assert type(stock) is get_sae_class(SELECTORS[selector_of(name)].saved_as)[0]
     assert torch.equal(stock.W_enc, sae.W_enc)
     assert_close(stock.encode(make_activations(B, D)), sae.eval().encode(make_activations(B, D)))
 
@@ -693,6 +701,7 @@ def test_a_compiled_step_takes_the_fast_path_as_it_is(name):
 
 
 def watchers():
+    gc.collect()
     return len(torch_optimizer._global_optimizer_pre_hooks)
 
 
@@ -726,7 +735,8 @@ def test_a_choice_that_was_made_is_kept(options):
 def test_an_optimizer_that_has_stepped_or_is_another_kind_stays():
     sae = make("cosine_batchtopk")
     adam, sgd = torch.optim.AdamW(sae.parameters()), torch.optim.SGD(sae.parameters(), lr=1e-3)
-    train_step(sae, make_activations(B, D), step=5).loss.backward()
+    for parameter in sae.parameters():
+        parameter.grad = torch.ones_like(parameter)
     adam.step()
     for optimizer in (adam, sgd):
         train_step(sae, make_activations(B, D), step=0).loss.backward()

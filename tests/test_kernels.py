@@ -157,7 +157,7 @@ def test_rounded(shape, dtype, monkeypatch):
     assert (rounded.loss > 0).any() == (product == BF16)
 
 
-KINDS = ["random", "parallel", "equal", "zero column"]
+KINDS = ["random", "parallel", "equal", "zero column", "signed"]
 
 
 def random_scores(seed, kind, per_feature, dtype, size=None):
@@ -183,7 +183,8 @@ def random_scores(seed, kind, per_feature, dtype, size=None):
         a, c = a[0], c[0]
     gain = weight.norm(dim=1).clamp_min(NORM_FLOOR).reciprocal()
     unit, log_norm, weight, *terms = (p.to(dtype) for p in (unit, log_norm, weight, a, c, gain, bias))
-    return UnitInputs(unit, log_norm), Encoder(weight, ScoreTerms(*terms), filter.Rounded.of(weight))
+    encoder = Encoder(weight, ScoreTerms(*terms), filter.Rounded.of(weight))
+    return UnitInputs(unit, log_norm), encoder.by_size() if kind == "signed" else encoder
 
 
 def exact_scores(inputs, encoder):
@@ -200,6 +201,7 @@ def n_missed(inputs, encoder, floor_kind, seed):
     A little is what the score itself is rounded by where its exponent a log n is of size 16.
     """
     score, size = exact_scores(inputs, encoder)
+    score = score.abs() if encoder.terms.signed else score
     dtype, exponent, reach = inputs.unit.dtype, None, torch.ones(len(score), 1, dtype=F64)
     if floor_kind == "with the norm":
         exponent = encoder.terms.norm_exponent.mean()
@@ -338,8 +340,11 @@ def test_best_of_batch(problem, dtype, dense_calls):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_best_of_each(problem, dtype, dense_calls):
+@pytest.mark.parametrize("signed", [False, True])
+def test_best_of_each(problem, signed, dtype, dense_calls):
     inputs, encoder, scores = problem
+    if signed:
+        encoder, scores = encoder.by_size(), exact_scores(inputs, encoder)[0].abs()
     n_tokens, d_sae = scores.shape
     reach = (encoder.terms.norm_exponent.mean() * inputs.log_norm).exp()
     for k in {1, (d_sae + 3) // 4, d_sae}:
@@ -396,6 +401,20 @@ def test_ties_of_each_token_go_to_the_lowest_place(hint):
     assert places_of(best) == [*range(5), *range(300, 305)]
 
 
+def test_the_largest_of_each_token_by_size(hint):
+    inputs, encoder = by_hand(1.0, -2.0, 2.0, 0.5, -2.0, -1.0, 0.0)  # sizes 1 2 2 0.5 2 1 0
+    for k, expected in ((1, [1]), (2, [1, 2]), (4, [0, 1, 2, 4]), (5, [0, 1, 2, 4, 5]), (7, [0, 1, 2, 3, 4, 5])):
+        scored = selection.best_of_each(inputs, encoder.by_size(), k, hint)[0]
+        assert places_of(scored) == expected + [7 + place for place in expected]
+        assert scored.score[: len(expected)].tolist() == [[1, -2, 2, 0.5, -2, -1][i] for i in expected]
+
+
+def test_a_bias_counts_with_its_sign_before_the_size_is_taken(hint):
+    inputs, encoder = by_hand(3.0, -3.0, 1.0, bias=-2.0)  # 1, -5, -1
+    assert places_of(selection.best_of_each(inputs, encoder.by_size(), 1, hint)[0]) == [1, 4]
+    assert places_of(selection.best_of_each(inputs, encoder.by_size(), 2, hint)[0]) == [0, 1, 3, 4]
+
+
 @pytest.mark.parametrize("select", [selection.best_of_batch, selection.best_of_each])
 def test_no_positive_scores(select, hint):
     assert places_of(select(*by_hand(-1.0, 0.0, -2.0), 2, hint)[0]) == []
@@ -435,7 +454,7 @@ def test_parts_of_the_selection_by_hand():
     assert at_least(t(3, 3, 3), [0, 0, 2], 1, 4) == [1, 0, 1]  # groups 1 and 3 are empty
 
 
-def entry_values(x, b_dec, W_enc, b_enc, a, c, entries, unit_columns):
+def entry_values(x, b_dec, W_enc, b_enc, a, c, entries, unit_columns, signed):
     """`EntryScores` of a batch prepared as `encode` prepares it."""
     with torch.no_grad():
         x_c = x if b_dec is None else x - b_dec
@@ -444,36 +463,40 @@ def entry_values(x, b_dec, W_enc, b_enc, a, c, entries, unit_columns):
         gain = W_enc.norm(dim=0).reciprocal() if unit_columns else torch.ones_like(b_enc)
         product = operations.sampled_product(entries, unit, W_enc.T.contiguous())
         factor = ScoreTerms(a, c, gain, b_enc).factor(log_norm[entries.tokens], entries.features)
-        batch = ScoredBatch(entries, product, factor, unit, log_norm, gain.square() if unit_columns else None)
+        batch = ScoredBatch(entries, product, factor, unit, log_norm, gain.square() if unit_columns else None, signed)
     return EntryScores.apply(x, b_dec, W_enc, b_enc, a, c, batch)
 
 
-def formula_values(x, b_dec, W_enc, b_enc, a, c, entries, unit_columns):
+def formula_values(x, b_dec, W_enc, b_enc, a, c, entries, unit_columns, signed):
     """The same from the dense definition."""
     x_c = x if b_dec is None else x - b_dec
     norm = x_c.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
     cosine = (x_c / norm) @ (W_enc / W_enc.norm(dim=0) if unit_columns else W_enc)
-    return ((a * norm.log() + c).exp() * cosine + b_enc).relu()[entries.tokens, entries.features]
+    scores = (a * norm.log() + c).exp() * cosine + b_enc
+    return (scores if signed else scores.relu())[entries.tokens, entries.features]
 
 
-PARAMETERS = ["scalar", "by feature", "inner product"]
+PARAMETERS = ["scalar", "by feature", "inner product", "signed"]
 
 
 def make_leaves(n_tokens, d_sae, width, parameters):
-    """x, b_dec, W_enc, b_enc, norm_exponent, log_scale, W_dec in float64, and whether columns count by direction."""
+    """x, b_dec, W_enc, b_enc, norm_exponent, log_scale, W_dec in float64; whether columns count by direction, and codes have signs."""
     a, c = torch.linspace(-0.5, 1.5, d_sae), 0.3 * torch.randn(d_sae)
-    if parameters != "by feature":
+    if parameters in ("scalar", "inner product"):
         a, c = (torch.tensor(v) for v in ((0.7, -0.4) if parameters == "scalar" else (1.0, 0.0)))
     shapes = [(n_tokens, width), (width,), (width, d_sae), (d_sae,), (d_sae, width)]
     x, b_dec, W_enc, b_enc, W_dec = (torch.randn(shape) for shape in shapes)
-    return [leaf.double() for leaf in (x, b_dec, W_enc, b_enc, a, c, W_dec)], parameters != "inner product"
+    return [leaf.double() for leaf in (x, b_dec, W_enc, b_enc, a, c, W_dec)], (
+        parameters != "inner product",
+        parameters == "signed",
+    )
 
 
-def decoded(values_of, leaves, wanted, entries, unit_columns, weight, dtype):
+def decoded(values_of, leaves, wanted, entries, kind, weight, dtype):
     """A decoded batch, and the gradients of the wanted leaves."""
     leaves = [None if leaf is None else leaf.detach().to(dtype, copy=True) for leaf in leaves]
     inputs = [leaf.requires_grad_() for leaf, w in zip(leaves, wanted, strict=True) if leaf is not None and w]
-    values, W_dec = values_of(*leaves[:6], entries, unit_columns), leaves[6]
+    values, W_dec = values_of(*leaves[:6], entries, *kind), leaves[6]
     fast = values_of is entry_values
     out = EntryDecode.apply(values, W_dec, entries) if fast else entries.to_dense(values) @ W_dec
     return out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)
@@ -487,11 +510,11 @@ WANTED = {"all": [1] * 7, "all but x": [0] + [1] * 6, "x": [1] + [0] * 6, "b_enc
 @pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize(("n_tokens", "d_sae", "width", "n"), SIZES[1:])
 def test_all_gradients(n_tokens, d_sae, width, n, parameters, wanted, dtype):
-    leaves, unit_columns = make_leaves(n_tokens, d_sae, width, parameters)
+    leaves, kind = make_leaves(n_tokens, d_sae, width, parameters)
     if wanted == "no b_dec":
         leaves[1] = None
     weight = torch.randn(n_tokens, width, dtype=F64)
-    case = (leaves, WANTED.get(wanted, [1] * 7), make_entries(n_tokens, d_sae, n), unit_columns, weight)
+    case = (leaves, WANTED.get(wanted, [1] * 7), make_entries(n_tokens, d_sae, n), kind, weight)
     exact, plain = decoded(formula_values, *case, F64), decoded(formula_values, *case, dtype)
     for one, other, true in zip(decoded(entry_values, *case, dtype), plain, exact, strict=True):
         assert_no_worse(one, other, true, 8 * true.abs().amax())
@@ -503,12 +526,12 @@ def test_all_gradients(n_tokens, d_sae, width, n, parameters, wanted, dtype):
 @pytest.mark.parametrize("n_tokens", [1, 9])
 def test_gradients_where_the_norm_is_floored(n_tokens, parameters, share, dtype):
     # x = b_dec, or at a tenth of the floor from it: the norm is a constant there, and x_c enters by its product alone
-    (x, b_dec, W_enc, b_enc, *rest), unit_columns = make_leaves(n_tokens, 13, 7, parameters)
+    (x, b_dec, W_enc, b_enc, *rest), kind = make_leaves(n_tokens, 13, 7, parameters)
     x = torch.nn.functional.normalize(x) * NORM_FLOOR * share
     if n_tokens > 1:
         x[n_tokens // 2] = 1.0  # an ordinary one
     leaves, entries = [x, 0 * b_dec, W_enc, b_enc.abs() + 1, *rest], make_entries(n_tokens, 13, 5 * n_tokens)
-    case = ([1] * 7, entries, unit_columns, torch.randn(n_tokens, 7, dtype=F64))
+    case = ([1] * 7, entries, kind, torch.randn(n_tokens, 7, dtype=F64))
     exact = decoded(formula_values, leaves, *case, F64)
     for one, true in zip(decoded(entry_values, leaves, *case, dtype), exact, strict=True):
         size = true.abs().amax(dim=-1, keepdim=True) if true.ndim else true.abs()  # rows of x differ by 1e8 and more
@@ -519,7 +542,7 @@ def test_values_that_are_not_positive_have_no_gradient():
     # scores (1, 0) . w + b_enc: 2, -1, and 1 - 1 = 0; only the first is above 0
     W_enc, b_enc = t([2, -1, 1], [0, 0, 0]).requires_grad_(), t(0, 0, -1).requires_grad_()
     entries, one = Entries(torch.zeros(3, dtype=torch.int64), torch.arange(3), 1, 3), torch.tensor(1.0)
-    values = entry_values(t([1, 0]), None, W_enc, b_enc, one, 0 * one, entries, False)
+    values = entry_values(t([1, 0]), None, W_enc, b_enc, one, 0 * one, entries, False, False)
     assert values.tolist() == [2, 0, 0]
     values.sum().backward()
     assert b_enc.grad.tolist() == [1, 0, 0]
@@ -528,12 +551,12 @@ def test_values_that_are_not_positive_have_no_gradient():
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_gradients_equal_finite_differences(parameters):
-    (*leaves, W_dec), unit_columns = make_leaves(3, 5, 4, parameters)
+    (*leaves, W_dec), kind = make_leaves(3, 5, 4, parameters)
     leaves[3] = 9 * leaves[3].sign()  # no score is near 0
     entries = make_entries(3, 5, 8)
-    assert 0 < (formula_values(*leaves, entries, unit_columns) > 0).sum() < 8
+    assert 0 < (formula_values(*leaves, entries, *kind) > 0).sum() < 8
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    assert torch.autograd.gradcheck(lambda *p: entry_values(*p, entries, unit_columns), leaves)
+    assert torch.autograd.gradcheck(lambda *p: entry_values(*p, entries, *kind), leaves)
     values = torch.randn(8, dtype=F64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v, w: EntryDecode.apply(v, w, entries), (values, W_dec.requires_grad_()))
 
@@ -599,6 +622,32 @@ def test_changes_in_place_are_seen_or_refused(change):
     assert torch.equal(codes.dense(), dense)
 
 
+def test_codes_by_parts_of_the_features():
+    # tokens 0 and 1; features 0 | 1 2 | 3: part i of token b is row 2 i + b
+    codes = EntryCodes(Entries(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 3, 0, 2]), 2, 4), t(5, 6, 7, -8))
+    parts = codes.split_features([0, 1, 3, 4])
+    assert isinstance(parts, EntryCodes)
+    assert parts.dense().view(3, 2, 4).tolist() == [
+        [[0, 0, 0, 0], [7, 0, 0, 0]],
+        [[0, 5, 0, 0], [0, 0, -8, 0]],
+        [[0, 0, 0, 6], [0, 0, 0, 0]],
+    ]
+    assert codes.split_features([0, 4]).dense().tolist() == codes.dense().tolist()
+
+
+@pytest.mark.parametrize("edges", [[0, 5], [0, 2, 5], [0, 1, 2, 3, 4, 5]])
+def test_parts_pass_gradients_to_their_codes(edges):
+    codes, dense = make_codes(n=9, requires_grad=True)
+    weight = torch.randn(len(edges) - 1, 3, 5)
+    masks = [(torch.arange(5) >= a) & (torch.arange(5) < b) for a, b in itertools.pairwise(edges)]
+    out = codes.split_features(edges).dense().view(weight.shape)
+    assert torch.equal(out, torch.stack([dense * mask for mask in masks]))
+    expected = sum(w * mask for w, mask in zip(weight, masks, strict=True))
+    (gradient,) = torch.autograd.grad((out * weight).sum(), codes.values)
+    entries = codes.entries
+    torch.testing.assert_close(gradient, expected[entries.tokens, entries.features])
+
+
 def test_what_codes_say_of_themselves():
     codes, dense = make_codes()
     for made in (codes, codes.bool(), codes.detach(), codes * torch.ones(5)):
@@ -641,7 +690,7 @@ def make_scores(parameter):
         calls.append(features)
         return x @ (parameter if features is None else parameter[:, features])
 
-    return ScoresOnDemand(compute, [parameter], shape=(3, 6), dtype=F32, device=x.device), x, calls
+    return ScoresOnDemand(compute, [parameter], torch.zeros(0), shape=(3, 6), dtype=F32, device=x.device), x, calls
 
 
 def test_scores_on_demand():

@@ -6,6 +6,7 @@ import math
 import warnings
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from sae_lens import TrainingSAE
@@ -578,13 +579,10 @@ def test_metrics_are_in_the_output_of_logging_steps(architecture):
 
 
 @pytest.mark.parametrize("normalize_aux_loss", [True, False])
-@pytest.mark.parametrize("architecture", saelens_cosine.TRAINING_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", helpers.FAST)
 def test_a_bfloat16_sae_trains_with_dead_features(architecture, normalize_aux_loss):
-    sae_class, config_class = get_sae_training_class(architecture)
-    config = config_class(
-        d_in=8, d_sae=32, k=2, dtype="bfloat16", normalize_aux_loss=normalize_aux_loss, dead_feature_window_tokens=16
-    )
-    sae = sae_class(config)
+    options = {"normalize_aux_loss": normalize_aux_loss, "dead_feature_window_tokens": 16}
+    sae = helpers.make_sae(architecture, seed=None, d_in=8, d_sae=32, k=2, dtype="bfloat16", **options).train()
     sae.tokens_since_fired += 16
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     output = sae.training_forward_pass(TrainStepInput(x, {}, None, 1, False))

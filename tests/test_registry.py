@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import COSINE, TRAINING, make_activations, make_sae, read_config, run_python, save_inference
+from helpers import OURS, TRAINING, make_activations, make_sae, read_config, run_python, save_inference
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 
@@ -46,7 +46,11 @@ def reloaded(request):
     vars(module).update(before)
 
 
-@pytest.mark.parametrize("reloaded", ["jumprelu_sae", "topk_sae", "batchtopk_sae"], indirect=True)
+@pytest.mark.parametrize(
+    "reloaded",
+    ["jumprelu_sae", "topk_sae", "batchtopk_sae", "gated_sae", "matryoshka_batchtopk_sae", "top_afa_sae"],
+    indirect=True,
+)
 def test_reloading_a_module_registers_the_new_classes(reloaded, tmp_path):
     names = list(TRAINING)
     assert names == TRAINING_ARCHITECTURES
@@ -130,15 +134,15 @@ for folder in sys.argv[1:]:
 
 
 def test_without_the_import_saelens_names_the_architecture(tmp_path):
-    for name in COSINE:
+    for name in OURS:
         make_sae(name).save_inference_model(tmp_path / name)
-    result = run_python(LOAD_UNREGISTERED, *(tmp_path / name for name in COSINE))
+    result = run_python(LOAD_UNREGISTERED, *(tmp_path / name for name in OURS))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [read_config(tmp_path / name)["architecture"] for name in COSINE]
+    assert result.stdout.split() == [read_config(tmp_path / name)["architecture"] for name in OURS]
     assert set(result.stdout.split()) == set(INFERENCE_ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("form", ["save_model", "save_inference_model"])
 def test_the_file_says_what_to_import(name, form, tmp_path):
     getattr(make_sae(name), form)(tmp_path)
@@ -147,14 +151,14 @@ def test_the_file_says_what_to_import(name, form, tmp_path):
     assert "import saelens_cosine" in note
 
 
-@pytest.mark.parametrize("name", COSINE)
+@pytest.mark.parametrize("name", OURS)
 def test_the_note_survives_loading_and_saving_again(name, tmp_path):
     saved = save_inference(make_sae(name), tmp_path / "one")
     saved.save_model(tmp_path / "two")
     assert "import saelens_cosine" in read_config(tmp_path / "two")["metadata"]["requires"]
 
 
-@pytest.mark.parametrize("name", sorted(set(TRAINING) - set(COSINE)))
+@pytest.mark.parametrize("name", sorted(set(TRAINING) - set(OURS)))
 def test_a_file_that_needs_no_import_does_not_ask_for_one(name, tmp_path):
     make_sae(name).save_inference_model(tmp_path)
     assert "requires" not in read_config(tmp_path)["metadata"]

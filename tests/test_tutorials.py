@@ -5,32 +5,72 @@ import pytest
 from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
-SHRINK = {"TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960", "d_sae=1024": "d_sae=128"}
+TRAIN, STEER = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb"
+SHRINK = {
+    TRAIN: {"TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960", "d_sae=1024": "d_sae=128"},
+    STEER: {
+        "TRAINING_TOKENS = 500_000": "TRAINING_TOKENS = 40_960",
+        "d_sae=1024": "d_sae=256",
+        "files=80": "files=30",
+        "per_file=8": "per_file=2",
+    },
+}
 
 
-@pytest.mark.parametrize("name", ["01_train_a_cosine_sae.ipynb"])
-def test_tutorial_runs_shrunk(name, tmp_path):
+def run_shrunk(name, folder):
+    """What the notebook prints with fewer tokens and features."""
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     sources = "\n".join(cell.source for cell in notebook.cells)
-    for old, new in SHRINK.items():
+    for old, new in SHRINK[name].items():
         assert sources.count(old) == 1, f"{old!r} stands {sources.count(old)} times in {name}"
         for cell in notebook.cells:
             cell.source = cell.source.replace(old, new)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def number(printed, after):
+    """The number that first follows a text."""
+    return float(printed.split(after)[1].split()[0].strip(",;:"))
+
+
+def test_training_tutorial_runs_shrunk(tmp_path):
+    printed = run_shrunk(TRAIN, tmp_path)
     assert "PerFeatureCosineJumpReLUSAE" in printed
-    fve = float(printed.split("FVE ")[1].split(",")[0])
-    assert 0.1 < fve < 1
+    assert 0.1 < number(printed, "FVE ") < 1
     losses = [float(word.strip(";")) for word in printed.split("loss ")[1].split() if word[0].isdigit()][:3]
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)  # with the error term the model is its own
     assert losses[2] > losses[0]
 
 
-@pytest.mark.parametrize("name", ["01_train_a_cosine_sae.ipynb"])
-def test_tutorial_is_committed_with_its_outputs(name):
+def test_steering_tutorial_runs_shrunk(tmp_path):
+    printed = run_shrunk(STEER, tmp_path)
+    assert "PerFeatureCosineJumpReLUSAE" in printed
+    assert number(printed, "with the error term: ") < 1e-3
+
+    # active features switched off one at a time, the one that matters most first
+    first, *others = printed.split("P(' None') is ")[1].split("\n")[:4]
+    without = [float(line.split(": ")[1]) for line in others]
+    assert without == sorted(without)
+    assert without[0] < float(first.split(". ")[0])
+    for batch in ("any text", "best contexts"):
+        lines = printed.split(f"{batch}: KL ")[1].split("\n")[1:4]
+        active, later, earlier = (float(line.split(" tokens,")[0].split()[-3]) for line in lines)
+        assert active > later
+        assert not earlier > 0  # nan where it is active from the first token on
+
+    rows = {name: printed.split(f"\n{name} ")[1].split("\n")[0].split() for name in ("inner product", "cosine")}
+    assert [row[0] for row in rows.values()] == ["jumprelu", "cosine_jumprelu"]
+    for row in rows.values():  # the threshold was fitted on other text
+        assert float(row[2]) == pytest.approx(number(printed.split("as trained  ")[1], " L0 "), rel=0.3)
+
+
+@pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4)])
+def test_tutorial_is_committed_with_its_outputs(name, pictures):
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     outputs = [output for cell in code for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= pictures
     assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
