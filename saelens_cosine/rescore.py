@@ -66,7 +66,8 @@ def rescore(
     Args:
         sae: an SAE with a ReLU, JumpReLU, TopK or AbsTopK, or one that is saved as such (BatchTopK), of SAELens or of this
             package. In a training form or an inference form.
-        activations: `[tokens, d_in]` as the SAE takes them, that scale and threshold are fitted on. Measure on others.
+        activations: `[tokens, d_in]` as the SAE takes them, that scale and threshold are fitted on. Measure on others. Leave
+            high-norm tokens out as in training: an inner product fires hundreds of features at one, out of everyone's L0.
         score: `"cosine"` gives exponent 0, `"inner_product"` SAELens' own class.
         target_l0: active features per token on these activations; None for what `sae` has. Not for TopK, which keeps k.
         scale: a number; `"keep"`, such that the features which `sae` activates keep their mean score before `b_enc`;

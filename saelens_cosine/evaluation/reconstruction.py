@@ -1,26 +1,35 @@
-"""How well an SAE reconstructs held-out activations, overall and by the activations' norm.
-
-Fraction of variance explained (FVE) is the authors': `1 - Var(x - x_hat) / Var(x)`, variances summed over dimensions,
-over all tokens that are evaluated (the authors average the variances of batches of 2,048; the difference is a batch's
-share of one degree of freedom). A constant error is free in it; SAELens' `explained_variance` charges for it.
-"""
+"""How well an SAE reconstructs held-out activations, overall and by the activations' norm. `fve` has the definitions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import ActivationsStore
-from sae_lens.evals import get_recons_loss
-from sae_lens.saes.sae import SAE, TrainingSAE
-from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.saes.sae import SAE
 
+from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
+from saelens_cosine.evaluation.dead import BatchDeaths, DeadShares, dead_in_training
+from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
+from saelens_cosine.evaluation.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
+from saelens_cosine.evaluation.loss_recovered import CE_DEFINITION, ce_loss_recovered
+from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
 from saelens_cosine.training.norm_filter import HighNormFilter
 
-CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
-FVE_DEFINITION = "1 - Var(x - x_hat) / Var(x), each summed over dimensions, over all evaluated tokens"
+__all__ = [
+    "CE_DEFINITION",
+    "FVE_DEFINITION",
+    "NormBin",
+    "Reconstruction",
+    "ReconstructionDiagnostics",
+    "ce_loss_recovered",
+    "diagnose_reconstruction",
+    "evaluate_reconstruction",
+    "explained_variance",
+    "heldout_activations",
+]
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,14 @@ class NormBin:
 @dataclass(frozen=True)
 class Reconstruction:
     """
-    An SAE on held-out activations.
+    An SAE on held-out activations, in the figures that a comparison shows.
 
     Args:
         tokens (int): Tokens evaluated, after the filter that the caller applied.
-        fve (float): Fraction of variance explained, see the module's text.
+        fve (float): Fraction of variance explained, the authors'.
         l0 (float): Active features per token.
         dead_fraction (float): Share of features that fire on none of these tokens: the window is `tokens`.
-        by_norm (tuple[NormBin, ...]): The same by quartile of ||x||, ascending.
+        by_norm (tuple[NormBin, ...]): The same by quartile of ||x||, ascending; without quartiles that no token is in.
     """
 
     tokens: int
@@ -61,32 +70,18 @@ class Reconstruction:
     by_norm: tuple[NormBin, ...]
 
 
-class _Variance:
-    """Variance of vectors, summed over dimensions, from batches; sums in float64 on the CPU (MPS has no float64)."""
+@dataclass(frozen=True)
+class ReconstructionDiagnostics:
+    """
+    An SAE on held-out activations, in every definition in use.
 
-    def __init__(self) -> None:
-        self.count, self.sum, self.squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+    Args:
+        by_norm (WithAndWithoutTop[Fit]): Reconstruction and sparsity, overall and by quartile of ||x||, each again without the 1 % of tokens with the largest norms.
+        dead (DeadShares): Dead features over all tokens.
+    """
 
-    def add(self, vectors: torch.Tensor) -> None:
-        vectors = vectors.cpu().double()
-        self.count += len(vectors)
-        self.sum = self.sum + vectors.sum(dim=0)
-        self.squares += vectors.pow(2).sum().item()
-
-    def value(self) -> float:
-        return self.squares / self.count - (self.sum / self.count).pow(2).sum().item() if self.count else 0.0
-
-
-def explained_variance(x: torch.Tensor, x_hat: torch.Tensor) -> float:
-    """FVE of one batch `[tokens, d_in]`; 0 when all tokens are the same."""
-    total, residual = _Variance(), _Variance()
-    total.add(x)
-    residual.add(x - x_hat)
-    return _fve(residual, total)
-
-
-def _fve(residual: _Variance, total: _Variance) -> float:
-    return 1 - residual.value() / total.value() if total.value() > 0 else 0.0
+    by_norm: WithAndWithoutTop[Fit]
+    dead: DeadShares
 
 
 @torch.no_grad()
@@ -113,97 +108,71 @@ def heldout_activations(
 
 
 @torch.no_grad()
-def evaluate_reconstruction(
-    sae: SAE[Any], activations: torch.Tensor, bins: int = 4, batch: int = 4096
-) -> Reconstruction:
+def diagnose_reconstruction(
+    sae: SAE[Any],
+    activations: torch.Tensor,
+    bins: int = 4,
+    batch: int = 4096,
+    training_metrics: Mapping[str, float] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> ReconstructionDiagnostics:
     """Measure an SAE on activations `[tokens, d_in]` that it has not been trained on.
 
     Args:
         sae: any SAELens SAE; an inference form, or a training form in eval mode.
         activations: what it reconstructs. Whether high-norm tokens are among them is the caller's to say.
         bins: number of equally filled ranges of the norm; 4 gives quartiles.
-        batch: tokens encoded at once.
+        batch: tokens of a batch where dead features are counted in batches.
+        training_metrics: last entry of the SAE's training log, for the features that were dead in training.
+        on_progress: called with what is being done, tokens done, and tokens in all.
+
+    Raises:
+        ValueError: no activations, or an SAE that does not reconstruct single tokens (see `on_flat_tokens`).
     """
-    if isinstance(sae, TrainingSAE) and sae.training:
-        raise ValueError(
-            f"{type(sae).__name__} is in training mode, where BatchTopK depends on the batch. Call sae.eval(), or load what "
-            "was saved."
-        )
-    norms = activations.float().norm(dim=-1).cpu().double()
-    edges = torch.quantile(norms, torch.linspace(0, 1, bins + 1, dtype=torch.float64))
-    bin_of = torch.bucketize(norms, edges[1:-1], right=True)
-    total, residual = [_Variance() for _ in range(bins + 1)], [_Variance() for _ in range(bins + 1)]
-    active, fired = 0, torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    for x, index in _batches(activations, bin_of, batch):
-        codes = sae.encode(x.to(sae.device))
-        error = x - sae.decode(codes).to(x.device)
-        codes = codes.to_dense()
-        active += int((codes != 0).sum())
-        fired |= (codes != 0).any(dim=0).cpu()
-        for part in range(bins + 1):  # the last one takes every token
-            rows = slice(None) if part == bins else index == part
-            total[part].add(x[rows])
-            residual[part].add(error[rows])
-    return Reconstruction(
-        tokens=len(activations),
-        fve=_fve(residual[bins], total[bins]),
-        l0=active / len(activations),
-        dead_fraction=1 - fired.double().mean().item(),
-        by_norm=tuple(
-            NormBin(edges[i].item(), edges[i + 1].item(), total[i].count, _fve(residual[i], total[i]))
-            for i in range(bins)
-        ),
+    groups = group_by_norm(activations.float().norm(dim=-1), bins)
+    sums = FitSums(groups.count, activations.shape[-1], sae.cfg.d_sae)
+    deaths = BatchDeaths(min(batch, len(activations)))
+    at_once = min(deaths.batch_tokens, max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))
+    done = 0
+    with on_flat_tokens(sae):
+        for in_batch, group_of in zip(
+            activations.split(deaths.batch_tokens), groups.group.split(deaths.batch_tokens), strict=True
+        ):
+            if on_progress is not None:
+                on_progress("Reconstructing", done, len(activations))
+            for x, group in zip(in_batch.split(at_once), group_of.split(at_once), strict=True):
+                codes = sae.encode(x.to(sae.device))
+                x_hat = sae.decode(codes)  # next to encode: SAELens keeps a normalisation from one to the other
+                active = codes.to_dense() != 0
+                sums.add(x, x_hat, active, group)
+                deaths.add(active)
+            done += len(in_batch)
+    if on_progress is not None:
+        on_progress("Reconstructing", done, len(activations))
+    by_norm = groups.measure(sums.fit)
+    overall = by_norm.all_norms.overall
+    in_training, window = dead_in_training(sae, training_metrics) or (None, None)
+    dead = DeadShares(
+        tokens=overall.tokens,
+        never_fired=overall.never_fired,
+        rarely_fired=overall.rarely_fired,
+        in_batch=deaths.mean(),
+        batch_tokens=deaths.batch_tokens,
+        in_training=in_training,
+        training_window_tokens=window,
     )
+    return ReconstructionDiagnostics(by_norm, dead)
 
 
-def _batches(
-    activations: torch.Tensor, bin_of: torch.Tensor, batch: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for x, index in zip(activations.split(batch), bin_of.split(batch), strict=True):
-        yield x.cpu(), index
-
-
-class _ReplaceOrdinaryTokens:
-    """Reconstruct like an SAE but pass high-norm tokens through, as SAELens' `get_recons_loss` calls an SAE."""
-
-    def __init__(self, sae: SAE[Any], max_norm_multiple: float | None):
-        self.sae, self.filter = sae, HighNormFilter(max_norm_multiple)
-        self.cfg, self.device = sae.cfg, sae.device
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        keep = self.filter.keep(x.flatten(0, -2)).view(*x.shape[:-1], 1)
-        return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
-
-
-@torch.no_grad()
-def ce_loss_recovered(
-    sae: SAE[Any], model: Any, token_batches: list[torch.Tensor], max_norm_multiple: float | None
-) -> float:
-    """Share of the model's next-token loss that survives when its activations are replaced by reconstructions.
-
-    `(L_zero - L_sae) / (L_zero - L)`, SAELens' measure: 1 is lossless, 0 is as bad as zeroing the activations. `L_zero`
-    zeroes every token, high-norm ones too, which lifts all SAEs of a model that leans on its attention sinks.
-
-    Args:
-        sae: an inference form.
-        model: the hooked model that the SAE was trained on.
-        token_batches: `[prompts, context]` tokens each.
-        max_norm_multiple: tokens above this multiple of their batch's median norm are passed through, not replaced.
-    """
-    reshaping = sae.hook_z_reshaping_mode  # SAELens' loss flattens heads itself
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    patched: Any = _ReplaceOrdinaryTokens(sae, max_norm_multiple)
-    sums = {"ce_loss_with_sae": 0.0, "ce_loss_without_sae": 0.0, "ce_loss_with_ablation": 0.0}
-    try:
-        for tokens in token_batches:
-            losses = get_recons_loss(patched, model, ActivationScaler(), tokens, compute_kl=False, compute_ce_loss=True)
-            for name in sums:
-                sums[name] += losses[name].double().sum().item()
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
-    ablated = sums["ce_loss_with_ablation"]
-    return (ablated - sums["ce_loss_with_sae"]) / (ablated - sums["ce_loss_without_sae"])
+def evaluate_reconstruction(
+    sae: SAE[Any], activations: torch.Tensor, bins: int = 4, batch: int = 4096
+) -> Reconstruction:
+    """`diagnose_reconstruction` in the few figures that a comparison shows."""
+    measured = diagnose_reconstruction(sae, activations, bins, batch).by_norm.all_norms
+    return Reconstruction(
+        tokens=measured.overall.tokens,
+        fve=measured.overall.fve,
+        l0=measured.overall.l0,
+        dead_fraction=measured.overall.never_fired,
+        by_norm=tuple(NormBin(r.low, r.high, r.measured.tokens, r.measured.fve) for r in measured.ranges),
+    )
