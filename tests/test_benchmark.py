@@ -272,7 +272,10 @@ def test_defaults_measure_every_fast_architecture_on_both_paths():
     arms = BenchmarkSettings().arms
     assert set(benchmark.SAELENS_ARMS) < set(arms)
     ours = [
-        f"{score}_{k}" for score in ("inner_product", "cosine", "per_feature_cosine") for k in ("topk", "batchtopk")
+        *(f"{score}_{k}" for score in ("inner_product", "cosine", "per_feature_cosine") for k in ("topk", "batchtopk")),
+        "cosine_abstopk",
+        "cosine_matryoshka_batchtopk",
+        "magnitude_bypass_batchtopk",
     ]
     assert {f"{name}/{path}" for name in ours for path in ("reference", "fast")} == set(arms) - set(
         benchmark.SAELENS_ARMS

@@ -77,8 +77,15 @@ def test_every_architecture_gets_a_runner_config(architecture, recipe):
         architecture, d_in=8, d_sae=32, k=4, training_tokens=100_000, recipe=recipe, hook_name="blocks.0.x", **QUIET
     )
     assert config.sae.architecture() == architecture
-    assert (config.sae.d_in, config.sae.d_sae, config.sae.k) == (8, 32, 4)
-    assert config.sae.unit_decoder == (recipe == "paper")
+    assert (config.sae.d_in, config.sae.d_sae) == (8, 32)
+    wanted = getattr(config.sae, "k", None) or getattr(config.sae, "target_l0", None)
+    assert wanted == (None if architecture.endswith(("standard", "gated", "afa")) else 4)
+    # the second paper's architecture keeps its own settings, and ReLU the auxiliary loss that cannot reach it
+    assert config.sae.unit_decoder == (recipe == "paper" and architecture != "top_afa")
+    if architecture.endswith("standard"):
+        assert config.sae.aux_loss_coefficient == 0
+    if architecture.endswith("matryoshka_batchtopk"):
+        assert config.sae.matryoshka_widths == [4, 8, 16, 32]
     assert config.hook_name == "blocks.0.x"
 
 
