@@ -112,7 +112,7 @@ def diagnose_reconstruction(
     sae: SAE[Any],
     activations: torch.Tensor,
     bins: int = 4,
-    batch: int = 4096,
+    batch: int = 2048,
     training_metrics: Mapping[str, float] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ReconstructionDiagnostics:
@@ -122,7 +122,7 @@ def diagnose_reconstruction(
         sae: any SAELens SAE; an inference form, or a training form in eval mode.
         activations: what it reconstructs. Whether high-norm tokens are among them is the caller's to say.
         bins: number of equally filled ranges of the norm; 4 gives quartiles.
-        batch: tokens of a batch where dead features are counted in batches.
+        batch: tokens of a batch, for variances and dead features within batches; the authors' is 2,048, at first 4,096.
         training_metrics: last entry of the SAE's training log, for the features that were dead in training.
         on_progress: called with what is being done, tokens done, and tokens in all.
 
@@ -130,7 +130,7 @@ def diagnose_reconstruction(
         ValueError: no activations, or an SAE that does not reconstruct single tokens (see `on_flat_tokens`).
     """
     groups = group_by_norm(activations.float().norm(dim=-1), bins)
-    sums = FitSums(groups.count, activations.shape[-1], sae.cfg.d_sae)
+    sums = FitSums(groups.unions, groups.n_groups, activations.shape[-1], sae.cfg.d_sae)
     deaths = BatchDeaths(min(batch, len(activations)))
     at_once = min(deaths.batch_tokens, max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))
     done = 0
@@ -146,6 +146,7 @@ def diagnose_reconstruction(
                 active = codes.to_dense() != 0
                 sums.add(x, x_hat, active, group)
                 deaths.add(active)
+            sums.end_batch()
             done += len(in_batch)
     if on_progress is not None:
         on_progress("Reconstructing", done, len(activations))

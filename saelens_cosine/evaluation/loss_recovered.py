@@ -1,0 +1,168 @@
+"""How much of the language model's prediction survives reconstruction: cross-entropy and KL divergence, SAELens' measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens.evals import get_recons_loss
+from sae_lens.saes.sae import SAE
+from sae_lens.training.activation_scaler import ActivationScaler
+
+from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
+from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.training.norm_filter import HighNormFilter
+
+CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
+
+
+@dataclass(frozen=True)
+class PredictionLoss:
+    """
+    A model's predictions at some tokens, with activations reconstructed at all tokens. Names as in SAELens' `run_evals`.
+
+    Args:
+        tokens (int): Tokens predicted from. A context's last one has no cross-entropy but counts for the KL divergence.
+        ce_loss_without_sae (float): Cross-entropy of the model as it is, nats per token.
+        ce_loss_with_sae (float): With reconstructions.
+        ce_loss_with_ablation (float): With zeros in place of all activations.
+        ce_loss_score (float): `(ablation - sae) / (ablation - without)`: 1 is lossless, 0 as bad as zeros. NaN where zeros change nothing.
+        kl_div_with_sae (float | None): KL divergence of the predictions with reconstructions from the model's own, nats per token; None if not asked for.
+        kl_div_with_ablation (float | None): The same with zeros.
+        kl_div_score (float | None): `(ablation - sae) / ablation`.
+    """
+
+    tokens: int
+    ce_loss_without_sae: float
+    ce_loss_with_sae: float
+    ce_loss_with_ablation: float
+    ce_loss_score: float
+    kl_div_with_sae: float | None
+    kl_div_with_ablation: float | None
+    kl_div_score: float | None
+
+
+@dataclass(frozen=True)
+class LossRecovered:
+    """
+    Cross-entropy and KL divergence recovered, and by the norm of the activation that a prediction is made from.
+
+    A token's prediction suffers from the reconstruction of every token before it, whatever its own norm is.
+
+    Args:
+        by_norm (WithAndWithoutTop[PredictionLoss]): On all predictions, and by norm.
+        replaced_share (float): Share of the tokens whose activations are replaced by reconstructions; the others are passed through.
+        max_norm_multiple (float | None): Multiple of their batch's median norm above which tokens are passed through; None: none are.
+    """
+
+    by_norm: WithAndWithoutTop[PredictionLoss]
+    replaced_share: float
+    max_norm_multiple: float | None
+
+
+class _Replacement:
+    """Reconstructs like an SAE but passes high-norm tokens through, as `get_recons_loss` calls an SAE; keeps the norms."""
+
+    def __init__(self, sae: SAE[Any], max_norm_multiple: float | None):
+        self.sae, self.filter = sae, HighNormFilter(max_norm_multiple)
+        self.cfg, self.device = sae.cfg, sae.device
+        self.norms: list[torch.Tensor] = []
+        self.replaced = 0
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        keep = self.filter.keep(x.flatten(0, -2)).view(*x.shape[:-1], 1)
+        self.norms.append(x.float().norm(dim=-1).cpu())
+        self.replaced += int(keep.sum())
+        return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
+
+
+@torch.no_grad()
+def loss_recovered(
+    sae: SAE[Any],
+    model: Any,
+    token_batches: Iterable[torch.Tensor],
+    max_norm_multiple: float | None,
+    bins: int = 4,
+    compute_kl: bool = True,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> LossRecovered:
+    """Replace activations by reconstructions and see what the model predicts.
+
+    `ce_loss_with_ablation` zeroes every token, high-norm ones too, which lifts all SAEs of a model that leans on its attention
+    sinks; so does passing them through. Measure with and without.
+
+    Args:
+        sae: an inference form, or a training form in eval mode; `cfg.metadata.hook_name` says where it goes.
+        model: the hooked model that the SAE was trained on.
+        token_batches: `[contexts, length]` tokens each.
+        max_norm_multiple: tokens above this multiple of their batch's median norm are passed through, not replaced.
+        bins: number of equally filled ranges of the norm.
+        compute_kl: whether to compute KL divergences, from softmaxes in the dtype of the model's logits.
+        on_progress: called with what is being done, batches done, and batches in all.
+
+    Raises:
+        ValueError: there are no token batches, or an SAE that does not reconstruct single tokens.
+    """
+    batches = list(token_batches)
+    if not batches:
+        raise ValueError("There are no token batches to predict from.")
+    replacement: Any = _Replacement(sae, max_norm_multiple)
+    losses: list[dict[str, torch.Tensor]] = []
+    with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
+        for i, tokens in enumerate(batches):
+            if on_progress is not None:
+                on_progress("Predicting from reconstructions", i, len(batches))
+            per_token = get_recons_loss(
+                replacement, model, ActivationScaler(), tokens, compute_kl=compute_kl, compute_ce_loss=True
+            )
+            losses.append({name: _to_length(values, tokens.shape[1]) for name, values in per_token.items()})
+    if on_progress is not None:
+        on_progress("Predicting from reconstructions", len(batches), len(batches))
+    groups = group_by_norm(torch.cat([norms.flatten() for norms in replacement.norms]), bins)
+    per_token = {name: torch.cat([batch[name] for batch in losses]) for name in losses[0]}
+
+    def measure(which: list[int]) -> PredictionLoss:
+        rows = torch.isin(groups.group, torch.tensor(which))
+        return _prediction_loss({name: values[rows] for name, values in per_token.items()})
+
+    return LossRecovered(groups.measure(measure), replacement.replaced / len(groups.group), max_norm_multiple)
+
+
+def ce_loss_recovered(
+    sae: SAE[Any], model: Any, token_batches: Iterable[torch.Tensor], max_norm_multiple: float | None
+) -> float:
+    """`ce_loss_score` of `loss_recovered` over all tokens."""
+    recovered = loss_recovered(sae, model, token_batches, max_norm_multiple, compute_kl=False)
+    return recovered.by_norm.all_norms.overall.ce_loss_score
+
+
+def _to_length(values: torch.Tensor, length: int) -> torch.Tensor:
+    """`[contexts, length or length - 1]` losses as `[contexts * length]` float64, NaN where there is none."""
+    values = values.cpu().double()
+    return torch.nn.functional.pad(values, (0, length - values.shape[1]), value=math.nan).flatten()
+
+
+def _prediction_loss(losses: dict[str, torch.Tensor]) -> PredictionLoss:
+    mean = {name: values.nanmean().item() for name, values in losses.items()}
+    ablated = mean["ce_loss_with_ablation"]
+    kl, kl_ablated = mean.get("kl_div_with_sae"), mean.get("kl_div_with_ablation")
+    return PredictionLoss(
+        tokens=len(losses["ce_loss_with_sae"]),
+        ce_loss_without_sae=mean["ce_loss_without_sae"],
+        ce_loss_with_sae=mean["ce_loss_with_sae"],
+        ce_loss_with_ablation=ablated,
+        ce_loss_score=_share(ablated - mean["ce_loss_with_sae"], ablated - mean["ce_loss_without_sae"]),
+        kl_div_with_sae=kl,
+        kl_div_with_ablation=kl_ablated,
+        kl_div_score=None if kl is None or kl_ablated is None else _share(kl_ablated - kl, kl_ablated),
+    )
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole != 0 else math.nan
