@@ -74,8 +74,8 @@ class FitSums:
         self._vectors = torch.zeros(groups, 2 * d_in, dtype=torch.float64)
         self._scalars = torch.zeros(groups, 8, dtype=torch.float64)
         self._fired = torch.zeros(groups, d_sae, dtype=torch.int64)
-        self._before = self._vectors.clone(), self._scalars.clone()
-        self._within = {tuple(union): torch.zeros(2, dtype=torch.float64) for union in unions}
+        self._batch_vectors, self._batch_scalars = self._vectors.clone(), self._scalars.clone()
+        self._within = {tuple(union): (0.0, 0.0) for union in unions}
 
     def add(self, x: torch.Tensor, x_hat: torch.Tensor, active: torch.Tensor, group: torch.Tensor) -> None:
         """Take in tokens.
@@ -100,8 +100,8 @@ class FitSums:
             norm,
             norm_hat,
         ]
-        self._scalars.index_add_(0, group, torch.stack(scalars, dim=-1))
-        self._vectors.index_add_(0, group, torch.cat([x, error], dim=-1))
+        self._batch_scalars.index_add_(0, group, torch.stack(scalars, dim=-1))
+        self._batch_vectors.index_add_(0, group, torch.cat([x, error], dim=-1))
         groups, d_sae = self._fired.shape
         token, feature = active.nonzero(as_tuple=True)
         place = group.to(feature.device)[token] * d_sae + feature
@@ -109,13 +109,17 @@ class FitSums:
 
     def end_batch(self) -> None:
         """Close the batch that the tokens since the last call make up."""
-        vectors, scalars = self._vectors - self._before[0], self._scalars - self._before[1]
-        self._before = self._vectors.clone(), self._scalars.clone()
-        for union, within in self._within.items():
-            tokens, *squares = scalars[list(union), :3].sum(dim=0).tolist()
-            sums = vectors[list(union)].sum(dim=0).chunk(2)
+        for union, (within, within_error) in self._within.items():
+            tokens, squares, squared_error = self._batch_scalars[list(union), :3].sum(dim=0).tolist()
+            sum_x, sum_error = self._batch_vectors[list(union)].sum(dim=0).chunk(2)
             if tokens:
-                within += torch.tensor([tokens * _variance(tokens, s, v) for s, v in zip(squares, sums, strict=True)])
+                self._within[union] = (
+                    within + tokens * _variance(tokens, squares, sum_x),
+                    within_error + tokens * _variance(tokens, squared_error, sum_error),
+                )
+        for total, batch in ((self._vectors, self._batch_vectors), (self._scalars, self._batch_scalars)):
+            total += batch
+            batch.zero_()
 
     def fit(self, groups: Sequence[int]) -> Fit:
         """Measure the tokens of a union, of which there must be one at least, after the last batch has ended."""
@@ -123,7 +127,7 @@ class FitSums:
         sum_x, sum_error = self._vectors[groups].sum(dim=0).chunk(2)
         fired = self._fired[groups].sum(dim=0)
         variance = _variance(tokens, squares, sum_x)
-        within, within_error = self._within[tuple(groups)].tolist()
+        within, within_error = self._within[tuple(groups)]
         saelens = ExplainedVarianceCalculator()
         saelens.sum_x, saelens.sum_squared_norm = sum_x, squares
         saelens.sum_squared_residual, saelens.num_samples = squared_error, int(tokens)

@@ -1,0 +1,255 @@
+"""k-sparse probing: how well a few features of an SAE, or all of them, tell two classes of contexts apart.
+
+Features are chosen by the difference of the class means on the training split, and a logistic regression reads them
+(SAEBench's sparse probing, arXiv 2503.09532). That depends on the units of the codes, which a score can change at no gain, so
+two are reported: canonical (what a feature adds to the reconstruction, along a decoder row of length 1; SAEBench's units
+where decoder rows have that length) and scale-free (divided by the feature's mean nonzero size on the training split, as
+sae-probes does, arXiv 2502.16681; nothing changes when a feature's codes are multiplied by a number).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sae_lens.saes.sae import SAE
+from scipy import sparse
+
+from saelens_cosine.evaluation.codes import sparse_codes
+from saelens_cosine.evaluation.sample import TokenSample
+
+Pooling = Literal["mean", "last"]
+"""What stands for a context: the mean over its tokens, or its last token."""
+
+Units = Literal["canonical", "scale_free"]
+
+K_VALUES: tuple[int | None, ...] = (1, 2, 5, None)
+"""Numbers of features; None is all of them."""
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class KProbe:
+    """
+    Probes on the k best features, one for each split.
+
+    Args:
+        k (int | None): Features read; None is all.
+        accuracy (float): Share of test contexts classified right, mean over the splits.
+        auc (float): Area under the ROC curve, mean over the splits.
+        accuracies (tuple[float, ...]): By split. Splits have no test context in common.
+        aucs (tuple[float, ...]): By split.
+        features (tuple[tuple[int, ...], ...]): Chosen features by split, best first; empty where all are read.
+    """
+
+    k: int | None
+    accuracy: float
+    auc: float
+    accuracies: tuple[float, ...]
+    aucs: tuple[float, ...]
+    features: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Probing:
+    """
+    One task, read from one SAE.
+
+    Args:
+        contexts (int): Labelled contexts.
+        tokens (int): Tokens that were pooled over, or chosen from.
+        positive_share (float): Share of the contexts in the positive class: what always guessing gets is the larger of it and 1 minus it.
+        pooling (Pooling): What stands for a context.
+        canonical (tuple[KProbe, ...]): By k, with codes in units of unit decoder rows.
+        scale_free (tuple[KProbe, ...]): By k, with each feature divided by its mean nonzero size.
+    """
+
+    contexts: int
+    tokens: int
+    positive_share: float
+    pooling: Pooling
+    canonical: tuple[KProbe, ...]
+    scale_free: tuple[KProbe, ...]
+
+
+def probe_sae(
+    sae: SAE[Any],
+    sample: TokenSample,
+    labels: ArrayLike,
+    ks: Sequence[int | None] = K_VALUES,
+    pooling: Pooling = "mean",
+    splits: int = 5,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Probing:
+    """Probe an SAE's codes for a property of contexts, in both units.
+
+    Args:
+        sae: any SAELens SAE; an inference form, or a training form in eval mode.
+        sample: tokens of all contexts; those left out of it (sinks) are left out of the pooling.
+        labels: `[contexts]`, true or 1 for the positive class; entry i is that of the tokens with `sample.contexts == i`.
+        ks: numbers of features; None is all.
+        pooling: see `Pooling`.
+        splits: every context is tested once, by a probe trained on the other `splits - 1` parts.
+        seed: decides the parts. SAEs that are probed with the same seed and labels can be paired split by split.
+        on_progress: called with what is being done, how much of it, and out of how much.
+
+    Raises:
+        ValueError: labels that do not fit the sample, or a class with fewer contexts than splits.
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    truth = _check_labels(labels, splits)
+    pooled = pool(canonical_codes(sae, sample.activations), sample.contexts, len(truth), pooling)
+    progress = on_progress or (lambda _what, _done, _total: None)
+    results: list[tuple[KProbe, ...]] = []
+    for i, units in enumerate(("canonical", "scale_free")):
+        progress("Probing", i, 2)
+        results.append(probe(pooled, truth, ks, units, splits, seed))
+    progress("Probing", 2, 2)
+    return Probing(len(truth), len(sample), float(truth.mean()), pooling, *results)
+
+
+def probe_activations(
+    sample: TokenSample, labels: ArrayLike, pooling: Pooling = "mean", splits: int = 5, seed: int = 0
+) -> KProbe:
+    """The same probe on the activations themselves, all dimensions: what a dictionary can be measured against."""
+    truth = _check_labels(labels, splits)
+    pooled = pool(sparse.csr_array(sample.activations.numpy()), sample.contexts, len(truth), pooling)
+    return probe(pooled, truth, (None,), "canonical", splits, seed)[0]
+
+
+def canonical_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
+    """Codes `[tokens, d_sae]` times the norms of their decoder rows: what each feature adds to the reconstruction.
+
+    A TopK that rescales by decoder norms has them in its codes already.
+    """
+    codes = sparse_codes(sae, activations)
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        _scale_columns(codes, sae.W_dec.detach().float().norm(dim=-1).cpu().numpy())
+    return codes
+
+
+def pool(codes: sparse.csr_array, contexts: ArrayLike, n_contexts: int, how: Pooling = "mean") -> sparse.csr_array:
+    """`[tokens, d_sae]` codes to `[n_contexts, d_sae]`, float64. A context without tokens gets zeros.
+
+    Args:
+        codes: entries in the order of the tokens.
+        contexts: `[tokens]`, the number of each token's context.
+        n_contexts: contexts that there are.
+        how: mean over the context's tokens, or the last one of them.
+
+    Raises:
+        ValueError: contexts that do not fit the codes or n_contexts.
+    """
+    context = np.asarray(contexts, dtype=np.int64)
+    n_tokens = _shape(codes)[0]
+    if len(context) != n_tokens or (n_tokens and not 0 <= context.min() <= context.max() < n_contexts):
+        raise ValueError(f"{len(context)} context numbers for {n_tokens} tokens of contexts 0 to {n_contexts - 1}.")
+    token = np.arange(n_tokens)
+    if how == "last":
+        last = np.full(n_contexts, -1)
+        np.maximum.at(last, context, token)
+        token = last[last >= 0]
+        context = context[token]
+    elif how != "mean":
+        raise ValueError(f"pooling={how!r} is none of 'mean', 'last'.")
+    weights = 1 / np.bincount(context, minlength=n_contexts)[context]
+    members: Any = sparse.csr_array((weights, (context, token)), shape=(n_contexts, n_tokens))
+    return sparse.csr_array(members @ codes)
+
+
+def probe(
+    codes: sparse.csr_array,
+    labels: ArrayLike,
+    ks: Sequence[int | None] = K_VALUES,
+    units: Units = "canonical",
+    splits: int = 5,
+    seed: int = 0,
+) -> tuple[KProbe, ...]:
+    """Probe codes `[contexts, features]` that are pooled already; arguments and errors as in `probe_sae`.
+
+    L2-penalised logistic regression with C = 1, as SAEBench; sae-probes fits C, which this does not.
+    """
+    truth = _check_labels(labels, splits)
+    n_contexts, n_features = _shape(codes)
+    if len(truth) != n_contexts:
+        raise ValueError(f"{len(truth)} labels for {n_contexts} contexts.")
+    if units not in ("canonical", "scale_free"):
+        raise ValueError(f"units={units!r} is none of 'canonical', 'scale_free'.")
+    for k in ks:
+        if k is not None and not 0 < k <= n_features:
+            raise ValueError(f"k={k} features cannot be chosen out of {n_features}.")
+    scores: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
+    chosen: dict[int | None, list[tuple[int, ...]]] = {k: [] for k in ks}
+    for train, test in _parts(truth, splits, seed):
+        x = codes.copy()
+        if units == "scale_free":
+            _scale_columns(x, 1 / _mean_nonzero_size(x[train]))
+        best = np.argsort(-_difference_of_means(x[train], truth[train]), kind="stable")
+        for k in ks:
+            scores[k].append(_fit(x if k is None else x[:, best[:k]].toarray(), truth, train, test))
+            chosen[k].append(() if k is None else tuple(best[:k].tolist()))
+    results: list[KProbe] = []
+    for k in ks:
+        accuracies, aucs = zip(*scores[k], strict=True)
+        results.append(KProbe(k, sum(accuracies) / splits, sum(aucs) / splits, accuracies, aucs, tuple(chosen[k])))
+    return tuple(results)
+
+
+def _check_labels(labels: ArrayLike, splits: int) -> Array:
+    given = np.asarray(labels)
+    if given.ndim != 1 or not np.isin(given, (0, 1)).all():
+        raise ValueError(f"labels of shape {given.shape} must be one true or false (1 or 0) for each context.")
+    truth = given.astype(bool)
+    smallest = int(min(truth.sum(), (~truth).sum()))
+    if splits < 2 or smallest < splits:
+        raise ValueError(
+            f"splits={splits} needs to be at least 2 and at most the contexts of the smaller class, {smallest}."
+        )
+    return truth
+
+
+def _parts(truth: Array, splits: int, seed: int) -> Iterator[tuple[Array, Array]]:
+    try:
+        from sklearn.model_selection import StratifiedKFold
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Probing needs scikit-learn: pip install scikit-learn") from error
+    yield from StratifiedKFold(splits, shuffle=True, random_state=seed).split(truth, truth)
+
+
+def _fit(x: Any, truth: Array, train: Array, test: Array) -> tuple[float, float]:
+    """Test accuracy and area under the curve of one probe."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    model: Any = LogisticRegression(max_iter=1000).fit(x[train], truth[train])
+    margin = model.decision_function(x[test])
+    return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
+
+
+def _difference_of_means(x: sparse.csr_array, truth: Array) -> Array:
+    columns: Any = x.T
+    return np.abs(columns @ np.where(truth, 1 / truth.sum(), -1 / (~truth).sum()))
+
+
+def _mean_nonzero_size(x: sparse.csr_array) -> Array:
+    """Of each feature; 1 where it is zero throughout."""
+    n_features = _shape(x)[1]
+    active = x.data != 0
+    counts = np.bincount(x.indices[active], minlength=n_features)
+    sums = np.bincount(x.indices, weights=np.abs(x.data), minlength=n_features)
+    return np.where(counts > 0, sums, 1) / np.maximum(counts, 1)
+
+
+def _scale_columns(codes: sparse.csr_array, factors: Array) -> None:
+    codes.data *= factors[codes.indices]
+
+
+def _shape(codes: sparse.csr_array) -> tuple[int, int]:
+    n_rows, n_columns = codes.shape  # pyright: ignore  (scipy's stubs allow vectors)
+    return n_rows, n_columns

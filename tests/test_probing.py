@@ -1,0 +1,349 @@
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_activations, make_sae, save_inference
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from scipy import optimize, sparse
+from scipy.stats import norm
+
+from saelens_cosine.evaluation.decomposition import decompose, over_tasks
+from saelens_cosine.evaluation.probing import canonical_codes, pool, probe, probe_activations, probe_sae
+from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
+from saelens_cosine.evaluation.sample import TokenSample, side_by_side
+from saelens_cosine.evaluation.score_swap import score_swap
+from saelens_cosine.rescore import rescore
+
+pytest.importorskip("sklearn", reason="probing needs scikit-learn")
+
+
+def sample_of(activations, contexts, ordinary=None):
+    n = len(activations)
+    return TokenSample(
+        activations,
+        torch.zeros(n, dtype=torch.int64),
+        torch.as_tensor(contexts),
+        torch.zeros(n, dtype=torch.int64),
+        torch.ones(n, dtype=torch.bool) if ordinary is None else ordinary,
+        10.0,
+    )
+
+
+def identity_sae(d, decoder_norms=None, **config):
+    """A ReLU SAE whose feature i is dimension i."""
+    sae = StandardSAE(StandardSAEConfig(d_in=d, d_sae=d, **config))
+    sae.load_state_dict(
+        {"W_enc": torch.eye(d), "b_enc": torch.zeros(d), "W_dec": torch.eye(d), "b_dec": torch.zeros(d)}
+    )
+    if decoder_norms is not None:
+        sae.W_dec.data *= torch.tensor(decoder_norms).unsqueeze(-1)
+    return sae.eval()
+
+
+def flipped(truth, *which):
+    """A binary feature that equals the labels but in these places."""
+    feature = truth.astype(float)
+    feature[list(which)] = 1 - feature[list(which)]
+    return feature
+
+
+# pooling and units
+
+
+def test_pooling_by_hand():
+    codes = sparse.csr_array(np.array([[2.0, 0], [4, 6], [0, 5], [8, 0]]))
+    contexts = [0, 0, 2, 2]
+    assert pool(codes, contexts, 4).toarray().tolist() == [[3, 3], [0, 0], [4, 2.5], [0, 0]]
+    assert pool(codes, contexts, 4, "last").toarray().tolist() == [[4, 6], [0, 0], [8, 0], [0, 0]]
+    with pytest.raises(ValueError, match="contexts 0 to 1"):
+        pool(codes, contexts, 2)
+    with pytest.raises(ValueError, match="'max'"):
+        pool(codes, contexts, 4, "max")
+
+
+def test_codes_count_by_the_length_of_their_decoder_rows():
+    sae = identity_sae(2, [2.0, 0.5])
+    assert canonical_codes(sae, torch.tensor([[3.0, 4.0]])).toarray().tolist() == [[6, 2]]
+
+
+def test_a_topk_that_rescales_by_decoder_norms_is_in_these_units_already():
+    sae = TopKSAE(TopKSAEConfig(d_in=2, d_sae=2, k=2, rescale_acts_by_decoder_norm=True))
+    sae.load_state_dict(
+        {"W_enc": torch.eye(2), "b_enc": torch.zeros(2), "W_dec": torch.eye(2) * 2, "b_dec": torch.zeros(2)}
+    )
+    assert canonical_codes(sae.eval(), torch.tensor([[3.0, 4.0]])).toarray().tolist() == [[6, 8]]
+
+
+# the probe
+
+
+TRUTH = np.arange(100) % 2 == 0
+
+
+def test_every_context_is_tested_once():
+    # wrong in 10 of 100 places, 5 of each class: whatever the parts are, 10 tests fail
+    codes = sparse.csr_array(flipped(TRUTH, *range(10))[:, None])
+    (one,) = probe(codes, TRUTH, (1,))
+    assert one.accuracy == pytest.approx(0.9)
+    assert len(one.accuracies) == 5
+    assert one.features == ((0,),) * 5
+    assert probe(codes, TRUTH, (1,), seed=1)[0].accuracies != one.accuracies
+
+
+def test_features_are_chosen_by_difference_of_means_in_both_units():
+    # feature 0 is large and unreliable, feature 1 small and always right
+    codes = sparse.csr_array(np.stack([100 * flipped(TRUTH, *range(20)), TRUTH * 2.0], axis=1))
+    raw, free = (probe(codes, TRUTH, (1, 2), units) for units in ("canonical", "scale_free"))
+    assert raw[0].features == ((0,),) * 5
+    assert free[0].features == ((1,),) * 5
+    assert raw[0].accuracy == pytest.approx(0.8)
+    assert free[0].accuracy == free[0].auc == 1
+    assert raw[1].accuracy == 1  # both features
+    assert raw[1].features == ((0, 1),) * 5
+
+
+def test_scale_free_probes_do_not_see_gains():
+    rng = np.random.default_rng(0)
+    codes = rng.exponential(size=(60, 20)) * (rng.random((60, 20)) < 0.4)
+    gains = np.exp(3 * rng.normal(size=20))
+    truth = np.arange(60) < 30
+    one, other = (probe(sparse.csr_array(c), truth, units="scale_free") for c in (codes, codes * gains))
+    for p, q in zip(one, other, strict=True):
+        assert p.features == q.features
+        assert p.accuracies == q.accuracies
+    raw = [probe(sparse.csr_array(c), truth, (1,))[0].features for c in (codes, codes * gains)]
+    assert raw[0] != raw[1]
+
+
+def test_features_are_not_chosen_on_the_test_contexts():
+    # 3000 features of pure noise: chosen on all contexts, the best tells 80 % of them apart
+    rng = np.random.default_rng(0)
+    codes = sparse.csr_array((rng.random((60, 3000)) < 0.5).astype(float))
+    (best,) = probe(codes, np.arange(60) < 30, (1,))
+    assert 0.3 < best.accuracy < 0.65
+
+
+def test_all_features_agree_with_an_independent_fit():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(80, 4))
+    truth = x @ [1, -1, 0.5, 0] + rng.normal(size=80) > 0
+    (full,) = probe(sparse.csr_array(x), truth, (None,), splits=2)
+    right = 0.0
+    for part in full_parts(truth):
+        sign = np.where(truth[part[0]], 1, -1)
+
+        def loss(w, x=x[part[0]], sign=sign):
+            return 0.5 * w[:4] @ w[:4] + np.logaddexp(0, -sign * (x @ w[:4] + w[4])).sum()
+
+        w = optimize.minimize(loss, np.zeros(5)).x
+        right += ((x[part[1]] @ w[:4] + w[4] > 0) == truth[part[1]]).mean() / 2
+    assert full.accuracy == pytest.approx(right)
+    assert full.features == ((), ())
+
+
+def full_parts(truth):
+    from sklearn.model_selection import StratifiedKFold
+
+    return StratifiedKFold(2, shuffle=True, random_state=0).split(truth, truth)
+
+
+@pytest.mark.parametrize(
+    "labels, options, message",
+    [
+        ([0, 1, 2, 1], {}, "true or false"),
+        ([[0, 1], [0, 1]], {}, r"\(2, 2\)"),
+        ([0, 0, 0, 1], {"splits": 2}, "smaller class, 1"),
+        ([0, 1, 0, 1], {"splits": 1}, "splits=1"),
+        ([0, 1] * 3, {"splits": 2}, "6 labels for 4 contexts"),
+        ([0, 1, 0, 1], {"splits": 2, "ks": (1, 4)}, "k=4"),
+        ([0, 1, 0, 1], {"splits": 2, "units": "raw"}, "'raw'"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        probe(sparse.csr_array(np.ones((4, 3))), labels, **options)
+
+
+# a concept of known strength under heavy-tailed norms
+
+
+STRENGTH, OFFSET, SPREAD, REST = 2.0, 3.0, 1.5, 30.0
+
+
+def concept(n=3000, seed=0):
+    """`x = g (c e_0 + 30 e_1)`: `c` is normal about 3 + 1 or 3 - 1 by class, g log-normal with spread 1.5."""
+    rng = np.random.default_rng(seed)
+    truth = np.arange(n) % 2 == 0
+    c = OFFSET + STRENGTH * (truth - 0.5) + rng.normal(size=n)
+    g = np.exp(SPREAD * rng.normal(size=n))
+    x = np.zeros((n, 3))
+    x[:, 0], x[:, 1] = g * c, g * REST
+    return torch.tensor(x, dtype=torch.float32), truth
+
+
+def best_by_inner_product():
+    """The highest accuracy that a threshold on g c can have, by quadrature over g."""
+    z, weight = np.polynomial.hermite_e.hermegauss(60)
+    g, weight = np.exp(SPREAD * z), weight / weight.sum()
+    thresholds = np.geomspace(0.01, 100, 400)[:, None] / g
+    high, low = (norm.cdf(thresholds, OFFSET + s * STRENGTH / 2) @ weight for s in (1, -1))
+    return (0.5 + 0.5 * (low - high)).max()
+
+
+def reader(score):
+    sae = identity_sae(3)
+    if score == "cosine":
+        return rescore(sae, torch.rand(50, 3) * torch.tensor([1, 1, -1]), "cosine", scale=1.0, progress=False)
+    return sae
+
+
+def test_a_planted_concept_is_read_as_well_as_an_oracle_would():
+    x, truth = concept()
+    sample = sample_of(x, range(len(x)))
+    oracle = norm.cdf(STRENGTH / 2)  # 0.841: two normal classes, 2 sd apart; the cosine is monotone in c
+    cosine, inner = (probe_sae(reader(score), sample, truth, (1,)) for score in ("cosine", "inner_product"))
+    assert cosine.scale_free[0].features == ((0,),) * 5
+    assert cosine.scale_free[0].accuracy == pytest.approx(oracle, abs=0.02)  # standard error 0.007
+    best = best_by_inner_product()
+    assert best < oracle - 0.15
+    assert 0.5 < inner.scale_free[0].accuracy < best + 0.02
+    # the direction is there all the same: with ||x|| beside it, the activations give it away up to the scale
+    assert probe_activations(sample, truth).accuracy < oracle + 0.02
+    assert cosine.contexts == cosine.tokens == 3000
+    assert cosine.positive_share == 0.5
+
+
+def test_sinks_hide_a_concept_from_the_mean_and_dropping_them_brings_it_back():
+    # two tokens a context: one that is read, one sink with noise 200 times as long
+    x, truth = concept(600)
+    x = torch.nn.functional.normalize(x, dim=-1)
+    sinks = 200 * torch.rand(600, 3, generator=torch.Generator().manual_seed(0))
+    tokens = torch.stack([x, sinks], dim=1).flatten(0, 1)
+    sample = sample_of(tokens, torch.arange(600).repeat_interleave(2), torch.tensor([True, False]).repeat(600))
+    both = side_by_side(lambda s: probe_sae(reader("inner_product"), s, truth, (1,)), sample)
+    assert both.with_sinks.scale_free[0].accuracy < 0.6
+    assert both.without_sinks.scale_free[0].accuracy == pytest.approx(norm.cdf(1), abs=0.04)
+    assert (both.with_sinks.tokens, both.without_sinks.tokens) == (1200, 600)
+    # the sink is each context's last token: of all tokens, only it is read; of the ordinary ones, the other
+    last = side_by_side(lambda s: probe_sae(reader("inner_product"), s, truth, (1,), "last"), sample)
+    only_sinks = sample_of(sinks, range(600))
+    assert last.with_sinks.scale_free == probe_sae(reader("inner_product"), only_sinks, truth, (1,)).scale_free
+    assert last.with_sinks.scale_free != both.with_sinks.scale_free
+    assert last.without_sinks.scale_free == both.without_sinks.scale_free
+
+
+def test_results_are_json_and_progress_is_told():
+    x, truth = concept(100)
+    seen = []
+    result = probe_sae(
+        reader("cosine"), sample_of(x, range(100)), truth, (1, None), on_progress=lambda *what: seen.append(what)
+    )
+    assert json.loads(json.dumps(asdict(result)))["canonical"][1]["k"] is None
+    assert seen[0] == ("Probing", 0, 2)
+    assert seen[-1] == ("Probing", 2, 2)
+
+
+# decomposition
+
+
+EVEN = np.arange(200) % 2 == 0
+
+
+def codes_of(*features):
+    return sparse.csr_array(np.stack(features, axis=1))
+
+
+def test_decomposition_by_hand():
+    # matched features are right in 180 (a) and 160 (b) of 200 contexts; a has one more, right in all
+    a = codes_of(EVEN.astype(float), flipped(EVEN, *range(20)))
+    b = codes_of(np.zeros(200), flipped(EVEN, *range(40)))
+    (one,) = decompose(a, b, EVEN, [1], [1], (1,), units="scale_free")
+    assert one.gap.mean == pytest.approx(1 - 0.8)
+    assert one.matched_gap.mean == pytest.approx(0.9 - 0.8)
+    assert one.separability == pytest.approx(0.5)
+    assert one.discovery == pytest.approx(0.5)
+    assert one.matched_features == (1, 1)
+    assert len(one.accuracies) == 4
+    assert np.mean(one.accuracies, axis=1) == pytest.approx([1, 0.8, 0.9, 0.8])
+
+
+def test_no_gap_has_no_shares():
+    a = codes_of(flipped(EVEN, *range(20)))
+    (one,) = decompose(a, a, EVEN, [0, 0], [0, 0], (1,))
+    assert one.separability is None
+    assert one.discovery is None
+    assert not one.gap.seen
+    assert one.matched_features == (1, 1)
+
+
+def test_tasks_are_averaged_and_are_part_of_the_noise():
+    # b is wrong in 40, 60 and 50 of 200: gaps 0.2, 0.3, 0.25; a's matched feature in 20: matched gaps 0.1, 0.2, 0.15
+    a = codes_of(EVEN.astype(float), flipped(EVEN, *range(20)))
+    parts = [decompose(a, codes_of(flipped(EVEN, *range(n))), EVEN, [1], [0], (1,))[0] for n in (40, 60, 50)]
+    all_three = over_tasks(parts)
+    # sd 0.05, t(0.975, 2) = 4.30265
+    half = 4.30265 * 0.05 / 3**0.5
+    assert (all_three.gap.mean, all_three.gap.high) == pytest.approx((0.25, 0.25 + half))
+    assert all_three.separability == pytest.approx(0.15 / 0.25)
+    assert all_three.accuracies[0] == pytest.approx((1, 1, 1))
+    assert over_tasks(parts[:2]).separability is None  # two tasks are too few to see a gap
+    with pytest.raises(ValueError, match="one k"):
+        over_tasks([])
+
+
+# score swap
+
+
+def test_the_same_score_at_the_same_l0_is_the_same_sae():
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=7, d_sae=13))
+    sae.W_dec.data *= torch.rand(13, 1) + 0.5
+    sample = sample_of(make_activations(400, 7, spread=0.7), range(400))
+    swap = score_swap(sae.eval(), sample, sample, progress=False)
+    own, cosine, inner = swap.readings
+    assert [reading.score for reading in swap.readings] == ["own", "cosine", "inner_product"]
+    assert own.reconstruction == evaluate_reconstruction(sae, sample.activations)
+    assert (own.scale, own.threshold, own.probing) == (None, None, None)
+    assert inner.architecture == "jumprelu"
+    assert inner.reconstruction.fve == pytest.approx(own.reconstruction.fve, rel=1e-5)  # a ReLU is a threshold of 0
+    assert cosine.architecture == "cosine_jumprelu"
+    assert cosine.reconstruction.l0 == pytest.approx(own.reconstruction.l0, abs=0.01)  # fitted on these tokens
+    assert cosine.reconstruction.fve != pytest.approx(own.reconstruction.fve, abs=0.01)
+    assert swap.target_l0 == pytest.approx(own.reconstruction.l0)
+    assert swap.fitted_on_tokens == 400
+    json.dumps(asdict(swap))
+
+
+def test_a_swap_is_measured_on_other_tokens_than_it_is_fitted_on(tmp_path):
+    sae = save_inference(make_sae("per_feature_cosine_batchtopk"), tmp_path)
+    fit_on = sample_of(make_activations(300, 7, seed=1), range(300))
+    sample = sample_of(make_activations(100, 7, seed=2), range(100))
+    swap = score_swap(sae, fit_on, sample, np.arange(100) < 50, progress=False, ks=(1,), splits=2)
+    by_hand = rescore(sae, fit_on.activations, "cosine", progress=False)
+    assert swap.readings[1].threshold == by_hand.cfg.metadata.rescored[-1]["threshold"]
+    assert swap.readings[1].reconstruction == evaluate_reconstruction(by_hand, sample.activations)
+    assert all(reading.probing.contexts == 100 for reading in swap.readings)
+    assert [len(reading.probing.canonical[0].accuracies) for reading in swap.readings] == [2, 2, 2]
+
+
+def test_a_topk_keeps_its_k(tmp_path):
+    sae = save_inference(make_sae("cosine_topk"), tmp_path)
+    sample = sample_of(make_activations(100, 7), range(100))
+    swap = score_swap(sae, sample, sample, progress=False)
+    assert swap.target_l0 is None
+    assert all(reading.threshold is None for reading in swap.readings)
+
+
+def test_a_dictionary_read_by_cosine_shows_the_concept_that_an_inner_product_hides():
+    x, truth = concept(800)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=3, d_sae=3))
+    sae.load_state_dict({**identity_sae(3).state_dict(), "threshold": torch.zeros(3)})
+    sample = sample_of(x, range(800))
+    swap = score_swap(sae.eval(), sample, sample, truth, progress=False, ks=(1,))
+    own, cosine, inner = (reading.probing.scale_free[0].accuracy for reading in swap.readings)
+    assert cosine > own + 0.1
+    assert own == pytest.approx(inner, abs=0.01)
+    assert math.isfinite(cosine)
