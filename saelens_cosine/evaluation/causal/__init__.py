@@ -1,0 +1,53 @@
+"""Causal diagnostics: what edits of activations do to a model's next-token predictions.
+
+All start from one `clean_run` of a model over contexts and take tokens of it, `run.sample()` or `run.sample().without_sinks()`.
+"""
+
+from saelens_cosine.evaluation.causal.ablation import (
+    AblationEffect,
+    AblationPrecision,
+    ConceptAblation,
+    ablation_precision,
+)
+from saelens_cosine.evaluation.causal.code_edits import decoded_change, reconstruct
+from saelens_cosine.evaluation.causal.forward import CleanRun, ResumedModel, clean_run, kl_divergence
+from saelens_cosine.evaluation.causal.patching import Mean, Patches, Patching, ScaledKL, direction_norm_patching
+from saelens_cosine.evaluation.causal.steering import Steering, SteeringEffect, steering
+from saelens_cosine.evaluation.causal.substitution import SubstitutionKL, substitution_kl
+from saelens_cosine.evaluation.causal.win_rate import (
+    PROTOCOLS,
+    FeatureCorrelations,
+    NormRangeWinRate,
+    WinRate,
+    WinRateProtocol,
+    win_rate,
+)
+
+__all__ = [
+    "clean_run",
+    "CleanRun",
+    "ResumedModel",
+    "kl_divergence",
+    "win_rate",
+    "PROTOCOLS",
+    "WinRateProtocol",
+    "WinRate",
+    "NormRangeWinRate",
+    "FeatureCorrelations",
+    "direction_norm_patching",
+    "Patching",
+    "Patches",
+    "ScaledKL",
+    "Mean",
+    "ablation_precision",
+    "AblationPrecision",
+    "ConceptAblation",
+    "AblationEffect",
+    "steering",
+    "Steering",
+    "SteeringEffect",
+    "substitution_kl",
+    "SubstitutionKL",
+    "reconstruct",
+    "decoded_change",
+]

@@ -1,0 +1,75 @@
+"""What a change of an SAE's codes does to the activations that they were read from, and the codes' common unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE
+
+CODES_AT_ONCE = 2**24
+"""Dense codes that are decoded at a time: 64 MiB in float32."""
+
+CodeChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""`change(codes, rows)`: dense codes `[rows, d_sae]` of the tokens with numbers `rows [rows]`, changed, not in place."""
+
+
+@contextmanager
+def flat_heads(sae: SAE[Any]) -> Generator[None]:
+    """An SAE on attention heads takes `[tokens, d_in]` here, as every other."""
+    reshaping = sae.hook_z_reshaping_mode
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+@torch.no_grad()
+def decoded_change(sae: SAE[Any], x: torch.Tensor, change: CodeChange) -> torch.Tensor:
+    """By how much activations move when codes change: `decode(changed codes) - decode(codes)`.
+
+    Added to `x` it leaves the SAE's error where it was. One feature's code times f moves them by `(f - 1) z_i d_i`.
+
+    Args:
+        sae: any SAELens SAE in its inference form.
+        x: `[tokens, d_in]` float32 on the CPU.
+        change: what is done to the codes.
+
+    Returns:
+        `[tokens, d_in]` float32 on the CPU; exactly 0 where no code changed.
+    """
+    moved = torch.zeros_like(x)
+    with flat_heads(sae):
+        for rows in torch.arange(len(x)).split(max(1, CODES_AT_ONCE // sae.cfg.d_sae)):
+            codes = sae.encode(x[rows].to(sae.device)).to_dense()
+            changed = change(codes, rows)
+            before, after = sae.decode(torch.stack([codes, changed]))  # one call: some SAEs decode once per encoding
+            differs = (changed != codes).any(dim=-1, keepdim=True)
+            moved[rows] = torch.where(differs, after - before, 0).float().cpu()
+    return moved
+
+
+def reconstruct(sae: SAE[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from activations `[tokens, d_in]` to an SAE's reconstructions of them, both float32 on the CPU."""
+
+    @torch.no_grad()
+    def reconstructed(x: torch.Tensor) -> torch.Tensor:
+        with flat_heads(sae):
+            parts = [
+                sae.decode(sae.encode(part.to(sae.device))).float().cpu()
+                for part in x.split(max(1, CODES_AT_ONCE // sae.cfg.d_sae))
+            ]
+        return torch.cat(parts)
+
+    return reconstructed
+
+
+def code_units(sae: SAE[Any]) -> torch.Tensor:
+    """`[d_sae]` float32 on the CPU: how far a code of 1 moves the reconstruction, to compare features and SAEs by."""
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return torch.ones(sae.cfg.d_sae)
+    return sae.W_dec.detach().float().norm(dim=-1).cpu()

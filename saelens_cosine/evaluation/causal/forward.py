@@ -1,0 +1,311 @@
+"""A model's predictions after its activations at a hook are edited, against its clean ones.
+
+Clean activations and predictions are computed once. An edited forward pass starts at the hook where the model can do that
+(the residual stream of a HookedTransformer), and elsewhere replaces the activation there; only the tokens whose prediction
+is read are unembedded. The released code runs the whole model two or three times for each feature and text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from saelens_cosine.evaluation.sample import TokenSample
+from saelens_cosine.training.norm_filter import HighNormFilter
+
+TOKENS_AT_ONCE = 4096
+"""Tokens in one forward pass, or one context if that is longer."""
+
+LOGITS_AT_ONCE = 2**22
+"""Log-probabilities held at a time: 16 MiB. A few times as many take three times as long on a CPU, whose caches they leave."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""`edit(hidden, rows)`: float32 activations `[rows, length, d_in]` of the edits with numbers `rows [rows]`, changed."""
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats along the last dimension, zero or positive whatever the rounding.
+
+    The sum of `p d + q - p` with `d = log p - log q`. Without `q - p`, which sums to zero, terms of either sign cancel and
+    leave tiny negative sums; with it no term is negative, and an error of normalisation counts by its square. So float32
+    is enough: the result differs from float64's by about 1e-6 of itself, or 1e-12 nats.
+    """
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    near = p * (d + torch.expm1(-d)).clamp_min(0)  # the same; exact for small d, but overflows for large ones
+    far = torch.where(p > 0, p * d, 0) + q - p
+    return torch.where(d.abs() < 1, near, far).sum(dim=-1)
+
+
+class ResumedModel:
+    """
+    A hooked model that goes on from given activations at a hook.
+
+    Args:
+        model (Any): HookedTransformer, TransformerBridge, or SAELens' wrapper of a Hugging Face model.
+        hook_name (str): A hook point of it.
+
+    Raises:
+        ValueError: no such hook point.
+    """
+
+    def __init__(self, model: Any, hook_name: str):
+        if hook_name not in model.hook_dict:
+            raise ValueError(f"{type(model).__name__} has no hook point {hook_name!r}.")
+        self.model, self.hook_name = model, hook_name
+        self.start_at_layer = _first_layer_after(model, hook_name)
+        self._unembedding = model.unembed if hasattr(model, "unembed") else model.model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def run(self, tokens: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model as it is, on `tokens [n, length]`.
+
+        Returns:
+            Activations at the hook `[n, length, d_in]`, heads flattened, in the model's dtype, and log-probabilities
+            `[n, vocabulary]` after the token at position `read [n]`; on the model's device.
+        """
+        with self._reading(read):
+            logits, cache = self.model.run_with_cache(
+                tokens.to(self.device), names_filter=[self.hook_name], prepend_bos=False
+            )
+        return cache[self.hook_name].flatten(2), _log_softmax(logits).squeeze(1)
+
+    @torch.no_grad()
+    def log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor, read: torch.Tensor | None = None) -> torch.Tensor:
+        """Log-probabilities of the next token with other activations at the hook, on the model's device.
+
+        Args:
+            hidden: `[n, length, d_in]`, in the model's dtype.
+            tokens: `[n, length]`, the contexts that they belong to.
+            read: `[n]`, the position whose prediction is wanted; None for all.
+
+        Returns:
+            `[n, vocabulary]`, or `[n, length, vocabulary]` if read is None; float32 whatever the model's dtype.
+        """
+        hidden = hidden.to(self.device)
+        with self._reading(read):
+            if self.start_at_layer is not None:
+                logits = self.model(hidden, start_at_layer=self.start_at_layer)
+            else:
+                logits = self.model.run_with_hooks(
+                    tokens.to(self.device),
+                    fwd_hooks=[(self.hook_name, lambda activations, hook: hidden.reshape(activations.shape))],  # noqa: ARG005
+                    prepend_bos=False,
+                )
+        return _log_softmax(logits if read is None else logits.squeeze(1))
+
+    @contextmanager
+    def _reading(self, read: torch.Tensor | None) -> Generator[None]:
+        """Have only one position of each context unembedded: all logits of a large vocabulary would fill the memory."""
+        if read is None:
+            yield
+            return
+
+        def pick(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            final, *others = inputs
+            return (final[torch.arange(len(read)), read.to(final.device)].unsqueeze(1), *others)
+
+        handle = self._unembedding.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class CleanRun:
+    """
+    Contexts as the model runs them, the starting point of edits. On the CPU.
+
+    Args:
+        resumed (ResumedModel): The model and the hook.
+        tokens (torch.Tensor): `[contexts, length]` int64.
+        read (torch.Tensor): `[contexts]` int64, the position of each context whose prediction is compared: its last token.
+        hidden (torch.Tensor): `[contexts, length, d_in]`, activations at the hook in the model's dtype, heads flattened.
+        log_probs (torch.Tensor): `[contexts, vocabulary]` float32, the clean prediction.
+    """
+
+    resumed: ResumedModel
+    tokens: torch.Tensor
+    read: torch.Tensor
+    hidden: torch.Tensor
+    log_probs: torch.Tensor
+
+    def sample(self, max_norm_multiple: float | None = 10.0) -> TokenSample:
+        """The tokens of these contexts, up to the one that is read: what SAEs are measured on and what may be edited.
+
+        Args:
+            max_norm_multiple: as in `sample_tokens`.
+        """
+        length = self.tokens.shape[1]
+        inside = torch.arange(length) <= self.read.unsqueeze(-1)
+        contexts, positions = inside.nonzero(as_tuple=True)
+        activations = self.hidden[inside].float()
+        ordinary = HighNormFilter(max_norm_multiple).keep(activations)
+        return TokenSample(activations, self.tokens[inside], contexts, positions, ordinary, max_norm_multiple)
+
+    def holds(self, sample: TokenSample) -> torch.Tensor:
+        """`[contexts, length]` booleans: the tokens that a sample of these contexts has.
+
+        Raises:
+            ValueError: the sample is not of these contexts.
+        """
+        if len(sample) == 0:
+            raise ValueError("The sample has no tokens.")
+        n, length = self.tokens.shape
+        if int(sample.contexts.max()) >= n or int(sample.positions.max()) >= length:
+            raise ValueError(f"The sample has tokens beyond these {n} contexts of {length} tokens; take run.sample().")
+        if not torch.equal(self.tokens[sample.contexts, sample.positions], sample.tokens):
+            raise ValueError("The sample's tokens are not those of these contexts; take run.sample().")
+        mask = torch.zeros((n, length), dtype=torch.bool)
+        mask[sample.contexts, sample.positions] = True
+        return mask
+
+    def read_rows(self, sample: TokenSample) -> torch.Tensor:
+        """Rows of a sample that are the token read of their context; contexts that the sample holds to the end."""
+        self.holds(sample)
+        return (sample.positions == self.read[sample.contexts]).nonzero().squeeze(-1)
+
+    def at(self, contexts: torch.Tensor, positions: torch.Tensor) -> CleanRun:
+        """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
+        return replace(self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions)._predicted()
+
+    def alone(self, activations: torch.Tensor, token: int = 0) -> CleanRun:
+        """Activations `[n, d_in]`, each as the only one of a context with one token, whose own is replaced by it.
+
+        The paper's one-token protocols. Nothing comes before the token, so no attention: a degenerate context.
+        """
+        hidden = activations.to(self.hidden.dtype).unsqueeze(1)
+        tokens = torch.full((len(hidden), 1), token)
+        return replace(
+            self, tokens=tokens, hidden=hidden, read=torch.zeros(len(hidden), dtype=torch.int64)
+        )._predicted()
+
+    def predictions(
+        self, contexts: torch.Tensor, edit: Edit, what: str = "edits", on_progress: Progress | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Edited predictions beside clean ones, batch by batch, of the edits that change something.
+
+        Args:
+            contexts: `[edits]`, the context that each edit is of.
+            edit: makes them.
+            what: how progress is called.
+            on_progress: called after each batch.
+
+        Yields:
+            Numbers of the edits `[b]` on the CPU, and clean and edited log-probabilities `[b, vocabulary]`.
+        """
+        if len(contexts) == 0:
+            return
+        for rows in torch.arange(len(contexts)).split(self._contexts_at_once(1)):
+            hidden = self.hidden[contexts[rows]]
+            edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
+            changed = (edited != hidden).flatten(1).any(dim=-1)
+            if changed.any():
+                of = contexts[rows[changed]]
+                log_q = self.resumed.log_probs(edited[changed], self.tokens[of], self.read[of])
+                yield rows[changed], self.log_probs[of].to(log_q), log_q
+            if on_progress:
+                on_progress(what, int(rows[-1]) + 1, len(contexts))
+
+    def kl(
+        self, contexts: torch.Tensor, edit: Edit, what: str = "edits", on_progress: Progress | None = None
+    ) -> torch.Tensor:
+        """KL(clean || edited) of the token read, in nats: `[edits]` float64, 0 for edits that change nothing.
+
+        Args: as for `predictions`.
+        """
+        kl = torch.zeros(len(contexts), dtype=torch.float64)
+        for rows, log_p, log_q in self.predictions(contexts, edit, what, on_progress):
+            kl[rows] = kl_divergence(log_p, log_q).cpu().double()
+        return kl
+
+    def kl_everywhere(self, contexts: torch.Tensor, edit: Edit, on_progress: Progress | None = None) -> torch.Tensor:
+        """The same of every token of the contexts: `[edits, length]`. Clean predictions are computed again, not kept."""
+        kl = torch.zeros((len(contexts), self.tokens.shape[1]), dtype=torch.float64)
+        for rows in torch.arange(len(contexts)).split(self._contexts_at_once(self.tokens.shape[1])):
+            hidden, tokens = self.hidden[contexts[rows]], self.tokens[contexts[rows]]
+            edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
+            if not torch.equal(edited, hidden):
+                clean = self.resumed.log_probs(hidden, tokens)
+                kl[rows] = kl_divergence(clean, self.resumed.log_probs(edited, tokens)).cpu().double()
+            if on_progress:
+                on_progress("substitutions", int(rows[-1]) + 1, len(contexts))
+        return kl
+
+    def _contexts_at_once(self, reads: int) -> int:
+        vocabulary = self.log_probs.shape[-1]
+        return max(1, min(TOKENS_AT_ONCE // self.tokens.shape[1], LOGITS_AT_ONCE // (reads * vocabulary)))
+
+    def _predicted(self) -> CleanRun:
+        """With the clean predictions of the tokens now read, from the activations now held."""
+        parts = [
+            self.resumed.log_probs(self.hidden[rows], self.tokens[rows], self.read[rows]).cpu()
+            for rows in torch.arange(len(self.tokens)).split(self._contexts_at_once(1))
+        ]
+        return replace(self, log_probs=torch.cat(parts))
+
+
+def clean_run(
+    model: Any,
+    hook_name: str,
+    tokens: torch.Tensor,
+    read: torch.Tensor | None = None,
+    on_progress: Progress | None = None,
+) -> CleanRun:
+    """Run a hooked model over contexts once and keep its activations at a hook and its predictions.
+
+    Args:
+        model: HookedTransformer, TransformerBridge, or SAELens' wrapper of a Hugging Face model.
+        hook_name: a hook point of it.
+        tokens: `[contexts, length]` int64. Shorter texts are padded on the right, with any token.
+        read: `[contexts]`, the position of each text's last token; None: the contexts' end.
+        on_progress: called after each batch.
+
+    Raises:
+        ValueError: no such hook point, tokens of another shape, or read positions outside of them.
+    """
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens of shape {tuple(tokens.shape)} are not [contexts, length].")
+    n, length = tokens.shape
+    read = torch.full((n,), length - 1) if read is None else read.cpu().long()
+    if read.shape != (n,) or int(read.min()) < 0 or int(read.max()) >= length:
+        raise ValueError(f"read must hold {n} positions from 0 to {length - 1}, one for each context.")
+    resumed, tokens = ResumedModel(model, hook_name), tokens.cpu().long()
+    hidden: list[torch.Tensor] = []
+    log_probs: list[torch.Tensor] = []
+    for rows in torch.arange(n).split(max(1, TOKENS_AT_ONCE // length)):
+        activations, predictions = resumed.run(tokens[rows], read[rows])
+        hidden.append(activations.cpu())
+        log_probs.append(predictions.cpu())
+        if on_progress:
+            on_progress("clean run", int(rows[-1]) + 1, n)
+    return CleanRun(resumed, tokens, read, torch.cat(hidden), torch.cat(log_probs))
+
+
+def _first_layer_after(model: Any, hook_name: str) -> int | None:
+    """The layer that a HookedTransformer can start at with this hook's activations as its residual stream."""
+    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    if not found or not isinstance(model, HookedTransformer):
+        return None
+    masks = getattr(model.tokenizer, "padding_side", "right") == "left"  # made from tokens, which a later start lacks
+    if masks or model.cfg.positional_embedding_type == "shortformer":
+        return None
+    return int(found[1]) + (found[2] == "post")
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(dim=-1, dtype=torch.float32)

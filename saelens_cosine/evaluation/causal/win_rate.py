@@ -1,0 +1,358 @@
+"""Does the size of a feature's ablation effect follow the cosine with its direction, or the inner product?
+
+For each feature its decoder direction is removed from activations, and over tokens the KL of the next-token distribution is
+correlated with the cosine and with the inner product; the better one wins the feature. The paper's experiments do this in three
+ways that give different numbers (A, B and C of `PROTOCOLS`), here one function with parameters.
+
+Pooled over norms the winner is partly the spread of the norms itself: inside a quartile of the norm the paper's own rate falls
+from 80-87 % to 40-70 % (experiment 19). So both are always reported. Removing the inner product also makes the KL of long
+tokens larger; `removed="cosine"` takes the same length off tokens of every norm (experiment 13).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+from sae_lens.saes.sae import SAE
+
+from saelens_cosine.evaluation.causal.code_edits import flat_heads
+from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
+from saelens_cosine.evaluation.codes import sparse_codes
+from saelens_cosine.evaluation.sample import TokenSample
+
+MIN_SAMPLES = 10
+"""Samples that a correlation is computed from, at least (experiments 5 to 39)."""
+
+MIN_STD = 1e-10
+"""Standard deviation of either side below which there is no correlation (experiments 5 to 39)."""
+
+LONE_TOKENS_AT_ONCE = 256
+"""One-token contexts whose clean predictions are held at a time."""
+
+TIE = 1e-6
+"""Correlations closer than this are a tie: with equal norms the two scores differ by float32 rounding alone."""
+
+
+@dataclass(frozen=True)
+class WinRateProtocol:
+    """
+    How features are chosen, ablated and judged.
+
+    Args:
+        context (Literal["alone", "text"]): `text`: the effect on the last token of each text. `alone`: active tokens, each put in place of the only token of a one-token context.
+        ablated (Literal["all", "read"]): In a text, the direction is removed at all tokens that the sample holds, or only at the one whose prediction is read.
+        chosen_by (Literal["firing_rate", "mean_code"]): Features with the highest share of active tokens, or the highest mean |code|.
+        chosen_on (int | None): The first so many contexts decide that; None: all.
+        features (int): Features compared, if so many are active.
+        samples (int): Tokens (`alone`, drawn from a feature's active ones) or texts per feature, at most.
+        min_active (int): Active tokens that a feature must have in the sample to be chosen.
+        compared (Literal["correlations", "absolute_correlations", "absolute_predictors"]): Correlations as they are, their absolute values, or correlations with |cosine| and |inner product|.
+        removed (Literal["inner_product", "cosine"]): What is subtracted along the unit direction: `<x, d>`, all of it, or the sample's median norm times the cosine.
+    """
+
+    context: Literal["alone", "text"]
+    ablated: Literal["all", "read"]
+    chosen_by: Literal["firing_rate", "mean_code"]
+    chosen_on: int | None
+    features: int
+    samples: int
+    min_active: int
+    compared: Literal["correlations", "absolute_correlations", "absolute_predictors"]
+    removed: Literal["inner_product", "cosine"] = "inner_product"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, get_args(hint)))}.")
+
+
+PROTOCOLS = {
+    "A": WinRateProtocol("alone", "read", "firing_rate", None, 30, 50, 20, "absolute_correlations"),
+    "B": WinRateProtocol("text", "all", "mean_code", None, 100, 200, 1, "correlations"),
+    "C": WinRateProtocol("text", "read", "mean_code", 50, 100, 200, 1, "absolute_predictors"),
+}
+"""The paper's: A of experiments 5 to 39, 41 and 42; B of 40 and 42c, which chose features without sinks; C of 43 and 45 to 48, with them."""
+
+
+@dataclass(frozen=True)
+class FeatureCorrelations:
+    """
+    One feature. Correlations are Pearson's, over its samples, of the KL with each predictor.
+
+    Args:
+        feature (int): Its number in the SAE.
+        samples (int): Tokens or texts.
+        active_share (float): Share of them at which the feature is active.
+        mean_kl (float): Mean KL(clean || ablated), nats.
+        cosine (float): With cos(x, d), x not centred and d the decoder row; with its absolute value where the protocol says so.
+        inner_product (float): With <x, d>, d of length 1; likewise.
+        activation (float): With the SAE's code; NaN where it is constant.
+        norm (float): With ||x||.
+        advantage (float): What the protocol compares, cosine minus inner product.
+    """
+
+    feature: int
+    samples: int
+    active_share: float
+    mean_kl: float
+    cosine: float
+    inner_product: float
+    activation: float
+    norm: float
+    advantage: float
+
+
+@dataclass(frozen=True)
+class NormRangeWinRate:
+    """
+    Win rate among samples whose norm lies in one quartile.
+
+    Args:
+        low (float): Smallest norm of the range.
+        high (float): Largest.
+        samples (int): Pairs of a feature and a token or text in it.
+        features (int): Features with at least 10 samples in it whose correlations exist.
+        win_rate (float): As in WinRate; NaN if there are no features.
+        median_advantage (float): Median over features of correlation with the cosine minus with the inner product.
+    """
+
+    low: float
+    high: float
+    samples: int
+    features: int
+    win_rate: float
+    median_advantage: float
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """
+    How often the cosine predicts an ablation's effect better than the inner product.
+
+    Args:
+        protocol (WinRateProtocol): As it was measured.
+        tokens (int): Tokens of the sample.
+        samples (int): Pairs of a feature and a token or text that were ablated.
+        features (int): Features whose correlations exist.
+        features_left_out (int): Chosen ones whose do not: too few samples, or an effect that never varies.
+        wins (int): Features that the cosine wins.
+        ties (int): Features whose correlations are within 1e-6.
+        win_rate (float): Wins and half the ties over features, pooled over norms; NaN if there are no features.
+        win_rate_within_quartiles (float): The same within quartiles of ||x||, mean of `by_norm` weighted by features.
+        cosine (float): Mean over features of their correlation; NaN if there are none. The same for the next three.
+        inner_product (float): With the inner product.
+        activation (float): With the SAE's code, over features where it varies.
+        norm (float): With the norm.
+        by_norm (tuple[NormRangeWinRate, ...]): By quartile of ||x||, ascending: of the texts' last tokens, or of the whole sample for `alone`.
+        per_feature (tuple[FeatureCorrelations, ...]): In the order in which they were chosen.
+    """
+
+    protocol: WinRateProtocol
+    tokens: int
+    samples: int
+    features: int
+    features_left_out: int
+    wins: int
+    ties: int
+    win_rate: float
+    win_rate_within_quartiles: float
+    cosine: float
+    inner_product: float
+    activation: float
+    norm: float
+    by_norm: tuple[NormRangeWinRate, ...]
+    per_feature: tuple[FeatureCorrelations, ...]
+
+
+@torch.no_grad()
+def win_rate(
+    run: CleanRun,
+    sae: SAE[Any],
+    sample: TokenSample,
+    protocol: WinRateProtocol = PROTOCOLS["B"],
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> WinRate:
+    """Win rate of the cosine against the inner product.
+
+    Args:
+        run: the clean run of some contexts.
+        sae: any SAELens SAE of that hook, in its inference form.
+        sample: `run.sample()`, or a part of it such as `run.sample().without_sinks()`. Features are chosen on its tokens,
+            only they are ablated, and a text counts only if its last token is among them.
+        protocol: one of `PROTOCOLS`, or another.
+        seed: of the draw of active tokens, for `alone`.
+        on_progress: called after each batch.
+
+    Raises:
+        ValueError: no feature is active often enough, or the sample holds no text to its end.
+    """
+    with flat_heads(sae):
+        codes = sparse_codes(sae, sample.activations)
+    chosen = _choose(codes, sample, protocol)
+    active: Any = codes[:, chosen.numpy()]
+    acts = torch.from_numpy(active.toarray())  # [tokens, features]
+    group, token = _samples(run, sample, acts != 0, protocol, seed)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu()[chosen], dim=-1)
+    kl = _ablate(run, sample, directions, group, token, protocol, on_progress)
+
+    norms = sample.norms.double()
+    x, d = sample.activations[token].double(), directions[group].double()
+    inner = (x * d).sum(dim=-1)
+    cosine = inner / norms[token].clamp_min(torch.finfo(torch.float64).tiny)
+    if protocol.compared == "absolute_predictors":
+        cosine, inner = cosine.abs(), inner.abs()
+    predictors = torch.stack([cosine, inner, acts[token, group].double(), norms[token]], dim=-1)
+    pooled = _correlations(predictors, kl, group, len(chosen))
+    advantage = _advantage(pooled, protocol)
+    rate = _rate(advantage)
+
+    of = norms[token] if protocol.context == "text" else norms
+    edges = torch.quantile(of, torch.linspace(0, 1, 5, dtype=torch.float64))
+    quartile = torch.bucketize(norms[token], edges[1:-1], right=True)
+    within = _correlations(predictors, kl, quartile * len(chosen) + group, 4 * len(chosen)).unflatten(0, (4, -1))
+    by_norm = tuple(
+        NormRangeWinRate(
+            edges[q].item(),
+            edges[q + 1].item(),
+            int((quartile == q).sum()),
+            *_rate(_advantage(within[q], protocol))[2:],
+        )
+        for q in range(4)
+    )
+    counted = sum(part.features for part in by_norm)
+    inside = sum(part.win_rate * part.features for part in by_norm if part.features)
+    means = pooled[~advantage.isnan()].nanmean(dim=0).tolist()
+    counts = torch.bincount(group, minlength=len(chosen)).double()
+    columns = [
+        chosen.tolist(),
+        counts.long().tolist(),
+        (torch.bincount(group, (acts[token, group] != 0).double(), len(chosen)) / counts).tolist(),
+        (torch.bincount(group, kl, len(chosen)) / counts).tolist(),
+        *pooled.T.tolist(),
+        advantage.tolist(),
+    ]
+    return WinRate(
+        protocol=protocol,
+        tokens=len(sample),
+        samples=len(token),
+        features=rate[2],
+        features_left_out=len(chosen) - rate[2],
+        wins=rate[0],
+        ties=rate[1],
+        win_rate=rate[3],
+        win_rate_within_quartiles=inside / counted if counted else float("nan"),
+        cosine=means[0],
+        inner_product=means[1],
+        activation=means[2],
+        norm=means[3],
+        by_norm=by_norm,
+        per_feature=tuple(FeatureCorrelations(*row) for row in zip(*columns, strict=True)),
+    )
+
+
+def _choose(codes: Any, sample: TokenSample, protocol: WinRateProtocol) -> torch.Tensor:
+    """Numbers of the features to compare, the most active first."""
+    active = torch.from_numpy(np.bincount(codes.indices, minlength=codes.shape[1]))
+    chosen_on = codes
+    if protocol.chosen_on is not None:
+        chosen_on = codes[(sample.contexts < protocol.chosen_on).numpy()]
+    weights = np.ones_like(chosen_on.data) if protocol.chosen_by == "firing_rate" else np.abs(chosen_on.data)
+    weight = torch.from_numpy(np.bincount(chosen_on.indices, weights, codes.shape[1]))
+    weight[active < max(1, protocol.min_active)] = 0
+    best = weight.argsort(descending=True, stable=True)[: protocol.features]
+    best = best[weight[best] > 0]
+    if len(best) == 0:
+        raise ValueError(
+            f"No feature is active on {max(1, protocol.min_active)} of these {len(sample)} tokens; take more contexts."
+        )
+    return best
+
+
+def _samples(
+    run: CleanRun, sample: TokenSample, active: torch.Tensor, protocol: WinRateProtocol, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of features among the chosen and rows of the sample, pair by pair, feature after feature."""
+    if protocol.context == "text":
+        texts = run.read_rows(sample)[: protocol.samples]
+        if len(texts) == 0:
+            raise ValueError("The sample holds the last token of no context, whose prediction is read.")
+        n = active.shape[1]
+        return torch.arange(n).repeat_interleave(len(texts)), texts.repeat(n)
+    order = torch.rand(active.shape, generator=torch.Generator().manual_seed(seed))
+    order = torch.where(active, order, 2.0)
+    kept, rows = order.topk(min(protocol.samples, len(active)), dim=0, largest=False)
+    group, place = (kept < 2).T.nonzero(as_tuple=True)
+    return group, rows.T[group, place]
+
+
+def _ablate(
+    run: CleanRun,
+    sample: TokenSample,
+    directions: torch.Tensor,
+    group: torch.Tensor,
+    token: torch.Tensor,
+    protocol: WinRateProtocol,
+    on_progress: Progress | None,
+) -> torch.Tensor:
+    """KL of each pair, `[pairs]` float64."""
+    median = sample.norms.median()
+
+    def without(hidden: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        d = directions[group[pairs]].unsqueeze(1)
+        amount = (hidden * d).sum(dim=-1, keepdim=True)
+        if protocol.removed == "cosine":
+            amount = median * amount / hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return hidden - amount * d
+
+    if protocol.context == "alone":
+        parts: list[torch.Tensor] = []
+        for pairs in torch.arange(len(token)).split(LONE_TOKENS_AT_ONCE):
+            lone = run.alone(sample.activations[token[pairs]])
+            parts.append(
+                lone.kl(torch.arange(len(pairs)), lambda hidden, rows, pairs=pairs: without(hidden, pairs[rows]))
+            )
+            if on_progress:
+                on_progress("ablations", int(pairs[-1]) + 1, len(token))
+        return torch.cat(parts)
+    ablated = run.holds(sample)
+    if protocol.ablated == "read":
+        ablated &= torch.arange(ablated.shape[1]) == run.read.unsqueeze(-1)
+    contexts = sample.contexts[token]
+
+    def edit(hidden: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+        return torch.where(ablated[contexts[pairs]].unsqueeze(-1), without(hidden, pairs), hidden)
+
+    return run.kl(contexts, edit, "ablations", on_progress)
+
+
+def _correlations(predictors: torch.Tensor, kl: torch.Tensor, group: torch.Tensor, n: int) -> torch.Tensor:
+    """Pearson correlations `[n, predictors]` of `[pairs, predictors]` with `[pairs]`, group by group; NaN where there is none."""
+    keep = kl.isfinite()
+    values = torch.cat([predictors, kl.unsqueeze(-1)], dim=-1)[keep]
+    group = group[keep]
+    counts = torch.bincount(group, minlength=n).double().unsqueeze(-1)
+    means = torch.zeros(n, values.shape[-1], dtype=torch.float64).index_add(0, group, values) / counts
+    values = values - means[group]
+    squares = torch.zeros_like(means).index_add(0, group, values**2)
+    products = torch.zeros_like(means).index_add(0, group, values * values[:, -1:])
+    std = (squares / counts).sqrt()
+    exists = (counts >= MIN_SAMPLES) & (std >= MIN_STD) & (std[:, -1:] >= MIN_STD)
+    correlation = products / (squares.sqrt() * squares[:, -1:].sqrt())
+    return torch.where(exists, correlation, torch.nan)[:, :-1]
+
+
+def _advantage(correlations: torch.Tensor, protocol: WinRateProtocol) -> torch.Tensor:
+    cosine, inner = correlations[:, 0], correlations[:, 1]
+    return cosine.abs() - inner.abs() if protocol.compared == "absolute_correlations" else cosine - inner
+
+
+def _rate(advantage: torch.Tensor) -> tuple[int, int, int, float, float]:
+    """Wins, ties, features, win rate, median advantage."""
+    seen = advantage[~advantage.isnan()]
+    wins, ties = int((seen > TIE).sum()), int((seen.abs() <= TIE).sum())
+    rate = (wins + ties / 2) / len(seen) if len(seen) else float("nan")
+    return wins, ties, len(seen), rate, seen.quantile(0.5).item() if len(seen) else float("nan")
