@@ -1,0 +1,9 @@
+"""`report.html`: what an evaluation found, as one file that needs no server, no network and no program but a browser."""
+
+from __future__ import annotations
+
+from saelens_cosine.evaluation.html_report.data import ReportData
+from saelens_cosine.evaluation.html_report.features import features_for_report
+from saelens_cosine.evaluation.html_report.page import render, write_report
+
+__all__ = ["ReportData", "features_for_report", "render", "write_report"]
