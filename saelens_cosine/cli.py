@@ -21,6 +21,7 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
+from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
 from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.loading.command import add_convert_command
@@ -70,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_benchmark_options(parser_of_benchmark)
     parser_of_benchmark.set_defaults(run=_benchmark)
+    parser_of_evaluate = commands.add_parser(
+        "evaluate",
+        help="diagnostics of saved SAEs on held-out text, with and without attention sinks",
+        description="Measure saved SAEs on held-out text, with and without tokens of a very high norm (attention sinks), and write "
+        "evaluation.json and report.html. What an interrupted run has measured is not measured again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_evaluate_options(parser_of_evaluate, _count)
+    parser_of_evaluate.set_defaults(run=_evaluate)
     add_convert_command(commands)
     parser_of_share = commands.add_parser(
         "share",
@@ -228,6 +238,22 @@ def _benchmark(options: Any) -> int:
         console.print(table)
     if options.json:
         result.write(options.json)
+    return 0
+
+
+def _evaluate(options: Any) -> int:
+    _hush_libraries()
+    try:
+        with _progress(options.quiet) as progress:
+            table = run_evaluate(options, progress)
+    except KeyboardInterrupt:
+        print(f"Interrupted. Run the same command again to go on; see {options.output}.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+    if not options.quiet:
+        console.print(f"Written to {options.output}: evaluation.json, report.html", highlight=False)
     return 0
 
 
