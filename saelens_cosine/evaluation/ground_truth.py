@@ -1,0 +1,348 @@
+"""How well SAEs recover features that are known, as the spread of token norms grows and with attention sinks among the tokens.
+
+Data and scores are SAELens' synthetic benchmark (SynthSAEBench, arXiv 2602.14687): features with a hierarchy, correlations and
+firing magnitudes, summed into activations; `planted` adds the norms and the sinks. SAEs are trained by SAELens' runner, saved,
+loaded, and scored in that form, threshold included.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from sae_lens import SAE, LoggingConfig
+from sae_lens.synthetic import (
+    FeatureDictionary,
+    SyntheticDataEvalResult,
+    SyntheticModel,
+    SyntheticModelConfig,
+    SyntheticSAERunner,
+    SyntheticSAERunnerConfig,
+    eval_sae_on_synthetic_data,
+    orthogonal_initializer,
+)
+from sae_lens.util import temporary_seed
+
+from saelens_cosine.evaluation.bootstrap import Difference, paired_difference
+from saelens_cosine.evaluation.comparison import DEFAULT_ARMS
+from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
+from saelens_cosine.registry import check_training_architecture
+from saelens_cosine.training.recipe import get_recipe, sae_config
+
+SCHEMA = "saelens-cosine/ground-truth/1"
+"""Name and version of the JSON's layout; the number grows when a field changes its meaning or goes."""
+
+SYNTH_SAE_BENCH_16K = "decoderesearch/synth-sae-bench-16k-v1"
+"""The published benchmark on the Hub. Its authors train 4,096 features on it, with k=25 and 200 million samples."""
+
+EVALUATION_SEED = 2**31
+"""What a run's seed is moved by for the samples that it is scored on."""
+
+
+@dataclass(frozen=True)
+class GroundTruthSettings:
+    """
+    What to train, on what, and how it is scored.
+
+    Args:
+        arms (tuple[str, ...]): Architectures registered for training; the first is what the others are compared with.
+        model (SyntheticModelConfig | str): What makes the activations: a config, built anew with each seed added to its own, or what `SyntheticModel.load_from_source` takes (a folder, or a name on the Hub such as SYNTH_SAE_BENCH_16K), the same for all seeds.
+        norm_spreads (tuple[float, ...]): Standard deviations of a token's log norm factor; 0 leaves the data alone.
+        seeds (int): Runs with different model, initialisation and samples.
+        samples (int): Training samples of each SAE.
+        d_sae (int | None): Features of each SAE; None for as many as there are to find.
+        k (float | None): Active features per token; None for as many as are, on average.
+        recipe (str): `paper` or `saelens`.
+        batch (int): Samples per training step.
+        sink_share (float): Share of the tokens that are sinks; 0 plants none.
+        train_on_sinks (bool): Whether SAEs see sinks in training. False is what a perfect filter would do.
+        eval_samples (int): Samples that each SAE is scored on, the same for all arms; also the window of dead features.
+        device (str): Where everything runs.
+    """
+
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    model: SyntheticModelConfig | str = field(default_factory=small_model)
+    norm_spreads: tuple[float, ...] = (0.0, 0.5, 1.0)
+    seeds: int = 3
+    samples: int = 100_000
+    d_sae: int | None = None
+    k: float | None = None
+    recipe: str = "paper"
+    batch: int = 512
+    sink_share: float = 0.0
+    train_on_sinks: bool = False
+    eval_samples: int = 20_000
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            check_training_architecture(arm)
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
+        if not self.norm_spreads or min(self.norm_spreads) < 0:
+            raise ValueError(f"norm_spreads={self.norm_spreads} must be at least one number, none below 0.")
+        if self.seeds < 1 or self.eval_samples < 1 or self.samples < 2 * self.batch:
+            raise ValueError(
+                f"seeds={self.seeds}, eval_samples={self.eval_samples}: at least 1; samples={self.samples}: at least two "
+                f"steps of batch={self.batch}."
+            )
+        if not 0 <= self.sink_share < 0.5:
+            raise ValueError(f"sink_share={self.sink_share} must be at least 0 and below 0.5.")
+
+
+@dataclass(frozen=True)
+class GroundTruthRun:
+    """
+    One SAE, trained, saved and scored by SAELens' own metrics.
+
+    Args:
+        architecture (str): Training architecture.
+        norm_spread (float): Spread of the token norms, in training and scoring.
+        seed (int): Of the model, the initialisation and the samples.
+        k (float): Active features per token that were asked for.
+        without_sinks (SyntheticDataEvalResult): mcc, classification.f1_score, explained_variance, dead_latents, ... on tokens that are none.
+        with_sinks (SyntheticDataEvalResult | None): The same with sinks among the tokens; None if none are planted. mcc and uniqueness are of the decoder alone, so they do not change.
+        norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
+        seconds (float): Training time.
+    """
+
+    architecture: str
+    norm_spread: float
+    seed: int
+    k: float
+    without_sinks: SyntheticDataEvalResult
+    with_sinks: SyntheticDataEvalResult | None
+    norm_exponent: tuple[float, float, float] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """
+    All runs.
+
+    Args:
+        settings (GroundTruthSettings): As given.
+        runs (tuple[GroundTruthRun, ...]): By seed, then spread, then arm.
+    """
+
+    settings: GroundTruthSettings
+    runs: tuple[GroundTruthRun, ...]
+
+    def values(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> list[float]:
+        """One of MEASURES for an arm at a spread, by seed."""
+        scored = [run for run in self.runs if (run.architecture, run.norm_spread) == (architecture, norm_spread)]
+        results = [run.with_sinks if sinks else run.without_sinks for run in scored]
+        if None in results:
+            raise ValueError("No sinks were planted (sink_share=0), so nothing was scored with them.")
+        return [MEASURES[measure](result) for result in results if result is not None]
+
+    def difference(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> Difference:
+        """An arm minus the first one, paired by seed; needs two seeds."""
+        ours, first = (self.values(measure, arm, norm_spread, sinks) for arm in (architecture, self.settings.arms[0]))
+        return paired_difference(ours, first)
+
+
+MEASURES: Mapping[str, Callable[[SyntheticDataEvalResult], float]] = {
+    "mcc": lambda result: result.mcc,
+    "f1": lambda result: result.classification.f1_score,
+    "explained_variance": lambda result: result.explained_variance,
+    "dead": lambda result: float(result.dead_latents),
+    "l0": lambda result: result.sae_l0,
+}
+
+
+def ground_truth(
+    settings: GroundTruthSettings, on_progress: Callable[[str, int, int], None] | None = None
+) -> GroundTruth:
+    """Train every arm at every spread with every seed, and score what was saved.
+
+    Arms of one seed and spread start from the same decoder and see the same samples. The caller's random state is left alone.
+
+    Args:
+        settings: what to do.
+        on_progress: called with what is being done, runs done, and runs in all.
+
+    Raises:
+        OSError: a model that is in no folder, and on the Hub cannot be reached.
+    """
+    progress = on_progress or (lambda _what, _done, _total: None)
+    total = len(settings.arms) * len(settings.norm_spreads) * settings.seeds
+    runs: list[GroundTruthRun] = []
+    for seed in range(settings.seeds):
+        model = load_model(settings, seed)
+        modifier = model.activation_generator.modify_activations
+        for spread in settings.norm_spreads:
+            planted: Any = NormSpread(spread, modifier)
+            model.activation_generator.modify_activations = planted
+            with temporary_seed(seed):
+                k = settings.k or _true_l0(model)
+            for arm in settings.arms:
+                progress(f"Training {arm}, seed {seed}, norm spread {spread:g}", len(runs), total)
+                runs.append(_run(settings, model, arm, spread, seed, k))
+    progress("Training", total, total)
+    return GroundTruth(settings, tuple(runs))
+
+
+def load_model(settings: GroundTruthSettings, seed: int) -> SyntheticModel:
+    """The model of one seed, with nothing planted in it yet."""
+    if isinstance(settings.model, str):
+        try:
+            return SyntheticModel.load_from_source(settings.model, device=settings.device)
+        except OSError as error:
+            raise OSError(
+                f"Cannot load the synthetic model {settings.model!r}, as a folder or as a name on the Hub: {error}"
+            ) from error
+    config = replace(settings.model, seed=(settings.model.seed or 0) + seed)
+    steps = config.orthogonalization
+    dictionary = FeatureDictionary(  # as SyntheticModel makes it, but quietly
+        config.num_features,
+        config.hidden_dim,
+        config.bias,
+        orthogonal_initializer(steps.num_steps, steps.lr, chunk_size=steps.chunk_size) if steps else None,
+        settings.device,
+        config.seed,
+    )
+    return SyntheticModel(config, feature_dict=dictionary, device=settings.device)
+
+
+def _true_l0(model: SyntheticModel) -> float:
+    return (model.activation_generator.sample(10_000) > 0).sum(dim=-1).double().mean().item()
+
+
+def _run(
+    settings: GroundTruthSettings, model: SyntheticModel, arm: str, spread: float, seed: int, k: float
+) -> GroundTruthRun:
+    plain = model.feature_dict
+    sinks: Any = SinkDictionary(plain, settings.sink_share, seed)
+    started = time.perf_counter()
+    with temporary_seed(seed), tempfile.TemporaryDirectory() as folder:
+        if settings.train_on_sinks:
+            model.feature_dict = sinks
+        runner = SyntheticSAERunner(_runner_config(settings, model, arm, k), override_synthetic_model=model)
+        torch.manual_seed(seed)  # whatever the arm's initialisation drew
+        trained = runner.run().sae
+        model.feature_dict = plain
+        seconds = time.perf_counter() - started
+        trained.save_inference_model(folder)
+        saved = SAE.load_from_disk(folder, device=settings.device)
+
+    def score(dictionary: FeatureDictionary) -> SyntheticDataEvalResult:
+        with temporary_seed(EVALUATION_SEED + seed):
+            return eval_sae_on_synthetic_data(
+                saved, dictionary, model.activation_generator, settings.eval_samples, batch_size=4096
+            )
+
+    # as saved, of arms that learn one; the magnitude bypass has it at 0
+    exponent: Any = saved.norm_exponent if hasattr(trained, "norm_exponent") else None
+    return GroundTruthRun(
+        arm,
+        spread,
+        seed,
+        k,
+        score(plain),
+        score(sinks) if settings.sink_share else None,
+        exponent if exponent is None else (exponent.mean().item(), exponent.min().item(), exponent.max().item()),
+        seconds,
+    )
+
+
+def _runner_config(
+    settings: GroundTruthSettings, model: SyntheticModel, arm: str, k: float
+) -> SyntheticSAERunnerConfig[Any]:
+    recipe = get_recipe(settings.recipe, settings.samples, settings.batch)
+    runner = {name: value for name, value in recipe.runner.items() if name != "train_batch_size_tokens"}
+    config = sae_config(
+        arm,
+        recipe,
+        d_in=model.cfg.hidden_dim,
+        d_sae=settings.d_sae or model.cfg.num_features,
+        # SAELens' per-token TopK counts whole features
+        k=k if "batchtopk" in arm else max(1, round(k)),
+        device=settings.device,
+    )
+    return SyntheticSAERunnerConfig(
+        synthetic_model=model.cfg,
+        sae=config,
+        training_samples=settings.samples,
+        batch_size=settings.batch,
+        device=settings.device,
+        checkpoint_path=None,
+        output_path=None,
+        run_final_eval=False,
+        logger=LoggingConfig(log_to_wandb=False),
+        **runner,
+    )
+
+
+def as_json(result: GroundTruth) -> dict[str, Any]:
+    """Settings, runs, and with several seeds each arm's paired differences to the first."""
+    settings = result.settings
+    model = settings.model if isinstance(settings.model, str) else settings.model.to_dict()
+    return {
+        "schema": SCHEMA,
+        "settings": {**asdict(settings), "model": model},
+        "runs": [asdict(run) for run in result.runs],
+        "differences": [
+            {
+                "architecture": arm,
+                "norm_spread": spread,
+                "sinks": sinks,
+                "measure": measure,
+                **asdict(result.difference(measure, arm, spread, sinks)),
+            }
+            for arm in settings.arms[1:]
+            for spread in settings.norm_spreads
+            for sinks in ((False, True) if settings.sink_share else (False,))
+            for measure in MEASURES
+            if settings.seeds > 1
+        ],
+    }
+
+
+def write_json(result: GroundTruth, path: Path) -> None:
+    """Write it whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
+    unfinished.replace(path)
+
+
+def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:
+    """Means over seeds with their standard deviation, and with several seeds the paired differences to the first arm."""
+    s = result.settings
+    scored_on = f"{s.eval_samples:,} samples {'with' if sinks else 'without'} sinks"
+    seeds = f"mean ± sd over {s.seeds} seeds" if s.seeds > 1 else "1 seed"
+    tables = [_table(f"Recovery of known features, {seeds}, saved SAEs on {scored_on}", MEASURES)]
+    for spread, arm in ((spread, arm) for spread in s.norm_spreads for arm in s.arms):
+        by_measure = (result.values(measure, arm, spread, sinks) for measure in MEASURES)
+        tables[0].add_row(f"{spread:g}", arm, *map(_mean_and_spread, by_measure))
+    if s.seeds > 1 and len(s.arms) > 1:
+        tables.append(_table(f"Difference to {s.arms[0]}, paired by seed, 95 % interval", ("measure", "difference")))
+        for spread, arm in ((spread, arm) for spread in s.norm_spreads for arm in s.arms[1:]):
+            for measure in MEASURES:
+                difference = str(result.difference(measure, arm, spread, sinks))
+                tables[1].add_row(f"{spread:g}", arm, measure, difference)
+    return tables
+
+
+def _table(title: str, headings: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("norm spread")
+    table.add_column("architecture", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean}±{statistics.stdev(values):.3f}" if len(values) > 1 else mean
