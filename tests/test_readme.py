@@ -30,7 +30,11 @@ def block(language: str, containing: str) -> str:
 
 def test_ci_runs_the_readmes_test_command():
     commands = block("bash", "pytest").strip().splitlines()
-    assert commands[1:] == ['pip install ".[test]" torch==2.13.0', "OMP_NUM_THREADS=1 python -m pytest"]
+    assert commands[1:] == [
+        'pip install ".[test]" torch==2.13.0',
+        "pip install --no-deps sae-bench==0.6.0 sae-probes==0.4.2",
+        "OMP_NUM_THREADS=1 python -m pytest",
+    ]
     script = (ROOT / ".ci" / "run").read_text()
     for command in commands[1:]:
         assert command in script.replace("pip install --quiet", "pip install")
@@ -85,7 +89,7 @@ def test_flags_of_compare_in_the_readme_exist(capsys):
     assert [flag for flag in flags if flag not in text] == []
 
 
-@pytest.mark.parametrize("command", ["convert", "share"])
+@pytest.mark.parametrize("command", ["convert", "share", "evaluate"])
 def test_flags_of_other_commands_in_the_readme_exist(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

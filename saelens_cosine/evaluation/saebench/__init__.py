@@ -1,0 +1,32 @@
+"""SAEBench on any SAELens SAE: `prepare` puts it into the units that SAEBench assumes, `run` scores it and checks that it did.
+
+SAEBench itself is optional and imported when an eval runs.
+"""
+
+from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
+from saelens_cosine.evaluation.saebench.preflight import check_data, check_environment, check_saes
+from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
+from saelens_cosine.evaluation.saebench.results import (
+    EvalResult,
+    Failure,
+    SAEBenchError,
+    SAEBenchReport,
+    VarianceExplained,
+)
+from saelens_cosine.evaluation.saebench.runner import run
+
+__all__ = [
+    "EVALS",
+    "EvalResult",
+    "Failure",
+    "Judge",
+    "PreparedSAE",
+    "SAEBenchError",
+    "SAEBenchReport",
+    "VarianceExplained",
+    "check_data",
+    "check_environment",
+    "check_saes",
+    "prepare",
+    "run",
+]

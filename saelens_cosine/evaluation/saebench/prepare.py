@@ -1,0 +1,235 @@
+"""Any SAELens SAE in the form whose units SAEBench assumes: decoder rows of norm 1, all scale in the codes, nothing remembered.
+
+Several of its evals take code i for a length in the residual stream along `W_dec[i]`, and `decode` for the affine map
+`codes @ W_dec + b_dec`: one function with its scale split differently between codes and decoder has other absorption, sparse
+probing and unlearning scores. Here `W_dec_i <- d_i / ||d_i||` and `f_i <- f_i ||d_i||`, for every SAE that is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.transcoder import Transcoder
+from torch import nn
+from typing_extensions import override
+
+BLOCK_OUTPUT = re.compile(r"^(?:model|transformer|gpt_neox|language_model|decoder|layers|h|\.)+\.(\d+)$")
+"""Paths of a Hugging Face model's decoder blocks: `model.layers.18`, `transformer.h.5`, `gpt_neox.layers.3`."""
+
+_REMEMBERED = {
+    "layer_norm": "each token's mean and standard deviation",
+    "constant_norm_rescale": "each token's norm",
+}
+
+
+class PreparedSAE(nn.Module):
+    """An SAE as SAEBench takes it. `encode` and `decode` as in SAELens, for `[..., d_in]`, in the dtype of what they are given.
+
+    Args:
+        sae: in an inference form, on flat activations; not changed.
+        name: stands for this SAE in file names.
+        silence_padding: give no codes to rows that are exactly zero. SAEBench zeroes tokens that it leaves out and still
+            encodes them; where b_dec is not zero they fire, and ablation in SCR and TPP shifts them. Not stock SAEBench.
+    """
+
+    W_dec: torch.Tensor
+    gain: torch.Tensor
+
+    def __init__(self, sae: SAE[Any], name: str, silence_padding: bool = False):
+        super().__init__()
+        self.sae, self.name, self.silence_padding = sae, name, silence_padding
+        self.cfg: Any = sae.cfg
+        self.hook_z_reshaping_mode = False
+        norms = sae.W_dec.detach().to(torch.promote_types(sae.dtype, torch.float32)).norm(dim=-1)
+        rows = sae.W_dec.detach() / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(-1)
+        # a TopK that rescales by decoder norms divides by them in decode: its codes are in these units already
+        in_units = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        self.register_buffer("W_dec", rows.to(sae.dtype))
+        self.register_buffer("gain", (norms > 0).to(norms.dtype) if in_units else norms)
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sae.dtype
+
+    @property
+    def b_dec(self) -> torch.Tensor:
+        """`[d_in]`."""
+        return self.sae.b_dec  # pyright: ignore[reportReturnType]
+
+    @property
+    def W_enc(self) -> torch.Tensor:
+        """`[d_in, d_sae]`, columns in the codes' units. SAEBench reports cosines with them, and no score depends on them."""
+        return self.sae.W_enc * self.gain.to(self.dtype)
+
+    @property
+    def b_enc(self) -> torch.Tensor:
+        """`[d_sae]`, in the codes' units; zeros for an SAE without."""
+        for name in ("b_mag", "b_enc"):
+            if hasattr(self.sae, name):
+                return getattr(self.sae, name) * self.gain.to(self.dtype)
+        return torch.zeros_like(self.W_dec[:, 0])
+
+    b_mag = b_enc
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., d_in] -> [..., d_sae]`, a new dense tensor."""
+        codes = self.sae.encode(x).to_dense()
+        codes = (codes * self.gain).to(x.dtype)
+        return codes * (x != 0).any(dim=-1, keepdim=True) if self.silence_padding else codes
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """`[..., d_sae] -> [..., d_in]`."""
+        return (feature_acts.to(self.dtype) @ self.W_dec + self.b_dec).to(feature_acts.dtype)
+
+    @override
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x))
+
+    @override
+    def to(self, *args: Any, **kwargs: Any) -> PreparedSAE:
+        self.sae.to(*args, **kwargs)  # SAELens notes the device and dtype there
+        super().to(*args, **kwargs)
+        return self
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> PreparedSAE:
+        gain = self.gain
+        super()._apply(fn, recurse)
+        self.gain = gain.to(self.gain.device)  # a scale, never rounded
+        return self
+
+    def turn_off_forward_pass_hook_z_reshaping(self) -> None:
+        """As SAEBench's core eval asks for: it is off."""
+
+    turn_on_forward_pass_hook_z_reshaping = turn_off_forward_pass_hook_z_reshaping
+
+
+@torch.no_grad()
+def prepare(
+    sae: SAE[Any] | PreparedSAE,
+    name: str | None = None,
+    *,
+    model_name: str | None = None,
+    hook_name: str | None = None,
+    silence_padding: bool = False,
+) -> PreparedSAE:
+    """A copy for SAEBench: canonical units, TransformerLens' names, and a name that depends on the content.
+
+    The same function as the SAE, whatever its architecture, which is checked on random inputs. The one passed in is left
+    alone; SAEBench casts and writes into what it is given.
+
+    Args:
+        sae: any SAELens SAE, in an inference form or a training form (then as it would be saved).
+        name: beginning of the copy's name, the architecture by default. Twelve digits of a hash of its weights, settings and
+            hook follow, since SAEBench reuses what it finds under a name.
+        model_name, hook_name: in place of what the metadata say. A decoder block's path in a Hugging Face model
+            (`model.layers.18`) is translated.
+        silence_padding: as in `PreparedSAE`; use it for all SAEs of a comparison or for none.
+
+    Raises:
+        ValueError: the SAE has no form without memory (per-token normalisation), is no autoencoder of its hook (transcoders),
+            does not decode linearly, gives NaN for a zero input, or its model or hook has no TransformerLens name.
+    """
+    if isinstance(sae, PreparedSAE):
+        return copy.deepcopy(sae)
+    architecture = sae.cfg.architecture()
+    mode = str(sae.cfg.normalize_activations)
+    if mode in _REMEMBERED:
+        raise ValueError(
+            f"normalize_activations={mode!r}: this SAE's decode needs {_REMEMBERED[mode]}, remembered from the last encode. "
+            "No decoder of codes alone is the same function, and SAEBench encodes and decodes in different batches."
+        )
+    if isinstance(sae, Transcoder) or getattr(sae.cfg.metadata, "hook_name_out", None) not in (
+        None,
+        sae.cfg.metadata.hook_name,
+    ):
+        raise ValueError(f"{architecture!r} writes to another hook than it reads from; SAEBench scores autoencoders.")
+    own = inference_copy(sae)
+    metadata = own.cfg.metadata
+    metadata.model_name = model_name or metadata.model_name
+    metadata.hook_name = lens_hook(hook_name or metadata.hook_name)
+    if not metadata.model_name:
+        raise ValueError("The SAE's metadata name no model; say which with model_name=, as TransformerLens calls it.")
+    if metadata.prepend_bos is None:
+        metadata.prepend_bos = True  # SAELens' default, without which SAEBench's core eval writes nothing
+    own.turn_off_forward_pass_hook_z_reshaping()
+    digest = content_hash(own, silence_padding)
+    prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{digest}".replace("/", "_"), silence_padding)
+    _check(prepared)
+    return prepared
+
+
+def inference_copy(sae: SAE[Any]) -> SAE[Any]:
+    """A copy that shares nothing with `sae`, in the form in which SAELens would save it."""
+    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
+    if isinstance(sae, TrainingSAE):
+        sae.process_state_dict_for_saving_inference(state)
+        config = sae.cfg.get_inference_sae_cfg_dict()
+    else:
+        sae.process_state_dict_for_saving(state)
+        config = sae.cfg.to_dict()
+
+    def in_memory(path: Any, device: str, cfg_overrides: dict[str, Any] | None = None) -> Any:  # noqa: ARG001
+        return config, state
+
+    return SAE.load_from_disk("", device=config["device"], converter=in_memory)
+
+
+def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
+    """Twelve hexadecimal digits of what decides an SAE's scores: weights, settings, model and hook."""
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in sae.cfg.to_dict().items() if k not in ("metadata", "device")}
+    where = [sae.cfg.metadata.get(key) for key in ("model_name", "hook_name", "prepend_bos")]
+    digest.update(json.dumps([settings, where, silence_padding], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def lens_hook(hook_name: str | None) -> str:
+    """A hook's name in TransformerLens: block outputs of Hugging Face models are `blocks.<layer>.hook_resid_post`.
+
+    Raises:
+        ValueError: nothing is known of it, or SAEBench could read no layer from it.
+    """
+    if not hook_name:
+        raise ValueError("The SAE's metadata name no hook; say which with hook_name='blocks.<layer>.hook_resid_post'.")
+    block = BLOCK_OUTPUT.match(hook_name)
+    if block:
+        return f"blocks.{block[1]}.hook_resid_post"
+    if not re.match(r"blocks\.\d+\.", hook_name):
+        raise ValueError(
+            f"{hook_name!r} is no hook of a block in TransformerLens, which SAEBench needs. Give its name there, such as "
+            "hook_name='blocks.<layer>.hook_mlp_out'."
+        )
+    return hook_name
+
+
+def _check(prepared: PreparedSAE) -> None:
+    """Compare with the SAE itself on random inputs and codes."""
+    sae, rng = prepared.sae, torch.Generator().manual_seed(0)
+    scale = float(prepared.b_dec.detach().float().norm()) + sae.cfg.d_in**0.5
+    x = torch.randn(2, 3, sae.cfg.d_in, generator=rng).to(prepared.device, prepared.dtype) * scale
+    if not prepared.encode(torch.zeros_like(x)).isfinite().all():
+        raise ValueError(
+            f"{sae.cfg.architecture()!r} gives codes that are not finite for a zero input. SAEBench encodes zeros in place of "
+            "the tokens that it leaves out, and would report chance."
+        )
+    wanted, got = sae(x).float(), prepared(x).float()
+    tolerance = 1e-4 if prepared.dtype in (torch.float32, torch.float64) else 3e-2
+    if not (wanted - got).norm() <= tolerance * wanted.norm():
+        raise ValueError(
+            f"{sae.cfg.architecture()!r} is not `codes @ W_dec + b_dec`: its reconstruction of random inputs differs by "
+            f"{float((wanted - got).norm() / wanted.norm()):.2g} of their norm, so that SAEBench's ablations would not be its own."
+        )

@@ -1,0 +1,157 @@
+"""What a run of SAEBench gave, as plain numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "saelens-cosine/saebench/1"
+"""Layout of the record of one eval on one SAE; the number grows when a field changes its meaning or goes."""
+
+
+@dataclass(frozen=True)
+class VarianceExplained:
+    """
+    Fraction of variance explained, `1 - Var(x - x_hat) / Var(x)`, on the tokens that the core eval starts with.
+
+    Core's own `explained_variance` divides by E||x||^2 less the square of one number, which is no variance: true 0.75 has
+    come out as 0.98 and 1.17.
+
+    Args:
+        tokens (int): Tokens measured, special ones left out.
+        fve (float): On all of them.
+        high_norm_share (float | None): Share of them above the multiple of their median norm; None if no multiple was given.
+        fve_without_high_norm (float | None): Without those.
+    """
+
+    tokens: int
+    fve: float
+    high_norm_share: float | None
+    fve_without_high_norm: float | None
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """
+    One eval on one SAE.
+
+    Args:
+        eval (str): Name of the eval.
+        sae (str): The prepared SAE's name, with the hash of its content.
+        metrics (dict[str, float]): SAEBench's headline numbers, `<category>.<metric>`, as it computes them.
+        metrics_without_high_norm (dict[str, float] | None): The same with high-norm tokens left out of the activations that the probes pool, those of the language model's own probes included. None for an eval that pools no tokens, or if not asked for.
+        high_norm_share (float | None): Share of the pooled tokens that these leave out.
+        max_norm_multiple (float | None): Multiple of a data set's median norm that tells them apart.
+        variance_explained (VarianceExplained | None): Beside the core eval only.
+        config (dict[str, Any]): The eval's configuration.
+        versions (dict[str, str]): Packages it ran with.
+        seconds (float): Time for this SAE, caches not counted.
+        silence_padding (bool): Whether zeroed tokens were given no codes, which stock SAEBench does not do.
+        file (str): SAEBench's own JSON, complete.
+        file_without_high_norm (str | None): Likewise.
+    """
+
+    eval: str
+    sae: str
+    metrics: dict[str, float]
+    metrics_without_high_norm: dict[str, float] | None
+    high_norm_share: float | None
+    max_norm_multiple: float | None
+    variance_explained: VarianceExplained | None
+    config: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    silence_padding: bool
+    file: str
+    file_without_high_norm: str | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """
+    An eval without a result.
+
+    Args:
+        eval (str): Name of the eval.
+        sae (str | None): The prepared SAE's name; None if it could not run for any.
+        reason (str): Why, in words.
+        remedy (str): What would change that; empty where nothing is known.
+    """
+
+    eval: str
+    sae: str | None
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        where = self.eval if self.sae is None else f"{self.eval} of {self.sae}"
+        return f"{where}: {self.reason}" + (f" {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class SAEBenchReport:
+    """
+    All evals on all SAEs.
+
+    Args:
+        results (tuple[EvalResult, ...]): SAEs in the caller's order, evals within.
+        failures (tuple[Failure, ...]): What did not run, with `on_problem="record"`.
+    """
+
+    results: tuple[EvalResult, ...]
+    failures: tuple[Failure, ...]
+
+
+class SAEBenchError(RuntimeError):
+    """Evals that cannot run, or ended without a result.
+
+    Args:
+        failures: which, and why.
+    """
+
+    def __init__(self, failures: list[Failure]):
+        super().__init__("\n".join(map(str, failures)))
+        self.failures = tuple(failures)
+
+
+def headline_metrics(path: Path) -> dict[str, float]:
+    """The numbers of a SAEBench result file, `<category>.<metric>`."""
+    categories: dict[str, dict[str, Any]] = json.loads(path.read_text())["eval_result_metrics"]
+    return {
+        f"{category}.{metric}": float(value)
+        for category, metrics in categories.items()
+        for metric, value in metrics.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
+
+
+def save_record(result: EvalResult, path: Path) -> None:
+    """Write a result, complete or not at all; file names relative to the record's folder."""
+    record = asdict(result) | {"schema": SCHEMA, "file": Path(result.file).name}
+    if result.file_without_high_norm:
+        record["file_without_high_norm"] = Path(result.file_without_high_norm).name
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(path)
+
+
+def load_record(path: Path) -> EvalResult | None:
+    """A result that `save_record` wrote; None if there is none, or of another schema."""
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record.pop("schema", None) != SCHEMA:
+        return None
+    for name in ("file", "file_without_high_norm"):
+        record[name] = record[name] and str(path.parent / record[name])
+    variance = record["variance_explained"]
+    record["variance_explained"] = variance and VarianceExplained(**variance)
+    return EvalResult(**record)
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done now, how many steps were done, and how many there are."""

@@ -1,0 +1,362 @@
+"""Run SAEBench's own eval functions on SAEs of any architecture, and make sure that there is a result.
+
+What upstream leaves to the caller: units (`prepare`), one loaded model for all evals, caches that are warm before anything is
+scored and never those of another model or configuration, seeds for each SAE, results that exist, versions that are ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib
+import io
+import json
+import logging
+import shutil
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sae_lens import ActivationsStore
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
+
+from saelens_cosine.bundled import BUNDLED, load_bundled_model
+from saelens_cosine.evaluation.fve import explained_variance
+from saelens_cosine.evaluation.saebench.evals import EVALS, Call, Eval, Judge, text_folder
+from saelens_cosine.evaluation.saebench.preflight import check_data, check_environment, check_saes, versions
+from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
+from saelens_cosine.evaluation.saebench.results import (
+    EvalResult,
+    Failure,
+    Progress,
+    SAEBenchError,
+    SAEBenchReport,
+    VarianceExplained,
+    headline_metrics,
+    load_record,
+    save_record,
+)
+from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
+from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.training.norm_filter import HighNormFilter
+
+FVE_TOKENS = 100_000
+"""Tokens that our own fraction of variance explained is measured on, at most."""
+
+
+def run(
+    saes: Sequence[SAE[Any] | PreparedSAE] | Mapping[str, SAE[Any] | PreparedSAE],
+    evals: Sequence[str],
+    output: str | Path,
+    *,
+    model: Any = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    batch_size: int = 32,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    max_norm_multiple: float | None = None,
+    judge: Judge | None = None,
+    on_problem: Literal["raise", "record"] = "raise",
+    on_progress: Progress | None = None,
+    quiet: bool = False,
+) -> SAEBenchReport:
+    """Score SAEs of one language model.
+
+    What is done is not done again: results and caches lie in `output`, by the content of the SAE, the weights of the model and
+    the configuration, so that a run that was killed goes on where it was. SAEBench's own output goes to `saebench.log` there.
+
+    Args:
+        saes: any SAELens SAEs, or what `prepare` made of them. A mapping's keys begin their names.
+        evals: among core, sparse_probing, sparse_probing_sae_probes, absorption, scr, tpp, ravel, autointerp, unlearning and
+            meta_structure.
+        output: folder for results (`<eval>/<key>/<name>.json` and SAEBench's own JSON beside it) and caches (`caches/`, up to
+            100 GB for all data sets of a large model; safe to delete).
+        model: a HookedTransformer in place of the one that the SAEs name. `"bundled"` needs none.
+        device: where models and SAEs run.
+        dtype: of both, where an eval lets it be chosen. None is the given model's, or bfloat16 on CUDA, float32 elsewhere.
+        batch_size: texts that the language model reads at once.
+        settings: changes to an eval's configuration, `{"sparse_probing": {"k_values": [1], "random_seed": 1}}`; the names are
+            SAEBench's. Data sets may be local folders; core and autointerp take `"bundled"` too.
+        max_norm_multiple: also score sparse_probing, scr and tpp with tokens left out whose norm is above this multiple of the
+            median (attention sinks); None: off. Special tokens are always left out by SAEBench.
+        judge: the language model that autointerp asks.
+        on_problem: "raise" refuses before any work if an eval cannot run here, and stops at the first that ends without a
+            result. "record" lists both in the report's `failures` and does the rest.
+        on_progress: called with what is done now, how many steps are done, and how many there are.
+        quiet: send SAEBench's progress bars to the log too.
+
+    Raises:
+        ValueError: unknown evals or settings, SAEs of different models, or what `prepare` refuses.
+        SAEBenchError: with on_problem="raise".
+    """
+    HighNormFilter(max_norm_multiple)  # refuses multiples that make no sense
+    named = saes if isinstance(saes, Mapping) else dict.fromkeys(range(len(saes)))
+    given = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
+    prepared = [prepare(sae, name if isinstance(name, str) else None) for name, sae in zip(named, given, strict=True)]
+    models = sorted({sae.cfg.metadata.model_name for sae in prepared})
+    if len(models) != 1:
+        raise ValueError(f"A run is on one language model; these SAEs are of {', '.join(models) or 'none'}.")
+    dtype = dtype or _dtype_of(model, device)
+    problems = check_environment(evals, models[0], judge=judge)
+    able = _without(evals, problems)
+    configs = {
+        name: EVALS[name].make_config(models[0], dtype, batch_size, (settings or {}).get(name, {})) for name in able
+    }
+    stray = sorted(set(settings or {}) - set(evals))
+    if stray:
+        raise ValueError(f"settings for {', '.join(stray)}, not among the evals to run: {', '.join(evals)}.")
+    problems += [p for p in check_environment(able, models[0], configs, judge) if p not in problems]
+    if problems and on_problem == "raise":
+        raise SAEBenchError(problems)
+    able = _without(able, problems)
+    if model is None and any(EVALS[name].takes_model for name in able):
+        model = _load(models[0], device, dtype)
+    runner = _Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet)
+    problems += check_saes(able, prepared, model, configs)
+    problems += check_data([name for name in able if not runner.is_warm(EVALS[name], configs[name], prepared)], configs)
+    if problems and on_problem == "raise":
+        raise SAEBenchError(problems)
+    able = _without(able, [p for p in problems if p.sae is None])
+    skip = {(p.eval, p.sae) for p in problems}
+    todo = [(name, sae) for name in EVALS if name in able for sae in prepared if (name, sae.name) not in skip]
+    results: dict[tuple[str, str], EvalResult] = {}
+    for done, (name, sae) in enumerate(todo):
+        if on_progress is not None:
+            on_progress(f"{name} of {sae.name}", done, len(todo))
+        try:
+            results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
+        except Exception as error:
+            failure = Failure(name, sae.name, f"{type(error).__name__}: {error}", f"See {runner.log}.")
+            if on_problem == "raise":
+                raise SAEBenchError([failure]) from error
+            problems.append(failure)
+    if on_progress is not None:
+        on_progress("done", len(todo), len(todo))
+    order = [(name, sae.name) for sae in prepared for name in EVALS]
+    return SAEBenchReport(tuple(results[key] for key in order if key in results), tuple(problems))
+
+
+class _Runner:
+    """Where one run's things are, and how one eval of one SAE is done."""
+
+    def __init__(
+        self, output: Path, model: Any, device: str, judge: Judge, max_norm_multiple: float | None, quiet: bool
+    ):
+        self.output, self.model, self.device, self.judge = output, model, device, judge
+        self.max_norm_multiple, self.quiet = max_norm_multiple, quiet
+        self.model_hash = "" if model is None else _model_hash(model)
+        self.log = output / "saebench.log"
+
+    def key(self, row: Eval, config: Any) -> str:
+        """Stands for all but the SAE that decides a score."""
+        judge = [self.judge.model, self.judge.base_url] if row.name == "autointerp" else None
+        return _digest([row.name, _plain(config), self.model_hash, judge, versions()["sae-bench"]])
+
+    def caches(self, row: Eval, config: Any, multiple: float | None = None) -> Path:
+        suffix = "" if multiple is None else f"-without-{multiple:g}"
+        return self.output / "caches" / row.name / (self.key(row, config) + suffix)
+
+    def is_warm(self, row: Eval, config: Any, saes: Sequence[PreparedSAE]) -> bool:
+        """Whether an eval needs no more texts."""
+        caches = [self.caches(row, config, multiple) for multiple in {None, self.max_norm_multiple}]
+        hooks = {sae.cfg.metadata.hook_name for sae in saes}
+        return row.pools_tokens and all((folder / hook).exists() for folder in caches for hook in hooks)
+
+    def score(self, row: Eval, config: Any, sae: PreparedSAE) -> EvalResult:
+        multiple = self.max_norm_multiple if row.pools_tokens or row.name == "core" else None
+        key = self.key(row, config)
+        folder = self.output / row.name / (key if multiple is None else f"{key}-{multiple:g}")
+        record = folder / f"{sae.name}.json"
+        if (found := load_record(record)) is not None:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        caches = self.caches(row, config)
+        file, seconds = self._run(row, config, sae, caches, folder / f"{sae.name}.saebench.json", None)
+        without: Path | None = None
+        share = None
+        if row.pools_tokens and multiple is not None:
+            masked = self.caches(row, config, multiple)
+            target = folder / f"{sae.name}.without_high_norm.saebench.json"
+            without, more = self._run(row, config, sae, masked, target, multiple)
+            seconds += more
+            share = json.loads((masked / sae.cfg.metadata.hook_name / "sinks.json").read_text())["high_norm_share"]
+        result = EvalResult(
+            eval=row.name,
+            sae=sae.name,
+            metrics=headline_metrics(file),
+            metrics_without_high_norm=without and headline_metrics(without),
+            high_norm_share=share,
+            max_norm_multiple=multiple,
+            variance_explained=self._variance_explained(config, sae, caches) if row.name == "core" else None,
+            config=_plain(config),
+            versions=versions(),
+            seconds=seconds,
+            silence_padding=sae.silence_padding,
+            file=str(file),
+            file_without_high_norm=without and str(without),
+        )
+        save_record(result, record)
+        return result
+
+    def _run(
+        self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
+    ) -> tuple[Path, float]:
+        """Score one SAE from warm caches; its result file, and the seconds that took."""
+        with self._scopes():
+            caches = self._warm(row, config, sae, caches, multiple)
+            start = time.perf_counter()
+            self._call(row, config, sae, caches, target)
+        return target, time.perf_counter() - start
+
+    def _warm(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
+        """Fill an eval's caches with an SAE that is nobody's: the first to be scored would see other random numbers."""
+        folder = caches / sae.cfg.metadata.hook_name
+        if folder.exists() or not (row.pools_tokens or row.name == "absorption"):
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if row.name == "absorption":
+            self._train_letter_probes(row, config, sae, partial)
+        else:
+            mask = None if multiple is None else HighNormMask(multiple)
+            with contextlib.nullcontext() if mask is None else mask.on(row.module), seeded(0):
+                self._call(row, config, _throwaway(sae, config), partial, partial / "throwaway.json")
+            if mask is not None:
+                counts = {"tokens": mask.tokens_seen, "high_norm_share": mask.tokens_dropped / mask.tokens_seen}
+                (partial / "sinks.json").write_text(json.dumps(counts))
+        partial.replace(folder)
+        return folder
+
+    def _train_letter_probes(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path) -> None:
+        common = importlib.import_module("sae_bench.evals.absorption.common")
+        with seeded(config.random_seed):
+            common.load_or_train_probe(
+                model=self.model,
+                base_template=config.prompt_template,
+                pos_idx=config.prompt_token_pos,
+                layer=int(sae.cfg.metadata.hook_name.split(".")[1]),
+                probes_dir=caches / "probes",
+                device=self.device,
+            )
+
+    def _call(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
+        partial = target.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        # SAEBench casts the SAE that it gets, and changes the configuration
+        call = Call(copy.deepcopy(sae).to(self.device), self.device, partial, caches, self.judge)
+        errors = io.StringIO()
+        handler = logging.StreamHandler(errors)
+        handler.setLevel(logging.ERROR)
+        logger = logging.getLogger("sae_bench")
+        logger.addHandler(handler)
+        try:
+            with seeded(getattr(config, "random_seed", 42)):
+                row.call(row.module, copy.deepcopy(config), call)
+        finally:
+            logger.removeHandler(handler)
+        written = [path for path in partial.rglob("*_eval_results.json") if "sae_probes" not in path.parts]
+        if len(written) != 1:
+            raise RuntimeError(
+                f"SAEBench's {row.name} ended without a result file. "
+                + (errors.getvalue().strip() or f"The end of its output: {_tail(self.log)}")
+            )
+        written[0].replace(target)
+        shutil.rmtree(partial)
+
+    @contextlib.contextmanager
+    def _scopes(self) -> Generator[None, None, None]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as scopes:
+            log = scopes.enter_context(self.log.open("a"))
+            scopes.enter_context(contextlib.redirect_stdout(log))
+            if self.quiet:
+                scopes.enter_context(contextlib.redirect_stderr(log))
+            scopes.enter_context(without_shape_checks())
+            if self.model is not None:
+                scopes.enter_context(serving(self.model))
+            yield
+
+    @torch.no_grad()
+    def _variance_explained(self, config: dict[str, Any], sae: PreparedSAE, caches: Path) -> VarianceExplained:
+        """Our own, on the first of the tokens that core reads."""
+        sae = copy.deepcopy(sae).to(self.device)
+        model, context, prompts = self.model, config["context_size"], config["eval_batch_size_prompts"]
+        dataset = text_folder(config["dataset"], caches / sae.cfg.metadata.hook_name)
+        source: Any = sae
+        store = ActivationsStore.from_sae(model, source, context_size=context, dataset=dataset)
+        store.shuffle_input_dataset(seed=42)  # as core does
+        batches = min(config["n_eval_sparsity_variance_batches"], -(-FVE_TOKENS // (context * prompts)))
+        tokens = [store.get_batch_tokens(prompts) for _ in range(batches)]
+        sample = sample_tokens(model, sae.cfg.metadata.hook_name, tokens, self.max_norm_multiple)
+        tokenizer = model.tokenizer
+        special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+        sample = sample.where(~torch.isin(sample.tokens, torch.tensor(sorted(special))))
+        x_hat = torch.cat([sae(x.to(self.device)).cpu() for x in sample.activations.split(4096)])
+        ordinary = sample.ordinary
+        filtered = self.max_norm_multiple is not None
+        return VarianceExplained(
+            tokens=len(sample),
+            fve=explained_variance(sample.activations, x_hat),
+            high_norm_share=sample.high_norm_share if filtered else None,
+            fve_without_high_norm=explained_variance(sample.activations[ordinary], x_hat[ordinary])
+            if filtered
+            else None,
+        )
+
+
+def _throwaway(sae: PreparedSAE, config: Any) -> PreparedSAE:
+    """A small SAE for the same hook, with as many latents as the configuration asks probes for."""
+    wanted = [*getattr(config, "k_values", []), *getattr(config, "n_values", []), 8]
+    metadata = {key: sae.cfg.metadata.get(key) for key in ("model_name", "hook_name", "prepend_bos")}
+    made = StandardSAEConfig(d_in=sae.cfg.d_in, d_sae=max(wanted), metadata=SAEMetadata(**metadata))
+    return prepare(StandardSAE(made))
+
+
+def _load(name: str, device: str, dtype: str) -> Any:
+    if name == BUNDLED:
+        bundled: Any = load_bundled_model(device)
+        return bundled.to(getattr(torch, dtype), print_details=False)
+    from transformer_lens import HookedTransformer
+
+    return HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=getattr(torch, dtype))
+
+
+def _dtype_of(model: Any, device: str) -> str:
+    if model is not None:
+        return str(model.cfg.dtype).removeprefix("torch.")
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def _model_hash(model: Any) -> str:
+    """Of every parameter's name, and about a thousand of its values: a model under a borrowed name has caches of its own."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        sampled = values[:: max(1, values.numel() // 1024)].float().cpu().contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sampled.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dict(config) if isinstance(config, dict) else asdict(config)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without(evals: Sequence[str], problems: Sequence[Failure]) -> list[str]:
+    return [name for name in evals if name not in {p.eval for p in problems}]
+
+
+def _tail(log: Path, characters: int = 400) -> str:
+    return log.read_text()[-characters:].strip()

@@ -1,0 +1,133 @@
+"""Settings that SAEBench offers no argument for, changed while a block runs and put back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
+    """An attribute has another value."""
+    before = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def serving(model: Any) -> Generator[None, None, None]:
+    """SAEBench gets this model whenever it loads one: any HookedTransformer, and loaded once."""
+    from transformer_lens import HookedTransformer
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
+        return model
+
+    with replaced(HookedTransformer, "from_pretrained_no_processing", loaded):
+        yield
+
+
+@contextlib.contextmanager
+def without_shape_checks() -> Generator[None, None, None]:
+    """jaxtyping checks nothing. With beartype 0.18.5 and later it rejects sparse probing's own arguments, wrongly."""
+    import jaxtyping
+
+    config: Any = jaxtyping.config
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
+
+
+@contextlib.contextmanager
+def working_in(folder: Path) -> Generator[None, None, None]:
+    """The working directory is `folder`."""
+    before = Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Generator[None, None, None]:
+    """Random numbers start from a seed, and go on afterwards as if nothing had happened; so does gradient mode."""
+    import numpy as np
+
+    gradients = torch.is_grad_enabled()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.set_grad_enabled(True)
+        try:
+            yield
+        finally:
+            torch.set_grad_enabled(gradients)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@dataclass
+class HighNormMask:
+    """
+    Zeroes high-norm tokens in pooled activations, as SAEBench zeroes special ones: its means leave out zero rows.
+
+    The bound is a multiple of the median norm of a data set's training tokens, special ones left out, and holds for its test
+    tokens too. A text all of whose tokens are above keeps them.
+
+    Args:
+        max_norm_multiple (float): Multiple of the median norm.
+        tokens_seen (int): Tokens that came through, special ones left out.
+        tokens_dropped (int): Of these, zeroed.
+    """
+
+    max_norm_multiple: float
+    tokens_seen: int = 0
+    tokens_dropped: int = 0
+    _bound: float = field(default=0.0, repr=False)
+
+    def __call__(self, splits: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]) -> tuple[dict[str, Any], ...]:
+        """Training and test activations, class -> `[texts, tokens, d_in]`, changed in place."""
+        norms = torch.cat([_norms(acts).flatten() for acts in splits[0].values()])
+        self._bound = self.max_norm_multiple * norms[norms > 0].median().item()
+        for split in splits:
+            for acts in split.values():
+                self._mask(acts)
+        return splits
+
+    def _mask(self, acts: torch.Tensor) -> None:
+        norms = _norms(acts)
+        high = norms > self._bound
+        high &= ((norms > 0) & ~high).any(dim=-1, keepdim=True)
+        self.tokens_seen += int((norms > 0).sum())
+        self.tokens_dropped += int(high.sum())
+        acts[high] = 0
+
+    def on(self, module: Any) -> contextlib.AbstractContextManager[None]:
+        """Every data set's activations that this eval's module collects pass through the mask."""
+        collect: Callable[..., Any] = module.get_dataset_activations
+
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            return self(collect(*args, **kwargs))
+
+        return replaced(module, "get_dataset_activations", masked)
+
+
+def _norms(acts: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32)
