@@ -50,8 +50,12 @@ def test_a_model_that_reads_the_norm():
 
 
 def test_controls_hold_what_they_say():
-    run, *_ = a_run("itself", n=600, d=3)
+    # most pairs have a cosine above 0.5 and norms less than 1.5 times apart, which each control has to leave out
+    x = torch.nn.functional.normalize(normal(600, 3) + 1.5, dim=-1) * (0.2 * normal(600, 1, seed=1)).exp()
+    run = clean_run(FormulaModel(x, normal(3, 8, seed=2)), "hook", torch.arange(600).view(-1, 3))
     result = direction_norm_patching(run, run.sample(None), pairs=100, control_pairs=40)
+    assert result.random.mean_cosine > 0.6
+    assert result.random.mean_norm_ratio < 1.4
     assert (result.same_norm.pairs, result.same_direction.pairs) == (40, 40)
     assert 1 <= result.same_norm.mean_norm_ratio < 1.1
     assert result.same_norm.mean_cosine < 0.5
@@ -287,7 +291,7 @@ def test_no_feature_that_is_active_often_enough():
     x, W_U, sae = steering_scene()
     run = clean_run(FormulaModel(x, W_U), "hook", torch.arange(20).view(10, 2))
     sample = run.sample(None)
-    result = steering(run, sae, sample, factors=(0,), min_firing_share=1.0)
+    result = steering(run, sae, sample, factors=(0,), min_firing_share=1.0, on_progress=lambda *_: None)
     assert result.features == ()
     assert np.isnan([result.active_share, *dataclasses.astuple(result.effects[0])[1:]]).all()
     with pytest.raises(ValueError, match="last token of no context"):

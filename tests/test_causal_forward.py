@@ -108,6 +108,8 @@ def test_edits_that_change_nothing_are_not_run_and_cost_exactly_nothing(model, m
     assert kl[0] == kl[2] == 0
     assert kl[1] > 0
     assert torch.equal(run.kl(torch.arange(3), edit), kl)
+    assert run.kl(torch.arange(3), lambda hidden, rows: hidden).tolist() == [0, 0, 0]
+    assert ran == [1, 1]
 
 
 def test_padding_after_the_token_read_does_not_matter(model):

@@ -7,7 +7,7 @@ import torch
 from causal_models import FormulaModel, kl, normal, relu_sae
 
 from saelens_cosine.evaluation.causal import PROTOCOLS, clean_run, win_rate
-from saelens_cosine.evaluation.causal.win_rate import NormRangeWinRate
+from saelens_cosine.evaluation.causal.win_rate import NormRangeWinRate, _correlations
 
 D, V = 6, 9
 
@@ -80,7 +80,9 @@ def test_protocol_b_removes_the_direction_at_all_tokens_and_keeps_signs():
         assert feature.inner_product == pytest.approx(correlation(ablated, last @ f), abs=1e-4)
         assert feature.advantage == pytest.approx(feature.cosine - feature.inner_product, abs=1e-9)
     # the same by absolute correlations: some are negative
-    absolute = win_rate(run, sae, run.sample(None), dataclasses.replace(PROTOCOLS["B"], compared="absolute_correlations"))
+    absolute = win_rate(
+        run, sae, run.sample(None), dataclasses.replace(PROTOCOLS["B"], compared="absolute_correlations")
+    )
     assert min(feature.cosine for feature in absolute.per_feature) < -0.05
     for feature, signed in zip(absolute.per_feature, result.per_feature, strict=True):
         assert (feature.cosine, feature.inner_product) == (signed.cosine, signed.inner_product)
@@ -229,6 +231,16 @@ def test_features_without_a_correlation_are_left_out():
     result = win_rate(run, sae, run.sample(None), PROTOCOLS["B"])
     assert (result.features, result.features_left_out) == (4, 1)
     assert np.isnan(next(f.advantage for f in result.per_feature if f.feature == 2))
+
+
+def test_rounding_noise_is_no_correlation():
+    noise = 1e-12 * torch.arange(20, dtype=torch.float64)
+    varied = torch.arange(20, dtype=torch.float64) ** 2
+    predictors, group = torch.stack([noise, varied], dim=-1), torch.zeros(20, dtype=torch.int64)
+    found = _correlations(predictors, varied, group, 1)[0]
+    assert found[0].isnan()
+    assert found[1] == pytest.approx(1.0)
+    assert _correlations(predictors, noise, group, 1).isnan().all()
 
 
 def test_the_result_is_json_and_a_protocol_that_is_none_is_refused():

@@ -127,6 +127,45 @@ def test_runs_repeat_and_leave_the_callers_random_state_alone():
     assert one.runs[0].with_sinks == two.runs[0].with_sinks
 
 
+def test_each_spread_is_planted_on_what_the_model_has(monkeypatch):
+    planted = []
+
+    def record(sae, dictionary, generator, *args, **kwargs):
+        planted.append((generator.modify_activations.spread, generator.modify_activations.modifier))
+        return eval_sae_on_synthetic_data(sae, dictionary, generator, *args, **kwargs)
+
+    monkeypatch.setattr(module, "eval_sae_on_synthetic_data", record)
+    ground_truth(replace(TINY, arms=("cosine_batchtopk",), model=small_model(), norm_spreads=(0.2, 0.7)))
+    (low, hierarchy), (high, same_hierarchy) = planted
+    assert (low, high) == (0.2, 0.7)
+    assert hierarchy is same_hierarchy is not None  # not one spread on top of the other
+
+
+def test_arms_train_on_the_same_samples_whatever_their_initialisation_draws(monkeypatch):
+    states = []
+
+    class Recorder(module.SyntheticSAERunner):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            torch.rand(1 + len(states))  # an arm that draws more than the one before
+
+        def run(self):
+            states.append(torch.get_rng_state())
+            return super().run()
+
+    monkeypatch.setattr(module, "SyntheticSAERunner", Recorder)
+    ground_truth(TINY)
+    assert torch.equal(*states)
+
+
+def test_an_arm_does_not_depend_on_the_arms_before_it():
+    settings = replace(TINY, sink_share=0.05, train_on_sinks=True)
+    _, after_another = ground_truth(settings).runs
+    (alone,) = ground_truth(replace(settings, arms=TINY.arms[1:])).runs
+    assert after_another.without_sinks == alone.without_sinks
+    assert after_another.with_sinks == alone.with_sinks
+
+
 def test_sinks_are_scored_apart_and_trained_on_only_if_asked():
     settings = replace(TINY, arms=("inner_product_batchtopk",), sink_share=0.05)
     (left_out,) = ground_truth(settings).runs

@@ -54,6 +54,7 @@ def test_a_small_case_by_hand():
     assert (result.a.matched_features, result.a.unique_features) == ((0,), (1, 2))
     assert (result.b.matched_features, result.b.unique_features) == ((1,), (0,))
     assert result.a.matched == result.a.mutual == 1
+    assert result.a.strong_decoder_cosine == pytest.approx(1.0)  # not of the weak one
     assert (result.a.matched_correlation, result.a.matched_decoder_cosine) == pytest.approx((1.0, 1.0))
     assert result.tokens == 10
 
@@ -136,10 +137,11 @@ def test_strong_features_need_decoders_that_agree_to_be_matched():
     assert match_codes(a, a, W_a, W_b, min_joint_firings=3, min_decoder_cosine=-1).a.matched == 2
 
 
-def test_of_equal_partners_the_first_stays():
+def test_of_equal_partners_the_first_stays(monkeypatch):
     a = csr([{0: 1, 1: 1, 5: 2}], 9)
     b = csr([{3: 1, 4: 1}, *[{0: 1, 1: 1, 5: 2}] * 3], 9)
-    for block in (1, 100):
+    for block in (1, 100):  # partners in blocks of their own, and in one
+        monkeypatch.setattr(token_gram, "BLOCK_ENTRIES", block)
         result = match_codes(b, a, torch.ones(4, 2), torch.ones(1, 2), min_joint_firings=1)
         assert result.b.pairs.partners == (1,), block
 
@@ -152,11 +154,14 @@ def test_the_alive_rate_is_a_share_of_the_tokens():
     assert match_codes(a, a, W, W, min_joint_firings=1, alive_rate=0.001).a.matched_features == (0, 2)
 
 
-def test_a_feature_that_never_varies_correlates_with_nothing():
-    a = csr([[0.1] * 30, [1.0, 0.0] * 15])
-    result = match_codes(a, a, torch.eye(2), torch.eye(2), pairs="all")
-    assert result.a.pairs.features == (1,)
-    assert result.a.unmatched == 1
+@pytest.mark.parametrize("tokens", [30, 37, 1000])
+def test_a_feature_that_never_varies_correlates_with_nothing(tokens):
+    # but for rounding: the mean of 37 times 0.1 is not 0.1
+    constants = [[value] * tokens for value in (0.1, 0.3, 0.7, 1 / 3, 1e-3)]
+    a = csr([*constants, [1.0, 0.0] * (tokens // 2) + [0.0] * (tokens % 2)])
+    result = match_codes(a, a, torch.eye(6), torch.eye(6), pairs="all")
+    assert result.a.pairs.features == (5,)
+    assert result.a.unmatched == 5
 
 
 def test_saes_are_encoded_on_the_same_tokens_and_the_result_is_json():

@@ -37,6 +37,13 @@ def test_shares_by_hand():
     assert json.loads(json.dumps(dataclasses.asdict(result)))["counted"] == 3
 
 
+def test_a_norm_on_an_edge_belongs_above_it():
+    # norms 1 to 5: edges 2, 3, 4
+    result = norm_detectors(codes_of(np.ones((5, 1), dtype=bool)), torch.arange(1.0, 6.0), min_firings=1)
+    assert result.quartile_tokens == (1, 1, 1, 2)
+    assert result.median_shares == pytest.approx((0.2, 0.2, 0.2, 0.4))
+
+
 def test_a_set_of_features_and_its_rare_ones():
     norms = torch.arange(1.0, 9.0)
     fires = np.zeros((8, 3), dtype=bool)

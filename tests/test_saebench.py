@@ -297,16 +297,18 @@ def test_a_result_that_is_missing_is_an_error(tmp_path, monkeypatch, bundled):
     assert [r.sae.split("-")[0] for r in report.results] == ["standard"]
 
 
-def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
-    def no_work(*args):
-        raise AssertionError("work has started")
+def no_work(*args):
+    raise AssertionError("work has started")
 
+
+def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("saelens_cosine.evaluation.saebench.runner._load", no_work)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    evals = ["core", "ravel", "autointerp", "unlearning", "sparse_probing"]
+    evals = ["core", "ravel", "autointerp", "unlearning", "sparse_probing", "tpp"]
     settings = {
         "core": {"compute_featurewise_density_statistics": False},
         "sparse_probing": {"k_values": [1, 3]},
+        "tpp": {"n_values": [1, 2]},
     }
     with pytest.raises(SAEBenchError) as caught:
         run([mirror()], evals, tmp_path, settings=settings)
@@ -317,12 +319,14 @@ def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
         "autointerp: It asks a language model",
         "unlearning: It refuses models without 'it'",
         "sparse_probing: k_values=[1, 3]",
+        "tpp: n_values=[1, 2]",
     ):
         assert part in told
     assert not list(tmp_path.iterdir())
 
 
-def test_what_an_sae_does_not_fit_is_said_before_any_work(tmp_path, bundled, scored):
+def test_what_an_sae_does_not_fit_is_said_before_any_work(tmp_path, monkeypatch, bundled):
+    monkeypatch.setattr(_Runner, "score", no_work)
     mlp = prepare(mirror(), hook_name="blocks.2.hook_mlp_out")
     nowhere = prepare(mirror(), hook_name="blocks.9.hook_resid_post")
     narrow = prepare(make_sae_at("blocks.2.mlp.hook_post"))
@@ -341,7 +345,6 @@ def test_what_an_sae_does_not_fit_is_said_before_any_work(tmp_path, bundled, sco
                 model=bundled,
                 settings={k: v for k, v in {**settings, "core": CORE}.items() if k in evals},
             )
-    assert scored == []
 
 
 def make_sae_at(hook: str):
@@ -376,6 +379,14 @@ def test_missing_packages_are_named(monkeypatch):
     (problem,) = check_environment(["tpp", "sparse_probing_sae_probes"], "bundled")
     assert problem.eval == "sparse_probing_sae_probes"
     assert "xgboost, zstandard, sae_probes" in problem.reason
+
+
+def test_an_sae_is_not_changed_by_an_eval(tmp_path):
+    sae = prepare(mirror())
+    runner = _Runner(tmp_path, None, "cpu", Judge(), None, quiet=True)
+    row = EVALS["meta_structure"]
+    runner.score(row, row.make_config("", "", 1, {"dtype": "bfloat16", "train_steps": 2}), sae)
+    assert sae.dtype == torch.float32  # upstream casts what it gets, and the next eval would see it rounded
 
 
 def test_the_process_is_left_as_it_was(tmp_path, monkeypatch, collected, bundled):
