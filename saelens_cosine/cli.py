@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
 from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
 from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
+from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_options, run_ground_truth
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
+from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         return options.run(options)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, SAEBenchError) as error:
         print(f"saelens-cosine {options.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2
 
@@ -80,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_evaluate_options(parser_of_evaluate, _count)
     parser_of_evaluate.set_defaults(run=_evaluate)
+    parser_of_ground_truth = commands.add_parser(
+        "ground-truth",
+        help="train SAEs on synthetic data and see how well they find its features",
+        description="Train SAEs on SAELens' synthetic benchmark, whose features are known, with a planted spread of token norms and "
+        "planted attention sinks, and score how well they find the features. With no arguments: a small model of 128 "
+        "features, on the CPU, in minutes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_ground_truth_options(parser_of_ground_truth, _count)
+    parser_of_ground_truth.set_defaults(run=_ground_truth)
     add_convert_command(commands)
     parser_of_share = commands.add_parser(
         "share",
@@ -111,6 +123,11 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         type=_multiple,
         default=default.max_norm_multiple,
         help="drop tokens above this multiple of the median norm, in training and evaluation; 'none' keeps them",
+    )
+    add(
+        "--plant-sinks",
+        action="store_true",
+        help="plant an attention sink at the start of each context; the default --max-norm-multiple drops them again",
     )
     add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
     add("--eval-tokens", type=_count, default=default.eval_tokens, help="held-out tokens that are evaluated")
@@ -174,6 +191,7 @@ def _compare(options: Any) -> int:
         seeds=options.seeds,
         recipe=options.recipe,
         max_norm_multiple=options.max_norm_multiple,
+        plant_sinks=options.plant_sinks,
         device=options.device,
         context_size=options.context_size,
         eval_tokens=options.eval_tokens,
@@ -245,15 +263,33 @@ def _evaluate(options: Any) -> int:
     _hush_libraries()
     try:
         with _progress(options.quiet) as progress:
-            table = run_evaluate(options, progress)
+            tables = run_evaluate(options, progress)
     except KeyboardInterrupt:
         print(f"Interrupted. Run the same command again to go on; see {options.output}.", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     console = Console()
-    console.width = max(console.width, 120)
-    console.print(table)
+    console.width = max(console.width, 140)  # names of measures whole
+    for table in tables:
+        console.print(table)
     if not options.quiet:
         console.print(f"Written to {options.output}: evaluation.json, report.html", highlight=False)
+    return 0
+
+
+def _ground_truth(options: Any) -> int:
+    _hush_libraries()
+    try:
+        with _progress(options.quiet) as progress:
+            tables = run_ground_truth(options, progress)
+    except (KeyboardInterrupt, InterruptedException):
+        print("Interrupted. Nothing was written.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
+    console = Console()
+    console.width = max(console.width, 120)
+    for table in tables:
+        console.print(table)
+    if not options.quiet:
+        console.print(f"Written to {options.output}: ground_truth.json", highlight=False)
     return 0
 
 
@@ -277,7 +313,8 @@ def _hush_libraries() -> None:
     """One progress bar of ours instead of several of other libraries', and their errors only."""
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
     warnings.filterwarnings("ignore", message="Dataset is not tokenized")
-    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    for library in ("sae_lens", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import math
 import signal
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE
+from torch.nn.modules import module
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
@@ -32,9 +35,6 @@ def few_evaluation_tokens():
 def run(tmp_path_factory):
     """Two seeds of the default arms by the command, with its standard output."""
     folder = tmp_path_factory.mktemp("compare") / "out"
-    import contextlib
-    import io
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main(["compare", *TINY, "--seeds", "2", "--output", str(folder)]) == 0
@@ -274,6 +274,33 @@ def test_other_hooks_and_local_models_and_data(tmp_path):
     assert all(math.isfinite(arm.reconstruction.fve) for arm in local.arms)
 
 
+def test_planted_sinks_are_dropped_by_default_and_trained_on_if_asked(run, tmp_path):
+    arguments = [*TINY, "--arms", "cosine_topk", "--tokens", "12k", "--plant-sinks", "--seeds", "1"]
+    results = {}
+    for multiple in ("10", "none"):
+        folder = tmp_path / multiple
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(["compare", *arguments, "--max-norm-multiple", multiple, "--output", str(folder)]) == 0
+        assert "a sink planted at the start of each context" in " ".join(printed.getvalue().split())
+        results[multiple] = json.loads((folder / "comparison.json").read_text())
+        assert results[multiple]["high_norm_tokens"]["planted"] is True
+        sae = SAE.load_from_disk(folder / results[multiple]["arms"][0]["path"])
+        assert sae.cfg.metadata.planted_sinks is True
+    dropped = results["10"]["high_norm_tokens"]
+    # one token of each context of 128, and nothing else: no token of this model is 10 times as long as the median
+    assert dropped["share_dropped_in_training"] == pytest.approx(1 / 128, rel=1e-6)
+    assert dropped["share_dropped_in_evaluation"] == pytest.approx(1 / 128, rel=0.05)
+    assert results["none"]["high_norm_tokens"]["share_dropped_in_training"] == 0
+    longest = {multiple: result["arms"][0]["fve_by_norm_quartile"][-1]["high"] for multiple, result in results.items()}
+    assert longest["none"] > 5 * longest["10"]  # 300 times the median, at most 10 times
+    assert not module._global_module_registration_hooks
+    folder, plain, printed = run
+    assert plain["high_norm_tokens"]["planted"] is False
+    assert "planted" not in printed
+    assert SAE.load_from_disk(folder / plain["arms"][0]["path"]).cfg.metadata.planted_sinks is None
+
+
 def test_paired_difference_by_hand():
     # differences 1, 2, 3: mean 2, sd 1, half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205 = 2.48414
     assert paired_difference([2, 4, 6], [1, 2, 3]) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), rel=1e-5)
@@ -285,9 +312,7 @@ def test_help_names_every_option_that_the_settings_have():
     text = subprocess.run(
         [sys.executable, "-m", "saelens_cosine", "compare", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    options = (
-        "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple device output quiet overwrite"
-    )
+    options = "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple plant-sinks device output quiet overwrite"
     for option in options.split(" "):
         assert f"--{option}" in text
     assert Path("runs/compare").as_posix() in text

@@ -1,5 +1,6 @@
 """`saelens-cosine evaluate`: what it measures, that it goes on where it ended, and the files it writes."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,14 +10,28 @@ from helpers import make_sae
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import evaluate as module
-from saelens_cosine.evaluation.evaluate import EVALS, EvaluationSettings, Subject, evaluate, fingerprint, plain, rows
+from saelens_cosine.evaluation.differences import measures
+from saelens_cosine.evaluation.evals import EVALS, Eval
+from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
+from saelens_cosine.evaluation.html_report import write_report
+from saelens_cosine.evaluation.plain import fingerprint, plain
 from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
+from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.evaluation.subject import Subject
 
 HOOK = "blocks.3.hook_resid_post"
 SETTINGS = EvaluationSettings(
-    evals=("reconstruction", "dictionary"), tokens=600, max_norm_multiple=3.0, context_size=32, dataset="bundled"
+    evals=("tokens", "reconstruction", "dictionary", "matching"),
+    tokens=600,
+    max_norm_multiple=3.0,
+    context_size=32,
+    dataset="bundled",
 )
+
+
+def with_evals(*evals, **changes):
+    return dataclasses.replace(SETTINGS, evals=evals, **changes)
 
 
 def saved_sae(folder, seed=1, name="cosine_topk"):
@@ -39,10 +54,10 @@ def run(tmp_path_factory):
 def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     folder, sources, document = run
     seen: list[Subject] = []
-    monkeypatch.setitem(EVALS, "remember", lambda subject: seen.append(subject) or {})
-    evaluate(sources[:1], EvaluationSettings(**{**vars(SETTINGS), "evals": ("remember",)}), folder / "again")
+    monkeypatch.setitem(EVALS, "remember", Eval(lambda subject: seen.append(subject) or {}, "sae", ""))
+    evaluate(sources[:1], with_evals("remember"), folder / "again")
     (subject,) = seen
-    tokens = torch.cat(subject.token_batches)
+    tokens = torch.cat(subject.text.token_batches)
     assert tokens.shape == (32, 32)  # whole batches of 16 contexts: the first that reach 600 tokens
     with torch.no_grad():
         x = load_bundled_model().run_with_cache(tokens, prepend_bos=False)[1][HOOK].flatten(0, 1)
@@ -50,19 +65,35 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     norms = x.norm(dim=1)
     ordinary = norms <= 3 * norms.median()
     assert 0.02 < 1 - ordinary.double().mean() < 0.05  # the first token of each context
-    found = {row["sinks"]: row for row in rows(document) if row["name"] == sources[0]}
-    for sinks, keep in (("in", torch.ones_like(ordinary)), ("out", ordinary)):
+    results = document["saes"][0]["results"]["reconstruction"]
+    found = measures(document["saes"][0])
+    block = torch.arange(32).repeat_interleave(32) * 20 // 32  # 20 blocks of 1 or 2 contexts
+
+    def fve(keep):
         residual, total = (v[keep].double() for v in (error, x))
-        fve = 1 - residual.var(dim=0, correction=0).sum() / total.var(dim=0, correction=0).sum()
-        assert found[sinks]["fve"] == pytest.approx(fve.item(), rel=1e-4)
-        assert found[sinks]["tokens"] == int(keep.sum())
+        return 1 - (residual.var(dim=0, correction=0).sum() / total.var(dim=0, correction=0).sum()).item()
+
+    for treatment, sinks, keep in (
+        ("with_sinks", "in", torch.ones_like(ordinary)),
+        ("without_sinks", "out", ordinary),
+    ):
+        assert found[f"FVE, sinks {sinks}"].value == pytest.approx(fve(keep), rel=1e-4)
+        assert results[treatment]["by_norm"]["all_norms"]["overall"]["tokens"] == int(keep.sum())
+        blocks = [fve(keep & (block == i)) for i in range(20)]
+        assert results["fve_by_block"][treatment] == pytest.approx(blocks, rel=1e-3, abs=1e-3)
+    (text,) = document["texts"]
+    assert text["results"]["tokens"]["high_norm_share"] == pytest.approx(1 - ordinary.double().mean().item())
+    assert text["results"]["tokens"]["high_norm_positions"][0] == [0, 32]
 
 
 @pytest.mark.parametrize(("sinks", "expected"), [("keep", {"in"}), ("drop", {"out"}), ("both", {"in", "out"})])
 def test_sinks(sinks, expected, run, tmp_path):
-    settings = EvaluationSettings(**{**vars(SETTINGS), "sinks": sinks, "evals": ("reconstruction",)})
-    document = evaluate(run[1][:1], settings, tmp_path)
-    assert {row["sinks"] for row in rows(document)} == expected
+    document = evaluate(run[1], with_evals("reconstruction", "matching", sinks=sinks), tmp_path)
+    assert {name[-3:].strip() for name in measures(document["saes"][1])} == expected
+    assert {item["measure"][-3:].strip() for item in document["differences"]} == expected
+    data = report_data(document)
+    assert {part.sinks for part in data.quartiles} == expected
+    assert len(data.matches) == 1
 
 
 def test_what_is_measured_is_not_measured_again(run, monkeypatch):
@@ -72,28 +103,35 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
         raise AssertionError("measured again")
 
     for name in SETTINGS.evals:
-        monkeypatch.setitem(EVALS, name, fails)
+        monkeypatch.setitem(EVALS, name, dataclasses.replace(EVALS[name], measure=fails))
     assert evaluate(sources, SETTINGS, folder / "out") == document
+    # a setting that no chosen eval uses
+    assert evaluate(sources, dataclasses.replace(SETTINGS, loss_tokens=5), folder / "out")["saes"] == document["saes"]
     with pytest.raises(AssertionError):
-        evaluate(sources, EvaluationSettings(**{**vars(SETTINGS), "tokens": 700}), folder / "out")
+        evaluate(sources, dataclasses.replace(SETTINGS, tokens=700), folder / "out")
+    with pytest.raises(AssertionError):  # matched with another SAE
+        evaluate(sources[::-1], with_evals("matching"), folder / "out")
 
 
 def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
-    measure, calls = EVALS["dictionary"], []
+    row, calls = EVALS["dictionary"], []
 
     def interrupted(subject):
-        calls.append(subject.name)
+        calls.append(subject.source.name)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return measure(subject)
+        return row.measure(subject)
 
-    monkeypatch.setitem(EVALS, "dictionary", interrupted)
+    monkeypatch.setitem(EVALS, "dictionary", dataclasses.replace(row, measure=interrupted))
     with pytest.raises(KeyboardInterrupt):
         evaluate(run[1], SETTINGS, tmp_path)
-    (kept,) = (tmp_path / "measured").iterdir()  # no half-written file beside it
-    assert kept.name.endswith("-reconstruction.json")
-    monkeypatch.setitem(EVALS, "reconstruction", EVALS["reconstruction"])
-    assert evaluate(run[1], SETTINGS, tmp_path)["saes"] == run[2]["saes"]
+    kept = sorted(path.name.split("-")[0] for path in (tmp_path / "measured").iterdir())
+    assert kept == ["reconstruction", "tokens"]  # no half-written file beside them
+
+    def results(document):
+        return [entry["results"] for entry in document["saes"]]
+
+    assert results(evaluate(run[1], SETTINGS, tmp_path)) == results(run[2])
 
 
 def test_other_weights_are_another_sae(tmp_path):
@@ -112,44 +150,95 @@ def test_json_has_no_nan(run):
 
 def test_page_has_both_saes_and_both_treatments(run):
     data = report_data(run[2])
-    assert [arm.name for arm in data.arms] == run[1]
-    assert {(part.arm, part.sinks) for part in data.quartiles} == {(name, s) for name in run[1] for s in ("in", "out")}
+    assert [arm.name for arm in data.arms] == ["one", "two"]
+    assert {(part.arm, part.sinks) for part in data.quartiles} == {
+        (a, s) for a in ("one", "two") for s in ("in", "out")
+    }
     assert data.arms[0].exponents == pytest.approx((0.7,))  # `randomize` sets one for all features
     (with_sinks, *_) = (part for part in data.quartiles if part.sinks == "in")
     assert sum(with_sinks.tokens) == 1024
     assert list(with_sinks.edges) == sorted(with_sinks.edges)
+    assert [(pairs.arm, pairs.other) for pairs in data.matches] == [("two", "one")]
+    assert {item.metric.split(" (")[1] for item in data.differences} == {"20 blocks of text)"}
+
+
+def test_seeds_of_an_arm_are_averaged_and_paired(run, tmp_path):
+    sources = [saved_sae(tmp_path / arm / f"seed{i}", seed=10 * j + i) for j, arm in enumerate("ab") for i in range(2)]
+    document = evaluate(sources, with_evals("reconstruction", "matching"), tmp_path / "out")
+    assert [(entry["arm"], entry["seed"]) for entry in document["saes"]] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert [entry["baseline"] for entry in document["saes"]] == [None, *(sources[i] for i in (0, 0, 1))]
+    a, b = ([measures(document["saes"][i])["L0, sinks out"].value for i in pair] for pair in ((0, 1), (2, 3)))
+    (found,) = (item for item in document["differences"] if item["measure"] == "L0, sinks out")
+    assert (found["arm"], found["baseline"], found["over"]) == ("b", "a", ["seeds"])
+    d = [b[0] - a[0], b[1] - a[1]]
+    mean, half = sum(d) / 2, 12.7062 * abs(d[0] - d[1]) / 2  # Student's t at one degree of freedom
+    assert found["difference"]["mean"] == pytest.approx(mean)
+    assert found["difference"]["high"] - mean == pytest.approx(half, rel=1e-4)
+    assert report_data(document).arms[0].metrics["L0, sinks out"].value == pytest.approx(sum(a) / 2)
+
+
+def test_every_diagnostic_runs_and_shows_on_the_page(run, tmp_path):
+    folder, sources, _ = run
+    names = [name for name in EVALS if not name.startswith("autointerp")]
+    ours = tuple(name for name in names if name in EVALS and not EVALS[name].about.startswith("SAEBench"))
+    settings = with_evals(*ours, task_texts=24, causal_contexts=12, causal_features=3, loss_tokens=512)
+    document = evaluate(sources, settings, tmp_path)
+    data = report_data(document)
+    for section in ("differences", "quartiles", "zf", "probing", "precision", "matches", "features"):
+        assert getattr(data, section), section
+    for entry in document["saes"]:
+        left_out = {name for name, result in entry["results"].items() if "not_applicable" in result}
+        assert left_out <= {"decomposition"}  # random dictionaries have no feature in common
+        assert set(entry["seconds"]) == set(entry["results"])
+    assert set(document["texts"][0]["results"]) == {"tokens", "patching", "probing_baseline"}
+    assert write_report(data, tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_saebench_is_run_and_paired(run, tmp_path):
+    pytest.importorskip("sae_bench")
+    core = {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1, "context_size": 32}
+    settings = with_evals("core", saebench={"core": core})
+    document = evaluate(run[1], settings, tmp_path)
+    found = measures(document["saes"][0])
+    assert found["SAEBench core: sparsity.l0"].value == pytest.approx(8, abs=0.1)
+    assert "SAEBench core: sparsity.l0" in report_data(document).arms[0].metrics
+
+
+def test_saebench_that_cannot_run_is_said_before_any_work(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    flags = ["--evals", "reconstruction", "autointerp", "--quiet", "--output", str(tmp_path), "--context-size", "32"]
+    assert main(["evaluate", *run[1], *flags, "--tokens", "600"]) == 2
+    assert "autointerp: It asks a language model" in capsys.readouterr().err
+    assert not list((tmp_path / "measured").iterdir())
 
 
 def test_command_writes_its_files(run, tmp_path, capsys):
-    flags = [
-        "--tokens",
-        "600",
-        "--max-norm-multiple",
-        "3",
-        "--context-size",
-        "32",
-        "--evals",
-        "reconstruction",
-        "--quiet",
-    ]
-    assert main(["evaluate", *run[1], *flags, "--output", str(tmp_path)]) == 0
+    flags = ["--tokens", "600", "--max-norm-multiple", "3", "--context-size", "32", "--evals", "reconstruction"]
+    assert main(["evaluate", *run[1], *flags, "--quiet", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert out.count("│ in") == out.count("│ out") == 2
+    assert sum(line.split()[:1] == ["one"] and "sinks" in line for line in out.splitlines()) == 2
+    assert "20 blocks of text" in out
     assert (tmp_path / "evaluation.json").exists()
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()[:200].lower()
 
 
 def test_refusals(tmp_path, capsys):
     with pytest.raises(ValueError, match="'magic'.*reconstruction"):
-        EvaluationSettings(evals=("magic",))
+        evaluate(["anything"], EvaluationSettings(evals=("magic",)), tmp_path)
     with pytest.raises(ValueError, match="max_norm_multiple=1"):
         EvaluationSettings(max_norm_multiple=1.0)
+    with pytest.raises(ValueError, match="task_texts=0"):
+        EvaluationSettings(task_texts=0)
     folder = saved_sae(tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     config["metadata"]["hook_name"] = None
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
     assert main(["evaluate", folder, "--output", str(tmp_path / "out"), "--quiet"]) == 2
     assert "hook=None" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text("[]")
+    flags = ["--saebench-settings", str(tmp_path / "settings.json"), "--quiet", "--output", str(tmp_path / "out")]
+    assert main(["evaluate", folder, *flags]) == 2
+    assert "object of objects" in capsys.readouterr().err
 
 
 def test_a_sample_knows_its_contexts_and_sinks():

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-from saelens_cosine.evaluation.evaluate import EVALS, EvaluationSettings, Progress, evaluate, rows
+from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
+from saelens_cosine.evaluation.evals import EVALS
+from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.html_report import write_report
+from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
+from saelens_cosine.evaluation.saebench import Judge
+from saelens_cosine.evaluation.settings import EvaluationSettings
+
+COLUMNS = (("FVE", "{:.4f}"), ("L0", "{:.1f}"), ("never fired", "{:.1%}"), ("CE recovered", "{:.4f}"))
+"""Of the printed table, where they were measured."""
+
+GROUPS = {
+    "diagnostics": tuple(name for name in EVALS if name not in SAEBENCH_EVALS),
+    "saebench": tuple(SAEBENCH_EVALS),
+}
+"""Names that stand for several evals."""
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
@@ -22,9 +38,18 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         "saes",
         nargs="+",
         metavar="SAE",
-        help="a folder, a Hub repository or a short name; name#sae_id for one of several",
+        help="a folder, a Hub repository or a short name; name#sae_id for one of several; arm=SAE names its arm. Folders "
+        "arm/seed0, arm/seed1 are seeds of one arm. The first arm is the one to compare with",
     )
-    add("--evals", nargs="+", default=default.evals, choices=tuple(EVALS), metavar="EVAL", help=", ".join(EVALS))
+    listed = "; ".join(f"{name}: {row.about}" for name, row in EVALS.items() if name not in SAEBENCH_EVALS)
+    add(
+        "--evals",
+        nargs="+",
+        default=default.evals,
+        choices=(*GROUPS, *EVALS),
+        metavar="EVAL",
+        help=f"{listed}; SAEBench's {', '.join(SAEBENCH_EVALS)}; 'diagnostics' and 'saebench' stand for all of a kind",
+    )
     add("--tokens", type=count, default=default.tokens, help="held-out tokens")
     add("--sinks", choices=("keep", "drop", "both"), default=default.sinks, help="what happens to high-norm tokens")
     add(
@@ -33,39 +58,124 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         default=default.max_norm_multiple,
         help="a token above this multiple of the median norm is one",
     )
+    add(
+        "--plant-sinks",
+        action=argparse.BooleanOptionalAction,
+        help="give the first token of each context 30 to 300 times the median norm, in a direction that partly follows the "
+        "context; as the SAE was trained if not given",
+    )
     add("--model", help="language model; the one that the SAE's metadata name if not given")
     add("--dataset", help="text; likewise")
     add("--context-size", type=int, help="tokens per context; the SAE's own if not given")
+    add(
+        "--tasks",
+        nargs="+",
+        help="what probing probes for: bundled, sae_probes, sae_probes:NAME, or a file with columns text and label",
+    )
+    add("--task-texts", type=int, default=default.task_texts, help="texts of each task, at most")
+    add("--causal-contexts", type=int, default=default.causal_contexts, help="contexts that causal and patching edit")
+    add("--causal-features", type=int, default=default.causal_features, help="features that causal ablates")
+    add("--saebench-settings", type=Path, metavar="FILE", help='JSON: {"core": {"n_eval_reconstruction_batches": 20}}')
+    add("--judge-model", default=default.judge.model, help="language model that autointerp asks")
+    add("--judge-url", help="its OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY")
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder for evaluation.json and report.html")
-    add("--quiet", action="store_true", help="print only the table")
+    add("--quiet", action="store_true", help="print only the tables")
 
 
-def run_evaluate(options: Any, progress: Progress) -> Table:
-    """Evaluate, write `evaluation.json` and `report.html`, and give the table to print."""
+def run_evaluate(options: Any, progress: Progress) -> list[Table]:
+    """Evaluate, write `evaluation.json` and `report.html`, and give the tables to print."""
+    chosen = [name for group in options.evals for name in GROUPS.get(group, (group,))]
     settings = EvaluationSettings(
-        evals=tuple(options.evals),
+        evals=tuple(dict.fromkeys(chosen)),
         tokens=options.tokens,
         sinks=options.sinks,
         max_norm_multiple=options.max_norm_multiple,
+        plant_sinks=options.plant_sinks,
         model=options.model,
         dataset=options.dataset,
         context_size=options.context_size,
         device=options.device,
+        tasks=options.tasks and tuple(options.tasks),
+        task_texts=options.task_texts,
+        causal_contexts=options.causal_contexts,
+        causal_features=options.causal_features,
+        saebench=_saebench_settings(options.saebench_settings),
+        judge=Judge(options.judge_model, options.judge_url),
     )
     document = evaluate(options.saes, settings, options.output, progress)
     write_report(report_data(document), options.output / "report.html")
-    return as_table(document)
+    return as_tables(document)
 
 
-def as_table(document: dict[str, Any]) -> Table:
-    """The figures that one looks at first; sinks in and out side by side."""
-    bound = document["settings"]["max_norm_multiple"]
-    table = Table(title=f"Held-out text; sinks: tokens above {bound:g} times the median norm", title_justify="left")
-    for column in ("SAE", "sinks", "tokens", "FVE", "L0", "never fired", "CE recov."):
-        table.add_column(column, justify="left" if column in ("SAE", "sinks") else "right")
-    forms = ("{}", "{}", "{:,}", "{:.4f}", "{:.1f}", "{:.1%}", "{:.4f}")
-    for row in rows(document):
-        cells = zip(forms, row.values(), strict=True)
-        table.add_row(*("-" if value is None else form.format(value) for form, value in cells))
+def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
+    if file is None:
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--saebench-settings {file} is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(value, dict) for value in settings.values()):
+        raise ValueError(f'--saebench-settings {file} must hold an object of objects, {{"core": {{...}}}}.')
+    return settings
+
+
+def as_tables(document: Mapping[str, Any]) -> list[Table]:
+    """The figures that one looks at first, sinks in and out side by side; differences; and what did not apply."""
+    tables = [_results(document)]
+    if document["differences"]:
+        tables.append(_differences(document["differences"]))
+    reasons = {
+        (name, result["not_applicable"]): entry["arm"]
+        for entry in document["saes"]
+        for name, result in entry["results"].items()
+        if "not_applicable" in result and name != "features"
+    }
+    if reasons:
+        tables.append(_table("Left out", "arm", "eval", "reason"))
+        for (name, reason), arm in reasons.items():
+            tables[-1].add_row(arm, name, reason)
+    return tables
+
+
+def _results(document: Mapping[str, Any]) -> Table:
+    settings = document["settings"]
+    bound = f"sinks: tokens above {settings['max_norm_multiple']:g} times the median norm"
+    planted = ", planted in each context" if any(text["planted_sinks"] for text in document["texts"]) else ""
+    arms = {arm: summary(entries) for arm, entries in by_arm(document["saes"]).items()}
+    shown = [
+        (name, form)
+        for name, form in COLUMNS
+        if any(f"{name}, {sinks}" in figures for figures in arms.values() for sinks in TREATMENTS.values())
+    ]
+    table = _table(
+        f"Held-out text, mean over seeds; {bound}{planted}", "arm", "seeds", "", *(name for name, _ in shown)
+    )
+    counts = {arm: len(entries) for arm, entries in by_arm(document["saes"]).items()}
+    for arm, figures in arms.items():
+        for sinks in TREATMENTS.values():
+            cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in shown]
+            if any(found for _, found in cells):
+                values = ["-" if found is None else form.format(found[0]) for form, found in cells]
+                table.add_row(arm, str(counts[arm]), sinks, *values)
+    return table
+
+
+def _differences(found: list[dict[str, Any]]) -> Table:
+    table = _table(
+        f"Difference to {found[0]['baseline']}, paired, 95 % interval", "arm", "measure", "over", "difference"
+    )
+    for item in found:
+        numbers = item["difference"]
+        over = " x ".join(f"{n} {what}" for n, what in zip(numbers["shape"], item["over"], strict=True))
+        interval = f"{numbers['low']:+.4f} to {numbers['high']:+.4f}"
+        mean = f"{numbers['mean']:+.4f}" if numbers["seen"] else "no difference seen"
+        table.add_row(item["arm"], item["measure"], over, f"{mean} ({interval})")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column)
     return table

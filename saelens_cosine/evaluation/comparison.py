@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
+from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import (
     Reconstruction,
     ce_loss_recovered,
@@ -50,6 +52,7 @@ class ComparisonSettings:
         seeds (int): Runs with different initialisation and data order.
         recipe (str): `paper` or `saelens`.
         max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm, in training and evaluation. None keeps them all in both.
+        plant_sinks (bool): Whether the first position of each context becomes an attention sink of 30 to 300 times the median norm (`planted.plant_sinks`). The default filter drops these, None trains on them.
         device (str): Where everything runs.
         context_size (int): Tokens per context, as far as the model allows.
         eval_tokens (int): Held-out tokens for reconstruction; also the window of the dead fraction.
@@ -67,6 +70,7 @@ class ComparisonSettings:
     seeds: int = 1
     recipe: str = "paper"
     max_norm_multiple: float | None = 10.0
+    plant_sinks: bool = False
     device: str = "cpu"
     context_size: int = 128
     eval_tokens: int = 100_000
@@ -158,10 +162,22 @@ def compare(
         OSError: the folder cannot be written.
         ValueError: settings that cannot be run, such as an empty dataset.
     """
-    folder = check_output(output, overwrite)
+    with ExitStack() as afterwards:
+        return _compare(settings, check_output(output, overwrite), on_progress, on_seed, afterwards)
+
+
+def _compare(
+    settings: ComparisonSettings,
+    folder: Path,
+    on_progress: Callable[[str, int, int], None] | None,
+    on_seed: Callable[[Comparison], None] | None,
+    afterwards: ExitStack,
+) -> Comparison:
     progress = on_progress or (lambda _what, _done, _total: None)
     progress("Loading the model", 0, 1)
     model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
+    if settings.plant_sinks:
+        afterwards.callback(plant_sinks(model.model, model.hook_name))
     progress("Gathering held-out activations", 0, 1)
     heldout = _HeldOut(settings, model)
     for path in earlier_results(folder):  # not before everything that a typo can break has been loaded
@@ -254,6 +270,8 @@ def _run_seed(
     for name, sae in config.saes.items():
         torch.manual_seed(seed)  # every arm starts from the same decoder
         saes[name] = get_sae_training_class(sae.architecture())[0](sae)
+        if settings.plant_sinks:
+            saes[name].cfg.metadata.planted_sinks = True
     runner = MultiSAETrainingRunner(
         config,
         override_dataset=load_text(settings.dataset, seed).train,

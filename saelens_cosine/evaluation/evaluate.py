@@ -6,181 +6,27 @@ run goes on where it ended and a second run does nothing twice. `evaluation.json
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import math
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import cached_property
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from sae_lens import ActivationsStore
-from sae_lens.saes.sae import SAE
-from scipy import sparse
-
-from saelens_cosine.data import load_text
-from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.cofiring import cofiring
-from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
-from saelens_cosine.evaluation.geometry import decoder_geometry
-from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.norm_detectors import norm_detectors
-from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
-from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
-from saelens_cosine.evaluation.sample import Sinks, TokenSample, sample_tokens, side_by_side
-from saelens_cosine.evaluation.zf_plot import zf_points
-from saelens_cosine.loading import from_pretrained
-from saelens_cosine.models import load_hooked_model
+from saelens_cosine.evaluation import saebench
+from saelens_cosine.evaluation.differences import differences
+from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
+from saelens_cosine.evaluation.plain import digest, plain, versions, write_json
+from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.evaluation.sources import Source, parse_sources
+from saelens_cosine.evaluation.subject import Loader, Subject, Text
 
 SCHEMA = "saelens-cosine-evaluation/1"
 """Name and version of the layout of `evaluation.json`; the number grows when a field changes its meaning or goes."""
 
-ZF_POINTS = 1000
-"""Tokens in a ZF plot, the paper's."""
-
-LOSS_TOKENS = 20_000
-"""Tokens that `loss` takes: it runs the whole model twice on each."""
+WHAT_TOKENS_ARE = ("tokens", "sinks", "max_norm_multiple", "model", "dataset", "context_size")
+"""Settings that every result depends on."""
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """
-    What to measure, and on what.
-
-    Args:
-        evals (tuple[str, ...]): Names in `EVALS`.
-        tokens (int): Held-out tokens.
-        sinks (Sinks): Whether high-norm tokens are measured, left out, or both.
-        max_norm_multiple (float): Multiple of the sample's median norm above which a token is one.
-        model (str | None): The language model; None for what each SAE's metadata name.
-        dataset (str | None): Text; None for what each SAE's metadata name.
-        context_size (int | None): Tokens per context; None for the SAE's own, or 128.
-        device (str): Where everything runs.
-    """
-
-    evals: tuple[str, ...] = ("reconstruction", "loss", "norm_response", "dictionary", "afa")
-    tokens: int = 50_000
-    sinks: Sinks = "both"
-    max_norm_multiple: float = 10.0
-    model: str | None = None
-    dataset: str | None = None
-    context_size: int | None = None
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.evals if name not in EVALS]
-        if unknown:
-            raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
-        if self.sinks not in ("keep", "drop", "both"):
-            raise ValueError(f"sinks={self.sinks!r} is none of 'keep', 'drop', 'both'.")
-        if self.tokens < 1:
-            raise ValueError(f"tokens={self.tokens} must be positive.")
-        if not self.max_norm_multiple > 1:
-            raise ValueError(
-                f"max_norm_multiple={self.max_norm_multiple} multiplies the median norm; use a number well above 1."
-            )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """
-    An SAE, its model, and the text that it is measured on.
-
-    Args:
-        name (str): What the report calls it.
-        sae (SAE[Any]): Inference form.
-        model (Any): Hooked model.
-        token_batches (tuple[torch.Tensor, ...]): `[contexts, length]` each.
-        sample (TokenSample): Their activations at the SAE's hook.
-        settings (EvaluationSettings): What to measure.
-    """
-
-    name: str
-    sae: SAE[Any]
-    model: Any
-    token_batches: tuple[torch.Tensor, ...]
-    sample: TokenSample
-    settings: EvaluationSettings
-
-    @cached_property
-    def codes(self) -> sparse.csr_array:
-        """Codes of all tokens of the sample."""
-        return sparse_codes(self.sae, self.sample.activations)
-
-    def with_and_without_sinks(self, measure: Callable[[TokenSample], Any]) -> dict[str, Any]:
-        """A measure as the settings' `sinks` says, in plain values."""
-        return plain(side_by_side(measure, self.sample, self.settings.sinks))
-
-
-def _reconstruction(subject: Subject) -> Any:
-    return subject.with_and_without_sinks(lambda sample: diagnose_reconstruction(subject.sae, sample.activations))
-
-
-def _loss(subject: Subject) -> Any:
-    settings = subject.settings
-    batches, tokens = [], 0
-    for batch in subject.token_batches:
-        if tokens >= LOSS_TOKENS:
-            break
-        batches.append(batch)
-        tokens += batch.numel()
-    bounds = {"with_sinks": None, "without_sinks": settings.max_norm_multiple}
-    wanted = {"keep": ["with_sinks"], "drop": ["without_sinks"], "both": list(bounds)}[settings.sinks]
-    return {name: plain(loss_recovered(subject.sae, subject.model, batches, bounds[name])) for name in wanted}
-
-
-def _norm_response(subject: Subject) -> Any:
-    return subject.with_and_without_sinks(
-        lambda sample: {
-            "response": norm_response(subject.sae, sample.activations),
-            "noise": norm_noise(subject.sae, sample.activations),
-        }
-    )
-
-
-def _dictionary(subject: Subject) -> Any:
-    def of(sample: TokenSample) -> dict[str, Any]:
-        whole = len(sample) == len(subject.sample)
-        codes = subject.codes if whole else subject.codes[subject.sample.ordinary.numpy()]
-        return {"norm_detectors": norm_detectors(codes, sample.norms), "cofiring": cofiring(codes, top=20)}
-
-    exponents = norm_exponents(subject.sae)
-    firing_rate = torch.from_numpy((subject.codes != 0).mean(axis=0)).flatten()
-    return {
-        **subject.with_and_without_sinks(of),
-        "geometry": plain(decoder_geometry(subject.sae)),
-        "exponents": plain(exponent_distribution(subject.sae, firing_rate)),
-        "exponent_values": [] if exponents is None else exponents.double().flatten().tolist(),
-    }
-
-
-def _afa(subject: Subject) -> Any:
-    def of(sample: TokenSample) -> dict[str, Any]:
-        x = sample.activations
-        return {
-            "augment": summarize_afa(measure_afa(subject.sae, x, bias="augment")),
-            "center": summarize_afa(measure_afa(subject.sae, x, bias="center")),
-        }
-
-    points = zf_points(measure_afa(subject.sae, subject.sample.activations), subject.name, ZF_POINTS)
-    return {**subject.with_and_without_sinks(of), "zf_points": plain(points)}
-
-
-EVALS: dict[str, Callable[[Subject], Any]] = {
-    "reconstruction": _reconstruction,
-    "loss": _loss,
-    "norm_response": _norm_response,
-    "dictionary": _dictionary,
-    "afa": _afa,
-}
-"""What can be measured: a row here adds one. Each returns plain values for JSON."""
 
 
 def evaluate(
@@ -192,7 +38,7 @@ def evaluate(
     """Evaluate SAEs, and write `evaluation.json`; what an earlier run with these settings has measured is not measured again.
 
     Args:
-        sources: folders, Hub repositories or short names, `name#sae_id` where one holds several SAEs.
+        sources: `[arm=]place[#sae_id]`, see `parse_sources`. The first arm is the one that others are compared with.
         settings: what to measure.
         output: folder for `evaluation.json` and, in `measured/`, a file per SAE and evaluation.
         on_progress: called with what is being done, how much of it is done, and how much there is.
@@ -201,150 +47,156 @@ def evaluate(
         What `evaluation.json` holds.
 
     Raises:
-        ValueError: an SAE whose model, hook or text nobody has named.
+        ValueError: unknown evaluations, or an SAE whose model, hook or text nobody has named.
         CheckpointError, OSError: an SAE, a model or a text that cannot be loaded.
+        SAEBenchError: an eval of SAEBench that cannot run here; said before anything is measured.
     """
+    unknown = [name for name in settings.evals if name not in EVALS]
+    if unknown:
+        raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
+    parsed = parse_sources(sources)
     folder = Path(output)
     (folder / "measured").mkdir(parents=True, exist_ok=True)
-    progress = on_progress or (lambda _what, _done, _total: None)
-    texts = _Texts(settings)
-    saes: list[dict[str, Any]] = []
-    total = len(sources) * len(settings.evals)
-    for i, source in enumerate(sources):
-        place, _, sae_id = source.partition("#")
-        sae = from_pretrained(place, sae_id or None, device=settings.device)
-        sae.turn_off_forward_pass_hook_z_reshaping()  # samples have flattened heads
-        entry: dict[str, Any] = {"name": source, "sha256": fingerprint(sae), "architecture": sae.cfg.architecture()}
-        key = _key(entry["sha256"], settings, sae)
-        results: dict[str, Any] = {}
-        for j, name in enumerate(settings.evals):
-            progress(f"{source}: {name}", i * len(settings.evals) + j, total)
-            file = folder / "measured" / f"{key}-{name}.json"
-            if not file.exists():
-                write_json(EVALS[name](texts.subject(source, sae)), file)
-            results[name] = json.loads(file.read_text())
-        entry |= {"metadata": plain(sae.cfg.metadata.to_dict()), "results": results}
-        saes.append(entry)
-        document = {"schema": SCHEMA, "settings": plain(settings), "versions": versions(), "saes": saes}
+    measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
+    loader = Loader(settings, folder.resolve())
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "settings": plain(settings),
+        "versions": versions(),
+        "texts": [],
+        "saes": [],
+    }
+    texts: list[Text] = []
+    baseline: Subject | None = None
+    for i, source in enumerate(parsed):
+        against = _baseline(parsed, source)
+        if against is None:
+            baseline = None
+        elif baseline is None or baseline.source != against:
+            baseline = loader.subject(against)
+        subject = loader.subject(source, baseline)
+        if i == 0:
+            _check_saebench(subject)
+        if subject.text not in texts:
+            texts.append(subject.text)
+            document["texts"].append(measured.text(subject.text))
+        document["saes"].append(measured.sae(subject))
+        document["differences"] = plain(differences(document["saes"]))
         write_json(document, folder / "evaluation.json")  # after each SAE
-    progress("Evaluated", total, total)
-    return document  # pyright: ignore[reportPossiblyUnboundVariable]  (there is at least one source)
+    measured.end()
+    return document
 
 
-class _Texts:
-    """Models, tokens and activations, each made once for all SAEs that share them."""
-
-    def __init__(self, settings: EvaluationSettings):
-        self.settings = settings
-        self._models: dict[tuple[str, str], Any] = {}
-        self._tokens: dict[tuple[Any, ...], tuple[torch.Tensor, ...]] = {}
-        self._samples: dict[tuple[Any, ...], TokenSample] = {}
-        self._last: Subject | None = None
-
-    def subject(self, name: str, sae: SAE[Any]) -> Subject:
-        if self._last is not None and self._last.sae is sae:
-            return self._last  # with its codes
-        settings, metadata = self.settings, sae.cfg.metadata
-        model_name, hook = settings.model or metadata.model_name, metadata.hook_name
-        dataset = settings.dataset or metadata.dataset_path
-        if not (model_name and hook and dataset):
-            raise ValueError(
-                f"{name} names model={metadata.model_name}, hook={hook}, dataset={metadata.dataset_path} in its metadata. Pass "
-                "--model and --dataset, and load and save it with metadata={'hook_name': ...} if the hook is missing."
-            )
-        if (model_name, hook) not in self._models:
-            self._models[model_name, hook] = load_hooked_model(model_name, settings.device, hook=hook)
-        hooked = self._models[model_name, hook]
-        context = settings.context_size or metadata.context_size or 128
-        context = min(context, hooked.context_size or context)
-        text = (model_name, hook, dataset, context)
-        if text not in self._tokens:
-            self._tokens[text] = _token_batches(hooked, hook, dataset, context, settings)
-            self._samples[text] = sample_tokens(hooked.model, hook, self._tokens[text], settings.max_norm_multiple)
-        self._last = Subject(name, sae, hooked.model, self._tokens[text], self._samples[text], settings)
-        return self._last
+def _baseline(sources: Sequence[Source], source: Source) -> Source | None:
+    """The first arm's SAE of the same seed, or its last; of the first arm's own seeds, the first."""
+    first = [other for other in sources if other.arm == sources[0].arm]
+    if source.arm == first[0].arm:
+        return first[0] if source.seed else None
+    return first[min(source.seed, len(first) - 1)]
 
 
-def _token_batches(
-    hooked: Any, hook: str, dataset: str, context: int, settings: EvaluationSettings
-) -> tuple[torch.Tensor, ...]:
-    store = ActivationsStore.from_config_multi_hook(
-        hooked.model,
-        dataset=load_text(dataset).heldout,
-        hook_names=[hook],
-        hook_d_ins={hook: hooked.d_in},
-        context_size=context,
-        store_batch_size_prompts=16,
-        device=settings.device,
-    )
-    batches: list[torch.Tensor] = []
-    while sum(batch.numel() for batch in batches) < settings.tokens:
-        try:
-            batches.append(store.get_batch_tokens(raise_at_epoch_end=True))
-        except StopIteration:
-            break
-    if not batches:
-        raise ValueError(f"Dataset {dataset!r} holds out less than 16 contexts of {context} tokens; name another.")
-    return tuple(batches)
+class _Measured:
+    """Measures what no file has yet."""
 
+    def __init__(self, folder: Path, settings: EvaluationSettings, progress: Progress, sources: Sequence[Source]):
+        self.folder, self.settings, self.progress = folder, settings, progress
+        self.done, self.total = 0, len(sources) * len(settings.evals)
 
-def fingerprint(sae: SAE[Any]) -> str:
-    """A hash of an SAE's architecture and tensors, so that results are never taken for those of another."""
-    digest = hashlib.sha256(sae.cfg.architecture().encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    def text(self, text: Text) -> dict[str, Any]:
+        """What is true of the text, whatever the SAE."""
+        found = self._results(text, "text", f"{text.model_name} at {text.hook}", [text.dataset])
+        return {
+            "model": text.model_name,
+            "hook": text.hook,
+            "dataset": text.dataset,
+            "planted_sinks": text.planted,
+            **found,
+        }
 
+    def sae(self, subject: Subject) -> dict[str, Any]:
+        """One SAE's entry."""
+        source = subject.source
+        found = self._results(subject, "sae", source.name, [subject.sha256])
+        if subject.baseline is not None:
+            pair = self._results(subject, "pair", source.name, [subject.sha256, subject.baseline.sha256])
+            found = {name: found[name] | pair[name] for name in found}
+        self.done = min(self.total, self.done + len(self.settings.evals))
+        return {
+            "arm": source.arm,
+            "seed": source.seed,
+            "place": source.name,
+            "sha256": subject.sha256,
+            "architecture": subject.sae.cfg.architecture(),
+            "baseline": subject.baseline and subject.baseline.source.name,
+            "metadata": plain(subject.sae.cfg.metadata.to_dict()),
+            "training": _training(source),
+            **found,
+        }
 
-def _key(sha256: str, settings: EvaluationSettings, sae: SAE[Any]) -> str:
-    fixed = {name: value for name, value in plain(settings).items() if name != "evals"}
-    where = [sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name, sae.cfg.metadata.dataset_path]
-    said = json.dumps([fixed, where, sae.cfg.metadata.context_size], sort_keys=True)
-    return f"{sha256[:16]}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+    def end(self) -> None:
+        self.progress("Evaluated", self.total, self.total)
 
-
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as what JSON holds; numbers that are not finite become None."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1, allow_nan=False))
-    unfinished.replace(path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the figures."""
-    packages = ("saelens-cosine", "sae-lens", "transformer-lens", "torch")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def rows(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A line per SAE and treatment of sinks of an `evaluation.json`: name, sinks, and the figures that one looks at first."""
-    for sae in document["saes"]:
-        results = sae["results"]
-        for sinks in ("with_sinks", "without_sinks"):
-            fit = (results.get("reconstruction") or {}).get(sinks)
-            loss = (results.get("loss") or {}).get(sinks)
-            if fit is None and loss is None:
+    def _results(self, of: Text | Subject, kind: str, name: str, identity: list[str]) -> dict[str, dict[str, Any]]:
+        results: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        text = of if isinstance(of, Text) else of.text
+        shape = [list(batch.shape) for batch in text.token_batches[:1]]
+        for chosen in self.settings.evals:
+            row = EVALS[chosen]
+            if row.of != kind:
                 continue
-            overall = fit["by_norm"]["all_norms"]["overall"] if fit else {}
-            predicted = loss["by_norm"]["all_norms"]["overall"] if loss else {}
-            yield {
-                "name": sae["name"],
-                "sinks": "in" if sinks == "with_sinks" else "out",
-                "tokens": overall.get("tokens"),
-                "fve": overall.get("fve"),
-                "l0": overall.get("l0"),
-                "never_fired": overall.get("never_fired"),
-                "ce_loss_score": predicted.get("ce_loss_score"),
-            }
+            self.progress(f"{name}: {chosen}", self.done, self.total)
+            fixed = plain({field: getattr(self.settings, field) for field in (*WHAT_TOKENS_ARE, *row.uses)})
+            fixed.get("judge", {}).pop("api_key", None)
+            where = [text.model_name, text.hook, text.dataset, text.planted, shape, versions()["saelens-cosine"]]
+            file = self.folder / "measured" / f"{chosen}-{digest([identity, fixed, where])}.json"
+            if not file.exists():
+                write_json(_measure(row.measure, of), file)
+            kept = json.loads(file.read_text())
+            results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
+        return {"results": results, "seconds": seconds}
+
+
+def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        result = plain(measure(of))
+    except NotApplicable as reason:
+        result = {"not_applicable": str(reason)}
+    return {"result": result, "seconds": time.perf_counter() - start}
+
+
+def _check_saebench(subject: Subject) -> None:
+    """Say what cannot run before anything is measured."""
+    settings = subject.settings
+    chosen = [name for name in settings.evals if name in saebench.EVALS]
+    if not chosen:
+        return
+    model_name = saebench.prepare(subject.sae).cfg.metadata.model_name
+    problems = saebench.check_environment(chosen, model_name, judge=settings.judge)
+    if not problems:
+        dtype = "float32"
+        configs = {
+            name: saebench.EVALS[name].make_config(
+                model_name, dtype, 1, saebench_settings(name, subject.text.dataset, settings.saebench)
+            )
+            for name in chosen
+        }
+        problems = saebench.check_environment(chosen, model_name, configs, settings.judge)
+        problems += saebench.check_data(chosen, configs)
+    if problems:
+        raise saebench.SAEBenchError(problems)
+
+
+def _training(source: Source) -> dict[str, list[float]] | None:
+    """The course of its training, of an SAE that `saelens-cosine compare` has trained."""
+    place = Path(source.place)
+    file = place.parent.parent / "comparison.json"
+    if source.sae_id is not None or not file.is_file():
+        return None
+    try:
+        arms: list[Mapping[str, Any]] = json.loads(file.read_text())["arms"]
+        (log,) = [arm["training_log"] for arm in arms if arm["path"] == f"{place.parent.name}/{place.name}"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return {name: [entry[name] for entry in log] for name in ("training_tokens", "fve", "l0")}

@@ -1,71 +1,185 @@
-"""The page of an evaluation: `evaluation.json` as `report.html` shows it."""
+"""The page of an evaluation: `evaluation.json` as `report.html` shows it.
+
+Numbers are means over an arm's seeds with 95 % intervals; points, histograms, matched features and the browser are its first
+seed's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-from saelens_cosine.evaluation.html_report.data import Arm, Estimate, NormQuartiles, ReportData, ZFPoints
+from saelens_cosine.evaluation.bootstrap import paired_difference
+from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
+from saelens_cosine.evaluation.html_report.data import (
+    Arm,
+    Curve,
+    Difference,
+    Estimate,
+    Feature,
+    MatchedFeatures,
+    MatchedPair,
+    NormQuartiles,
+    PrecisionCurve,
+    Probing,
+    ReportData,
+    ZFPoints,
+)
+from saelens_cosine.sharing.features import Context, TokenValue
 
-TREATMENTS = {"with_sinks": "in", "without_sinks": "out"}
+IN_TABLE = (
+    "FVE",
+    "L0",
+    "never fired",
+    "CE recovered",
+    "KL, nats",
+    "probing k=1, canonical",
+    "probing k=all, canonical",
+)
+"""Measures of the comparison table; differences show all."""
+
+SINKS: dict[str, Literal["in", "out"]] = {"with_sinks": "in", "without_sinks": "out"}
+
+Entry = Mapping[str, Any]
 
 
 def report_data(document: Mapping[str, Any]) -> ReportData:
     """The sections of a report that an `evaluation.json` has figures for."""
-    settings, saes = document["settings"], document["saes"]
-    hooks = sorted({f"{sae['metadata'].get('model_name')} at {sae['metadata'].get('hook_name')}" for sae in saes})
-    facts = {
-        "model and hook": "; ".join(hooks),
-        "tokens": f"{settings['tokens']:,} held out",
-        "high-norm tokens": f"above {settings['max_norm_multiple']:g} times the median norm; {settings['sinks']}",
-        **{f"version of {name}": version for name, version in document["versions"].items()},
-    }
+    arms = by_arm(document["saes"])
+    preferred = "without_sinks" if document["settings"]["sinks"] != "keep" else "with_sinks"
     return ReportData(
         title="Evaluation of sparse autoencoders",
-        facts=facts,
-        arms=tuple(_arm(sae) for sae in saes),
-        quartiles=tuple(quartiles for sae in saes for quartiles in _quartiles(sae)),
-        zf=tuple(points for sae in saes for points in _zf(sae)),
+        facts=_facts(document),
+        arms=tuple(_arm(name, entries) for name, entries in arms.items()),
+        differences=tuple(_differences(document["differences"])),
+        quartiles=tuple(part for name, entries in arms.items() for part in _quartiles(name, entries)),
+        zf=tuple(points for name, entries in arms.items() for points in _zf(name, entries[0])),
+        probing=tuple(task for name, entries in arms.items() for task in _probing(name, entries, preferred)),
+        precision=tuple(curve for name, entries in arms.items() for curve in _precision(name, entries, preferred)),
+        matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries[0], arms, preferred)),
+        features=tuple(feature for name, entries in arms.items() for feature in _features(name, entries[0])),
     )
 
 
-def _arm(sae: Mapping[str, Any]) -> Arm:
-    metrics: dict[str, Estimate] = {}
-    results = sae["results"]
-    for treatment, sinks in TREATMENTS.items():
-        fit = (results.get("reconstruction") or {}).get(treatment)
-        if fit:
-            overall = fit["by_norm"]["all_norms"]["overall"]
-            for label, field in (("FVE", "fve"), ("L0", "l0"), ("never fired", "never_fired")):
-                metrics[f"{label}, sinks {sinks}"] = _estimate(overall[field])
-        loss = (results.get("loss") or {}).get(treatment)
-        if loss:
-            overall = loss["by_norm"]["all_norms"]["overall"]
-            metrics[f"CE recovered, sinks {sinks}"] = _estimate(overall["ce_loss_score"])
-            metrics[f"KL, nats, sinks {sinks}"] = _estimate(overall["kl_div_with_sae"])
-    exponents = (results.get("dictionary") or {}).get("exponent_values") or []
-    return Arm(sae["name"], sae["architecture"], metrics, exponents=tuple(exponents))
+def _facts(document: Mapping[str, Any]) -> dict[str, str]:
+    settings, arms = document["settings"], by_arm(document["saes"])
+    hooks = dict.fromkeys(f"{text['model']} at {text['hook']}" for text in document["texts"])
+    seeds = sorted({len(entries) for entries in arms.values()})
+    facts = {
+        "model and hook": "; ".join(hooks),
+        "text": "; ".join(dict.fromkeys(text["dataset"] for text in document["texts"])),
+        "tokens": f"{settings['tokens']:,} held out",
+        "seeds": " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " of each arm",
+        "high-norm tokens (sinks)": f"above {settings['max_norm_multiple']:g} times the median norm; "
+        + {"keep": "kept", "drop": "left out", "both": "shown with and without"}[settings["sinks"]]
+        + ("; planted in each context" if any(text["planted_sinks"] for text in document["texts"]) else ""),
+    }
+    for text in document["texts"]:
+        if found := text["results"].get("tokens"):
+            facts["share of high-norm tokens"] = f"{found['high_norm_share']:.2%}"
+            if found["high_norm_multiple"]:
+                facts["their norm"] = f"{found['high_norm_multiple']:.1f} times the median"
+    if "probing" in settings["evals"] or "causal" in settings["evals"]:
+        preferred = "out" if settings["sinks"] != "keep" else "in"
+        facts["probing, precision and matches"] = f"sinks {preferred}"
+    return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}}
 
 
-def _quartiles(sae: Mapping[str, Any]) -> Iterator[NormQuartiles]:
-    for treatment, sinks in TREATMENTS.items():
-        fit = (sae["results"].get("reconstruction") or {}).get(treatment)
-        if fit:
-            ranges = fit["by_norm"]["all_norms"]["ranges"]
+def _arm(name: str, entries: Sequence[Entry]) -> Arm:
+    figures = summary(entries)
+    wanted = [f"{measure}, {sinks}" for measure in IN_TABLE for sinks in TREATMENTS.values()]
+    metrics = {measure: Estimate(*figures[measure]) for measure in wanted if measure in figures}
+    metrics |= {measure: Estimate(*found) for measure, found in figures.items() if measure.startswith("SAEBench")}
+    exponents = (entries[0]["results"].get("dictionary") or {}).get("exponent_values") or []
+    logs = [entry["training"] for entry in entries if entry["training"]]
+    curves = {
+        label: tuple(Curve(tuple(log["training_tokens"]), tuple(log[field])) for log in logs)
+        for label, field in (("FVE", "fve"), ("L0", "l0"))
+        if logs
+    }
+    return Arm(name, entries[0]["architecture"], metrics, curves, tuple(exponents))
+
+
+def _differences(found: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
+    for item in found:
+        numbers = item["difference"]
+        over = " x ".join(f"{n} {what}" for n, what in zip(numbers["shape"], item["over"], strict=True))
+        yield Difference(
+            item["arm"],
+            item["baseline"],
+            f"{item['measure']} ({over})",
+            Estimate(numbers["mean"], numbers["low"], numbers["high"]),
+        )
+
+
+def _quartiles(name: str, entries: Sequence[Entry]) -> Iterator[NormQuartiles]:
+    for treatment, sinks in SINKS.items():
+        fits = [found[treatment] for e in entries if treatment in (found := e["results"].get("reconstruction") or {})]
+        if fits:
+            by_seed = [fit["by_norm"]["all_norms"]["ranges"] for fit in fits]
+            first = by_seed[0]
             yield NormQuartiles(
-                sae["name"],
-                "in" if sinks == "in" else "out",
-                tuple(_estimate(part["measured"]["fve"]) for part in ranges),
-                (*(part["low"] for part in ranges), ranges[-1]["high"]) if ranges else (),
-                tuple(part["measured"]["tokens"] for part in ranges),
+                name,
+                sinks,
+                tuple(_mean([ranges[i]["measured"]["fve"] for ranges in by_seed]) for i in range(len(first))),
+                (*(part["low"] for part in first), first[-1]["high"]) if first else (),
+                tuple(part["measured"]["tokens"] for part in first),
             )
 
 
-def _zf(sae: Mapping[str, Any]) -> Iterator[ZFPoints]:
-    points = (sae["results"].get("afa") or {}).get("zf_points")
+def _zf(name: str, entry: Entry) -> Iterator[ZFPoints]:
+    points = (entry["results"].get("afa") or {}).get("zf_points")
     if points:
-        yield ZFPoints(sae["name"], tuple(points["afa"]), tuple(points["feature_norm"]))
+        yield ZFPoints(name, tuple(points["afa"]), tuple(points["feature_norm"]))
 
 
-def _estimate(value: float | None) -> Estimate:
-    return Estimate(float("nan") if value is None else value)
+def _probing(name: str, entries: Sequence[Entry], treatment: str) -> Iterator[Probing]:
+    found = [e["results"]["probing"] for e in entries if treatment in (e["results"].get("probing") or {})]
+    if not found:
+        return
+    for i, task in enumerate(found[0]["tasks"]):
+        for j, probe in enumerate(found[0][treatment]["canonical"][i]):
+            accuracies = [result[treatment]["canonical"][i][j]["accuracy"] for result in found]
+            yield Probing(task, name, str(probe["k"] or "all"), _mean(accuracies))
+
+
+def _precision(name: str, entries: Sequence[Entry], treatment: str) -> Iterator[PrecisionCurve]:
+    causal = [(e["results"].get("causal") or {}).get(treatment) for e in entries]
+    effects = [found["ablation"]["mean"] for found in causal if found]
+    if effects:
+        by_k = list(zip(*effects, strict=True))
+        yield PrecisionCurve(
+            name,
+            tuple(seeds[0]["k"] for seeds in by_k),
+            tuple(_mean([effect["precision"] for effect in seeds]) for seeds in by_k),
+            tuple(_mean([effect["intended_kl"] for effect in seeds]).value for seeds in by_k),
+            tuple(_mean([effect["collateral_kl"] for effect in seeds]).value for seeds in by_k),
+        )
+
+
+def _matches(name: str, entry: Entry, arms: Mapping[str, Sequence[Entry]], treatment: str) -> Iterator[MatchedFeatures]:
+    found = (entry["results"].get("matching") or {}).get(treatment)
+    if found:
+        pairs = found["pairs"]
+        columns = (pairs["features"], pairs["partners"], pairs["correlations"], pairs["decoder_cosines"])
+        rows = zip(*columns, found["top_quartile_share"], strict=True)
+        yield MatchedFeatures(name, next(iter(arms)), tuple(MatchedPair(*row) for row in rows))
+
+
+def _features(name: str, entry: Entry) -> Iterator[Feature]:
+    found = entry["results"].get("features") or {}
+    for feature in found.get("features", []):
+        contexts = tuple(Context(tuple(c["tokens"]), tuple(c["values"])) for c in feature["contexts"])
+        ends = {end: tuple(TokenValue(*item) for item in feature[end]) for end in ("promotes", "suppresses")}
+        yield Feature(name, feature["index"], feature["density"], feature["exponent"], contexts, **ends)
+
+
+def _mean(values: Sequence[float | None]) -> Estimate:
+    """Over seeds, with its interval where there are several."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return Estimate(float("nan"))
+    if len(known) == 1:
+        return Estimate(known[0])
+    interval = paired_difference(known, [0.0] * len(known))
+    return Estimate(interval.mean, interval.low, interval.high)

@@ -63,6 +63,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             "evaluated": "the saved inference form, on held-out text",
         },
         "high_norm_tokens": {
+            "planted": settings.plant_sinks,
             "in_training": settings.max_norm_multiple is None,
             "in_evaluation": settings.max_norm_multiple is None,
             "max_norm_multiple": settings.max_norm_multiple,
@@ -138,10 +139,11 @@ def _results(comparison: Comparison) -> Table:
         f"{comparison.high_norm_share_dropped:.2%} in training, {comparison.high_norm_share_dropped_heldout:.2%} in "
         "evaluation"
     )
+    planted = "; a sink planted at the start of each context" if s.plant_sinks else ""
     spread = f", mean ± sd over {_n_seeds(comparison)} seeds" if _n_seeds(comparison) > 1 else ""
     table = _table(
         f"{s.model} at {comparison.hook_name}: {s.d_sae} features, k={s.k}, {s.tokens:,} tokens, recipe {s.recipe}"
-        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (the window of dead); {sinks}",
+        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (the window of dead); {sinks}{planted}",
         [heading for heading, _, _ in _MEASURES.values()],
     )
     for arm, results in _by_arm(comparison).items():

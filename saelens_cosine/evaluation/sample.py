@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.training.norm_filter import HighNormFilter
 
@@ -122,7 +123,12 @@ def sample_tokens(
     positions: list[torch.Tensor] = []
     n_contexts = 0
     for batch in token_batches:
-        _, cache = model.run_with_cache(batch, names_filter=[hook_name], prepend_bos=False)
+        _, cache = model.run_with_cache(
+            batch,
+            names_filter=[hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
+            prepend_bos=False,
+        )
         activations.append(cache[hook_name].flatten(2).flatten(0, 1).float().cpu())
         tokens.append(batch.flatten().cpu())
         rows = torch.arange(n_contexts, n_contexts + len(batch)).unsqueeze(-1)

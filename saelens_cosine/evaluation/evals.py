@@ -1,0 +1,371 @@
+"""What can be measured, one row each: of a text, of an SAE, or of an SAE against the one that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformer_lens import HookedTransformer
+
+from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.evaluation import saebench
+from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
+from saelens_cosine.evaluation.causal import (
+    PROTOCOLS,
+    ablation_precision,
+    direction_norm_patching,
+    steering,
+    win_rate,
+)
+from saelens_cosine.evaluation.cofiring import cofiring
+from saelens_cosine.evaluation.decomposition import decompose, over_tasks
+from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
+from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
+from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
+from saelens_cosine.evaluation.fve import explained_variance
+from saelens_cosine.evaluation.geometry import decoder_geometry
+from saelens_cosine.evaluation.html_report import features_for_report
+from saelens_cosine.evaluation.loss_recovered import loss_recovered
+from saelens_cosine.evaluation.matching import Matches
+from saelens_cosine.evaluation.norm_detectors import norm_detectors
+from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
+from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
+from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
+from saelens_cosine.evaluation.sample import TokenSample
+from saelens_cosine.evaluation.score_swap import score_swap
+from saelens_cosine.evaluation.subject import Subject, Text
+from saelens_cosine.evaluation.token_gram import firings
+from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
+
+BLOCKS = 20
+"""Parts of the text, whole contexts each, on which `reconstruction` is measured again: what intervals over text are made of."""
+
+PAIRS_LISTED = 2000
+"""Features whose partners `matching` lists, at even steps through those that have one."""
+
+SPLITS = 5
+
+
+class NotApplicable(Exception):
+    """An eval that says nothing of an SAE, with the reason."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """
+    Args:
+        measure (Callable): Its result, of plain values and dataclasses.
+        of (Literal["text", "sae", "pair"]): A text alone, an SAE, or an SAE and its baseline.
+        uses (tuple[str, ...]): Settings that change its result, beyond those that say what the tokens are.
+        about (str): One line for `--help`.
+    """
+
+    measure: Callable[[Any], Any]
+    of: Literal["text", "sae", "pair"]
+    about: str
+    uses: tuple[str, ...] = ()
+
+
+def _tokens(text: Text) -> Any:
+    sample = text.sample
+    norms, high = sample.norms, ~sample.ordinary
+    positions = torch.bincount(sample.positions[high], minlength=1)
+    common = positions.argsort(descending=True, stable=True)[:5]
+    quantiles = (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
+    return {
+        "tokens": len(sample),
+        "high_norm_share": sample.high_norm_share,
+        "high_norm_multiple": (norms[high].median() / norms.median()).item() if high.any() else None,
+        "high_norm_positions": [[int(p), int(positions[p])] for p in common if positions[p]],
+        "norm_quantiles": [[q, float(np.quantile(norms.numpy(), q))] for q in quantiles],
+    }
+
+
+def _patching(text: Text) -> Any:
+    sample = text.run.sample(text.settings.max_norm_multiple)
+    return {
+        name: {
+            context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
+            for context in ("alone", "text")
+        }
+        for name in text.settings.treatments
+    }
+
+
+def _probing_baseline(text: Text) -> Any:
+    return {
+        name: [probe_activations(text.treated(sample, name), task.labels, splits=SPLITS) for task, sample in text.tasks]
+        for name in text.settings.treatments
+    }
+
+
+def _reconstruction(subject: Subject) -> Any:
+    found = subject.by_treatment(lambda sample: diagnose_reconstruction(subject.sae, sample.activations))
+    return {**found, "fve_by_block": _fve_by_block(subject)}
+
+
+@torch.no_grad()
+def _fve_by_block(subject: Subject) -> dict[str, list[float]]:
+    sample = subject.text.sample
+    n_contexts = int(sample.contexts.max()) + 1
+    block = sample.contexts * min(BLOCKS, n_contexts) // n_contexts
+    values: dict[str, list[float]] = {name: [] for name in subject.settings.treatments}
+    with on_flat_tokens(subject.sae):
+        for number in block.unique():
+            part = sample.where(block == number)
+            x_hat = torch.cat(
+                [subject.sae(x.to(subject.sae.device)).cpu().float() for x in part.activations.split(1024)]
+            )
+            for name, found in values.items():
+                keep = part.ordinary if name == "without_sinks" else torch.ones_like(part.ordinary)
+                found.append(explained_variance(part.activations[keep], x_hat[keep]))
+    return values
+
+
+def _loss(subject: Subject) -> Any:
+    settings, text = subject.settings, subject.text
+    batches, tokens = [], 0
+    for batch in text.token_batches:
+        if tokens >= settings.loss_tokens:
+            break
+        batches.append(batch)
+        tokens += batch.numel()
+    bounds = {"with_sinks": None, "without_sinks": settings.max_norm_multiple}
+    return {name: loss_recovered(subject.sae, text.model, batches, bounds[name]) for name in settings.treatments}
+
+
+def _norm_response(subject: Subject) -> Any:
+    return subject.by_treatment(
+        lambda sample: {
+            "response": norm_response(subject.sae, sample.activations),
+            "noise": norm_noise(subject.sae, sample.activations),
+        }
+    )
+
+
+def _dictionary(subject: Subject) -> Any:
+    def of(name: str) -> dict[str, Any]:
+        codes, sample = subject.codes_of(name), subject.text.treated(subject.text.sample, name)
+        return {"norm_detectors": norm_detectors(codes, sample.norms), "cofiring": cofiring(codes, top=20)}
+
+    exponents = norm_exponents(subject.sae)
+    firing_rate = torch.from_numpy(firings(subject.codes) / len(subject.text.sample))
+    return {
+        **{name: of(name) for name in subject.settings.treatments},
+        "geometry": decoder_geometry(subject.sae),
+        "exponents": exponent_distribution(subject.sae, firing_rate),
+        "exponent_values": [] if exponents is None else exponents.double().flatten().tolist(),
+    }
+
+
+def _gradients(subject: Subject) -> Any:
+    def of(sample: TokenSample) -> Any:
+        mixed = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))
+        return encoder_gradients(subject.sae, sample.activations[mixed])
+
+    return subject.by_treatment(of)
+
+
+def _afa(subject: Subject) -> Any:
+    def of(sample: TokenSample) -> dict[str, Any]:
+        return {
+            f"{bias}, to the {reference}": summarize_afa(
+                measure_afa(subject.sae, sample.activations, reference=reference, bias=bias)
+            )
+            for bias in ("augment", "center")
+            for reference in ("input", "reconstruction")
+        }
+
+    points = zf_points(measure_afa(subject.sae, subject.text.sample.activations), subject.source.name, POINTS)
+    return {**subject.by_treatment(of), "zf_points": points}
+
+
+def _probing(subject: Subject) -> Any:
+    tasks = subject.text.tasks
+    ks = _ks(subject.sae.cfg.d_sae)
+
+    def of(name: str) -> dict[str, Any]:
+        return {
+            units: [probe(subject.pooled(i, name), task.labels, ks, units, SPLITS) for i, (task, _) in enumerate(tasks)]
+            for units in ("canonical", "scale_free")
+        }
+
+    return {"tasks": [task.name for task, _ in tasks], **{name: of(name) for name in subject.settings.treatments}}
+
+
+def _score_swap(subject: Subject) -> Any:
+    def of(sample: TokenSample) -> Any:
+        fit_on = sample.contexts % 2 == 0
+        try:
+            return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
+        except ValueError as error:
+            raise NotApplicable(str(error)) from error
+
+    return subject.by_treatment(of)
+
+
+def _causal(subject: Subject) -> Any:
+    run, sae, settings = subject.text.run, subject.sae, subject.settings
+    sample = run.sample(settings.max_norm_multiple)
+    concepts = subject.text.concepts
+
+    def of(name: str) -> dict[str, Any]:
+        tokens = subject.text.treated(sample, name)
+        rates = {
+            protocol: win_rate(run, sae, tokens, replace(row, features=min(row.features, settings.causal_features)))
+            for protocol, row in PROTOCOLS.items()
+        }
+        texts = subject.text.treated(concepts.run.sample(settings.max_norm_multiple), name)
+        return {
+            "win_rate": rates,
+            "steering": steering(run, sae, tokens),
+            "concepts": concepts.names,
+            "ablation": ablation_precision(concepts.run, sae, texts, torch.tensor(concepts.labels)),
+        }
+
+    return {name: of(name) for name in settings.treatments}
+
+
+def _features(subject: Subject) -> Any:
+    if subject.source.seed:
+        raise NotApplicable("The browser shows an arm's first seed.")
+    text = subject.text
+    found = features_for_report(
+        subject.sae, text.model, text.token_batches, subject.source.arm, max_features=subject.settings.browser_features
+    )
+    return {"features": found}
+
+
+def _matching(subject: Subject) -> Any:
+    def of(name: str) -> dict[str, Any]:
+        found, codes = subject.matching(name), subject.codes_of(name)
+        norms = subject.text.treated(subject.text.sample, name).norms
+        in_top = firings(codes[(norms >= torch.quantile(norms, 0.75)).numpy()]) / np.maximum(firings(codes), 1)
+        steps = _steps(len(found.a.pairs.features), PAIRS_LISTED)
+        listed = {field: [column[i] for i in steps] for field, column in asdict(found.a.pairs).items()}
+        return {
+            **{field: value for field, value in asdict(found).items() if field not in ("a", "b")},
+            "features": _counts(found.a),
+            "baseline_features": _counts(found.b),
+            "pairs": listed,
+            "top_quartile_share": [float(in_top[feature]) for feature in listed["features"]],
+            "matched_norms": norm_detectors(codes, norms, found.a.matched_features),
+            "unique_norms": norm_detectors(codes, norms, found.a.unique_features),
+        }
+
+    return {name: of(name) for name in subject.settings.treatments}
+
+
+def _decomposition(subject: Subject) -> Any:
+    baseline = subject.baseline
+    assert baseline is not None
+    tasks = subject.text.tasks
+
+    def of(name: str) -> list[Any]:
+        pairs = subject.matching(name).a.pairs
+        # as `Matches` counts them
+        matched = [
+            (feature, partner)
+            for feature, partner, correlation, cosine, mutual in zip(
+                pairs.features, pairs.partners, pairs.correlations, pairs.decoder_cosines, pairs.mutual, strict=True
+            )
+            if mutual and correlation >= 0.7 and cosine > 0.7
+        ]
+        if not matched:
+            raise NotApplicable("No feature has a mutual match in the SAE that it is compared with.")
+        ours, theirs = zip(*matched, strict=True)
+        parts = [
+            decompose(
+                subject.pooled(i, name),
+                baseline.pooled(i, name),
+                task.labels,
+                ours,
+                theirs,
+                _ks(len(matched)),
+                splits=SPLITS,
+            )
+            for i, (task, _) in enumerate(tasks)
+        ]
+        return [over_tasks(by_task) for by_task in zip(*parts, strict=True)]
+
+    return {name: of(name) for name in subject.settings.treatments}
+
+
+def _saebench(name: str) -> Callable[[Subject], Any]:
+    def measure(subject: Subject) -> Any:
+        settings, model = subject.settings, subject.text.model
+        configured = saebench_settings(name, subject.text.dataset, settings.saebench)
+        report = saebench.run(
+            [saebench.prepare(subject.sae, subject.source.arm)],
+            [name],
+            subject.folder / "saebench",
+            model=model if isinstance(model, HookedTransformer) else None,
+            device=settings.device,
+            settings={name: configured} if configured else None,
+            max_norm_multiple=None if settings.sinks == "keep" else settings.max_norm_multiple,
+            judge=settings.judge,
+            quiet=True,
+        )
+        (result,) = report.results
+        return {**asdict(result), "file": None, "file_without_high_norm": None}
+
+    return measure
+
+
+def saebench_settings(name: str, dataset: str, given: Any) -> dict[str, Any]:
+    """Changes to an eval's configuration: on the bundled corpus, its text instead of a data set on the Hub."""
+    bundled = {"core": {"dataset": BUNDLED}, "autointerp": {"dataset_name": BUNDLED}}
+    return {**(bundled.get(name, {}) if dataset == BUNDLED else {}), **given.get(name, {})}
+
+
+def _counts(matches: Matches) -> dict[str, Any]:
+    return {name: value for name, value in asdict(matches).items() if not isinstance(value, dict | tuple)}
+
+
+def _steps(n: int, most: int) -> list[int]:
+    return np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist()
+
+
+def _ks(most: int) -> tuple[int | None, ...]:
+    return tuple(k for k in K_VALUES if k is None or k <= most)
+
+
+EVALS: dict[str, Eval] = {
+    "tokens": Eval(_tokens, "text", "how long activations are, and where the high-norm tokens stand"),
+    "patching": Eval(
+        _patching, "text", "direction against norm of activations in the model's predictions", ("causal_contexts",)
+    ),
+    "probing_baseline": Eval(_probing_baseline, "text", "probes on the activations", ("tasks", "task_texts")),
+    "reconstruction": Eval(_reconstruction, "sae", "FVE in three definitions, L0, four kinds of dead, by norm"),
+    "loss": Eval(_loss, "sae", "cross-entropy and KL recovered, by norm", ("loss_tokens",)),
+    "norm_response": Eval(_norm_response, "sae", "codes as the input is scaled; FVE under norm noise"),
+    "dictionary": Eval(_dictionary, "sae", "norm detectors, co-firing, decoder geometry, exponents"),
+    "gradients": Eval(_gradients, "sae", "which tokens' norms train the encoder"),
+    "afa": Eval(_afa, "sae", "AFA, epsilon-LBO and the ZF plot"),
+    "probing": Eval(_probing, "sae", "k-sparse probing, canonical and scale-free", ("tasks", "task_texts")),
+    "score_swap": Eval(_score_swap, "sae", "the same dictionary read by the other score"),
+    "causal": Eval(
+        _causal,
+        "sae",
+        "win rate of the cosine, ablation precision, steering",
+        ("causal_contexts", "causal_features"),
+    ),
+    "features": Eval(_features, "sae", "best contexts, for the page's browser", ("browser_features",)),
+    "matching": Eval(_matching, "pair", "features shared with the first arm"),
+    "decomposition": Eval(
+        _decomposition, "pair", "probing gap to the first arm: discovery, separability", ("tasks", "task_texts")
+    ),
+    **{
+        name: Eval(
+            _saebench(name),
+            "sae",
+            f"SAEBench's {name}",
+            ("saebench", "judge") if name == "autointerp" else ("saebench",),
+        )
+        for name in saebench.EVALS
+    },
+}
+"""By name, in the order in which they are listed. A row here adds one."""

@@ -1,0 +1,234 @@
+"""What an evaluation measures: an SAE, its model and the text, each loaded once for all SAEs that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import ActivationsStore
+from sae_lens.saes.sae import SAE
+from scipy import sparse
+
+from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.data import load_text
+from saelens_cosine.evaluation.causal import CleanRun, clean_run
+from saelens_cosine.evaluation.codes import sparse_codes
+from saelens_cosine.evaluation.matching import FeatureMatching, match_codes
+from saelens_cosine.evaluation.plain import fingerprint
+from saelens_cosine.evaluation.planted import plant_sinks
+from saelens_cosine.evaluation.probing import canonical_codes, pool
+from saelens_cosine.evaluation.sample import TokenSample, sample_tokens
+from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.evaluation.sources import Source
+from saelens_cosine.evaluation.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task, token_concepts
+from saelens_cosine.loading import from_pretrained
+from saelens_cosine.models import load_hooked_model
+
+
+class Concepts(NamedTuple):
+    """
+    Texts whose last token decides what comes next.
+
+    Args:
+        run (CleanRun): The texts, each read at its last token.
+        labels (list[int]): Concept of each text.
+        names (list[str]): What the concepts are called.
+    """
+
+    run: CleanRun
+    labels: list[int]
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Text:
+    """
+    Held-out text as one model sees it at one hook.
+
+    Args:
+        model_name (str): As the SAEs' metadata or the settings call it.
+        model (Any): Hooked model.
+        hook (str): Hook point.
+        dataset (str): Where the text is from.
+        planted (bool): Whether sinks were planted.
+        token_batches (tuple[torch.Tensor, ...]): `[contexts, length]` each.
+        sample (TokenSample): Their activations at the hook.
+        settings (EvaluationSettings): What to measure.
+    """
+
+    model_name: str
+    model: Any
+    hook: str
+    dataset: str
+    planted: bool
+    token_batches: tuple[torch.Tensor, ...]
+    sample: TokenSample
+    settings: EvaluationSettings
+
+    @cached_property
+    def tasks(self) -> tuple[tuple[Task, TokenSample], ...]:
+        """Labelled texts with their activations."""
+        settings = self.settings
+        return tuple(
+            (task, sample_task(self.model, self.hook, task, max_norm_multiple=settings.max_norm_multiple))
+            for task in load_tasks(settings.tasks_for(self.dataset), settings.task_texts)
+        )
+
+    @cached_property
+    def run(self) -> CleanRun:
+        """The first contexts, from which causal diagnostics start."""
+        return clean_run(self.model, self.hook, torch.cat(self.token_batches)[: self.settings.causal_contexts])
+
+    @cached_property
+    def concepts(self) -> Concepts:
+        """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
+        if self.dataset == BUNDLED:
+            texts, labels, names = bundled_concepts()
+            return Concepts(concept_run(self.model, self.hook, texts), labels, names)
+        tokens = torch.cat(self.token_batches)
+        found = token_concepts(tokens)
+        run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions)
+        return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
+
+    def treated(self, sample: TokenSample, treatment: str) -> TokenSample:
+        """A sample with or without its sinks."""
+        return sample if treatment == "with_sinks" else sample.without_sinks()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """
+    One SAE.
+
+    Args:
+        source (Source): Where it is from, and what it is called.
+        sae (SAE[Any]): Inference form.
+        text (Text): What it is measured on.
+        folder (Path): Output folder, for evals that keep files of their own.
+        baseline (Subject | None): What it is compared with: the first arm's SAE of the same seed; of the first arm's own seeds, the first. None for that one.
+    """
+
+    source: Source
+    sae: SAE[Any]
+    text: Text
+    folder: Path
+    baseline: Subject | None = None
+
+    @property
+    def settings(self) -> EvaluationSettings:
+        return self.text.settings
+
+    @cached_property
+    def sha256(self) -> str:
+        return fingerprint(self.sae)
+
+    @cached_property
+    def codes(self) -> sparse.csr_array:
+        """Codes of all tokens of the sample."""
+        return sparse_codes(self.sae, self.text.sample.activations)
+
+    @cached_property
+    def _task_codes(self) -> tuple[sparse.csr_array, ...]:
+        return tuple(canonical_codes(self.sae, sample.activations) for _, sample in self.text.tasks)
+
+    def pooled(self, task: int, treatment: str) -> sparse.csr_array:
+        """Mean canonical codes of each text of a task, `[texts, d_sae]`."""
+        labelled, sample = self.text.tasks[task]
+        codes: Any = self._task_codes[task]
+        if treatment == "without_sinks":
+            codes, sample = codes[sample.ordinary.numpy()], sample.without_sinks()
+        return pool(codes, sample.contexts.numpy(), len(labelled.labels))
+
+    def codes_of(self, treatment: str) -> sparse.csr_array:
+        """`codes` of all tokens or of the ordinary ones."""
+        codes: Any = self.codes
+        return codes if treatment == "with_sinks" else codes[self.text.sample.ordinary.numpy()]
+
+    def matching(self, treatment: str) -> FeatureMatching:
+        """All features that have a partner in the baseline."""
+        if self.baseline is None:
+            raise ValueError(f"{self.source.name} is what the others are compared with; it has no baseline.")
+        return match_codes(
+            self.codes_of(treatment),
+            self.baseline.codes_of(treatment),
+            self.sae.W_dec,
+            self.baseline.sae.W_dec,
+            pairs="all",
+        )
+
+    def by_treatment(self, measure: Callable[[TokenSample], Any]) -> dict[str, Any]:
+        """A measure of the sample as the settings' `sinks` says."""
+        return {name: measure(self.text.treated(self.text.sample, name)) for name in self.settings.treatments}
+
+
+class Loader:
+    """Loads SAEs, and their models and texts once for all that share them."""
+
+    def __init__(self, settings: EvaluationSettings, folder: Path):
+        self.settings, self.folder = settings, folder
+        self._texts: dict[tuple[Any, ...], Text] = {}
+        self._models: dict[tuple[str, str, bool], Any] = {}
+
+    def subject(self, source: Source, baseline: Subject | None = None) -> Subject:
+        """An SAE ready to be measured.
+
+        Raises:
+            ValueError: its model, hook or text nobody has named.
+            CheckpointError, OSError: it, its model or its text cannot be loaded.
+        """
+        sae = from_pretrained(source.place, source.sae_id, device=self.settings.device)
+        sae.turn_off_forward_pass_hook_z_reshaping()  # samples have flattened heads
+        return Subject(source, sae, self.text(source, sae), self.folder, baseline)
+
+    def text(self, source: Source, sae: SAE[Any]) -> Text:
+        """The text that an SAE is measured on."""
+        settings, metadata = self.settings, sae.cfg.metadata
+        model_name, hook = settings.model or metadata.model_name, metadata.hook_name
+        dataset = settings.dataset or metadata.dataset_path
+        if not (model_name and hook and dataset):
+            raise ValueError(
+                f"{source.name} names model={metadata.model_name}, hook={hook}, dataset={metadata.dataset_path} in its metadata. "
+                "Pass --model and --dataset, and load and save it with metadata={'hook_name': ...} if the hook is missing."
+            )
+        planted = bool(metadata.planted_sinks) if settings.plant_sinks is None else settings.plant_sinks
+        if (model_name, hook, planted) not in self._models:
+            hooked = load_hooked_model(model_name, settings.device, hook=hook)
+            if planted:
+                plant_sinks(hooked.model, hook)
+            self._models[model_name, hook, planted] = hooked
+        hooked = self._models[model_name, hook, planted]
+        context = settings.context_size or metadata.context_size or 128
+        context = min(context, hooked.context_size or context)
+        key = (model_name, hook, dataset, planted, context)
+        if key not in self._texts:
+            batches = _token_batches(hooked, hook, dataset, context, settings)
+            sample = sample_tokens(hooked.model, hook, batches, settings.max_norm_multiple)
+            self._texts[key] = Text(model_name, hooked.model, hook, dataset, planted, batches, sample, settings)
+        return self._texts[key]
+
+
+def _token_batches(
+    hooked: Any, hook: str, dataset: str, context: int, settings: EvaluationSettings
+) -> tuple[torch.Tensor, ...]:
+    store = ActivationsStore.from_config_multi_hook(
+        hooked.model,
+        dataset=load_text(dataset).heldout,
+        hook_names=[hook],
+        hook_d_ins={hook: hooked.d_in},
+        context_size=context,
+        store_batch_size_prompts=16,
+        device=settings.device,
+    )
+    batches: list[torch.Tensor] = []
+    while sum(batch.numel() for batch in batches) < settings.tokens:
+        try:
+            batches.append(store.get_batch_tokens(raise_at_epoch_end=True))
+        except StopIteration:
+            break
+    if not batches:
+        raise ValueError(f"Dataset {dataset!r} holds out less than 16 contexts of {context} tokens; name another.")
+    return tuple(batches)
