@@ -118,6 +118,7 @@ def facts(config: SAEConfig) -> dict[str, str]:
         "dataset": f"`{metadata.dataset_path}`" if metadata.dataset_path else None,
         "context": f"{metadata.context_size} tokens" if metadata.context_size else None,
         "high-norm tokens": _tokens(metadata.max_norm_multiple, metadata.high_norm_share_dropped),
+        "sinks": "planted in each context, see `saelens_cosine.evaluation.planted`" if metadata.planted_sinks else None,
         _SETTINGS: ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None),
     }
     return {key: str(value) for key, value in rows.items() if value}
@@ -164,6 +165,7 @@ def _comparison_section(comparison: Mapping[str, Any], picture: str | None) -> s
         else f"above {multiple:g} times the median norm dropped, {high['share_dropped_in_training']:.2%} of the tokens in "
         f"training and {high['share_dropped_in_evaluation']:.2%} in evaluation"
     )
+    sinks += "; a sink planted in each context" if high.get("planted") else ""
     image = f"\n![training curves, exponents, and FVE by quartile of the norm]({picture})\n" if picture else ""
     return (
         f"## Comparison\n\nAll arms on one stream of activations; measured: {settings['evaluated']}, "

@@ -182,6 +182,21 @@ def test_no_active_features_have_no_epsilon():
     assert (silent.epsilon_lbo.tokens, silent.epsilon_lbo.undefined) == (0, 1)
 
 
+@pytest.mark.parametrize("bias", ["augment", "center"])
+def test_a_summary_has_each_value_under_its_name(bias):
+    sae = make_sae("cosine_topk")
+    sae.log_scale.data -= 0.9  # to where some tokens have less than their norm and some more
+    tokens = measure_afa(sae, X, bias=bias)
+    summary = summarize_afa(tokens)
+    names = ["afa", "feature_norm", "signed_gap", "scale_free", "epsilon_lbo", "epsilon_active", "epsilon_l1", "normalized_mse"]  # fmt: skip
+    medians = [getattr(summary, name).median for name in names]
+    assert medians == pytest.approx([getattr(tokens, name).double().nanquantile(0.5).item() for name in names])
+    assert len(set(medians)) == 8
+    assert summary.signed_gap.lower_quartile < 0 < summary.signed_gap.percentile_99
+    assert (summary.tokens, summary.d_sae, summary.reference, summary.bias) == (200, 13, "input", bias)
+    assert summary.bias_norm == tokens.bias_norm > 0
+
+
 def test_distribution_by_hand():
     values = torch.cat([torch.arange(100.0), torch.tensor([1e6, torch.nan])])
     d = distribution(values)

@@ -102,6 +102,25 @@ def test_patches_by_a_formula(context, before):
     longer, shorter = max(x[1].norm(), x[3].norm()), min(x[1].norm(), x[3].norm())
     assert result.random.mean_norm_ratio == pytest.approx((longer / shorter).item(), rel=1e-5)
 
+    shares = []
+    for part, factor in zip(result.scaled, (0.5, 2, 5), strict=True):
+        one, other = (
+            kl(before * first + a, before * first + factor * a, W_U) for a, first in ((x[1], x[0]), (x[3], x[2]))
+        )
+        assert part.factor == factor
+        shares.append((part.kl.mean - other) / (one - other))  # of the four rescaled tokens that are the first one
+    assert shares == pytest.approx([round(4 * shares[0]) / 4] * 3, abs=2e-3)
+    assert 0 <= shares[0] <= 1
+
+
+def test_pairs_are_of_different_contexts():
+    # tokens of a context have one direction, at right angles to every other context's
+    x = torch.eye(5).repeat_interleave(3, dim=0) * torch.arange(1.0, 16).unsqueeze(-1)
+    run = clean_run(FormulaModel(x, normal(5, 8)), "hook", torch.arange(15).view(5, 3))
+    result = direction_norm_patching(run, run.sample(None), pairs=200, control_pairs=20, rescaled_tokens=3)
+    assert (result.random.pairs, result.random.mean_cosine) == (200, 0)
+    assert result.same_direction.pairs == 0
+
 
 def test_patching_refuses():
     run, *_ = a_run("itself", n=6)
@@ -203,6 +222,7 @@ def test_ranking_is_in_units_of_activations():
     x, labels, W_U, _ = concept_texts()
     x[:, :2] = 0
     x[1::2][labels == 1, :2] = 1.0
+    x[1::2, 2] = 9.0  # in texts with and without
     scale = torch.tensor([1.0, 0.5, 1, 1, 1])
     sae = relu_sae(torch.eye(5) * scale, torch.eye(5) * torch.tensor([1.0, 4, 1, 1, 1])[:, None])
     run = clean_run(FormulaModel(x, W_U), "hook", torch.arange(24).view(12, 2))
@@ -240,13 +260,13 @@ def test_ablation_refuses():
 
 
 def steering_scene():
-    """Ten texts of two tokens: at the last, feature 0 on in five with code 1, feature 1 in two with code 9, 2 in all with 0.5.
+    """Ten texts of two tokens: at the last, feature 0 on in five with code 2, feature 1 in two with code 9, 2 in all with 0.5.
 
     Decoder rows have lengths 1, 1 and 3.
     """
     x = torch.zeros(20, 4)
     last = x[1::2]
-    last[:5, 0], last[:2, 1], last[:, 2], last[:, 3] = 1.0, 9.0, 0.5, torch.arange(10.0) + 1
+    last[:5, 0], last[:2, 1], last[:, 2], last[:, 3] = 2.0, 9.0, 0.5, torch.arange(10.0) + 1
     x[0::2, 1] = 7.0
     W_dec = torch.diag(torch.tensor([1.0, 1.0, 3.0, 1.0]))[:3]
     return x, normal(4, 9, seed=5), relu_sae(torch.eye(4)[:, :3], W_dec)
@@ -259,7 +279,7 @@ def test_steering_by_a_formula():
     result = steering(
         run, sae, run.sample(None), factors=(0, 1, 5), n_features=10, on_progress=lambda *p: done.append(p)
     )
-    # feature 1 fires on 0.2 of the texts; mean codes times decoder norms are 0.5 for feature 0 and 1.5 for feature 2
+    # feature 1 fires on 0.2 of the texts; mean codes 1 for feature 0 and 0.5 for feature 2, times decoder norms 1 and 1.5
     assert (result.texts, result.features) == (10, (2, 0))
     assert result.active_share == 15 / 20
     h = x[1::2].double().numpy()
@@ -284,6 +304,7 @@ def test_steering_by_a_formula():
     assert result.effects[1].kl == result.effects[1].top_change == 0
     assert done[-1] == ("steering times 5", 20, 20)
     assert steering(run, sae, run.sample(None), n_features=1).features == (2,)
+    assert steering(run, sae, run.sample(None), min_firing_share=0.5).features == (2,)  # feature 0 is not above it
     json.dumps(dataclasses.asdict(result))
 
 

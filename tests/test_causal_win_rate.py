@@ -33,6 +33,18 @@ def read_of(x, read_out):
     return x / np.linalg.norm(x, axis=-1, keepdims=True) if read_out == "direction" else x
 
 
+@pytest.mark.parametrize("name, context, ablated, chosen_by, chosen_on, features, min_active, compared", [
+    ("A", "alone", "read", "firing_rate", None, 30, 20, "absolute_correlations"),
+    ("B", "text", "all", "mean_code", None, 100, 1, "correlations"),
+    ("C", "text", "read", "mean_code", 50, 100, 1, "absolute_predictors"),
+])  # fmt: skip
+def test_protocols_of_the_paper(name, context, ablated, chosen_by, chosen_on, features, min_active, compared):
+    protocol = PROTOCOLS[name]
+    assert (protocol.context, protocol.ablated, protocol.compared) == (context, ablated, compared)
+    assert (protocol.chosen_by, protocol.chosen_on, protocol.features) == (chosen_by, chosen_on, features)
+    assert (protocol.min_active, protocol.removed) == (min_active, "inner_product")
+
+
 @pytest.mark.parametrize("read_out, rate", [("direction", 1.0), ("itself", 0.0)])
 @pytest.mark.parametrize("name", ["A", "C"])
 def test_the_score_that_the_model_reads_wins_every_feature(read_out, rate, name):

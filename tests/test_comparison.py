@@ -15,7 +15,7 @@ from torch.nn.modules import module
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
-from saelens_cosine.evaluation.report import SCHEMA, paired_difference
+from saelens_cosine.evaluation.report import SCHEMA
 
 TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
 ARMS = ["inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk"]
@@ -299,13 +299,6 @@ def test_planted_sinks_are_dropped_by_default_and_trained_on_if_asked(run, tmp_p
     assert plain["high_norm_tokens"]["planted"] is False
     assert "planted" not in printed
     assert SAE.load_from_disk(folder / plain["arms"][0]["path"]).cfg.metadata.planted_sinks is None
-
-
-def test_paired_difference_by_hand():
-    # differences 1, 2, 3: mean 2, sd 1, half width t(0.975, 2) / sqrt(3) = 4.30265 / 1.73205 = 2.48414
-    assert paired_difference([2, 4, 6], [1, 2, 3]) == pytest.approx((2, 2 - 2.48414, 2 + 2.48414), rel=1e-5)
-    with pytest.raises(ValueError, match="at least two pairs"):
-        paired_difference([1], [2])
 
 
 def test_help_names_every_option_that_the_settings_have():

@@ -29,6 +29,8 @@ SETTINGS = EvaluationSettings(
     dataset="bundled",
 )
 
+TASKS = ("bundled:loop", "bundled:method")
+
 
 def with_evals(*evals, **changes):
     return dataclasses.replace(SETTINGS, evals=evals, **changes)
@@ -181,7 +183,9 @@ def test_every_diagnostic_runs_and_shows_on_the_page(run, tmp_path):
     folder, sources, _ = run
     names = [name for name in EVALS if not name.startswith("autointerp")]
     ours = tuple(name for name in names if name in EVALS and not EVALS[name].about.startswith("SAEBench"))
-    settings = with_evals(*ours, task_texts=24, causal_contexts=12, causal_features=3, loss_tokens=512)
+    settings = with_evals(
+        *ours, task_texts=24, causal_contexts=12, causal_features=3, concept_texts=4, loss_tokens=512, tasks=TASKS
+    )
     document = evaluate(sources, settings, tmp_path)
     data = report_data(document)
     for section in ("differences", "quartiles", "zf", "probing", "precision", "matches", "features"):

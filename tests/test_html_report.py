@@ -235,10 +235,38 @@ def test_comparison_and_differences_by_hand():
     comparison, differences = re.findall(r"<tbody>(.*?)</tbody>", page)
     cells = [re.sub("<svg.*?</svg>", "", cell) for cell in re.findall("<td>(.*?)</td>", comparison)]
     assert cells == ["0.9000<small>0.8000 to 0.9500</small>", "67", "-", "-"]
-    verdicts = [re.findall("<td>(.*?)</td>", row)[3] for row in re.findall("<tr>(.*?)</tr>", differences)]
-    assert verdicts == ["no difference seen", "", "", "no interval", "no difference seen"]
-    assert "<td>-0.1000 to +0.3000</td>" in differences
+    unseen = '<span class="unseen">no difference seen</span>'
+    assert re.findall("<td>(.*?)</td>", differences) == [
+        f"{unseen}<small>-0.1000 to +0.3000</small>",
+        "<b>+0.1000</b><small>+0.0500 to +0.1500</small>",
+        "<b>+0.1000</b><small>-0.3000 to -0.1000</small>",
+        "+0.1000<small>no interval</small>",
+        f"{unseen}<small>+0.0000 to +0.2000</small>",
+    ]
+    assert "minus one</th>" in page
     assert comparison.count('<svg class="strip') == 1  # of the one value that has an interval
+
+
+def test_differences_are_a_row_per_measure_and_a_column_per_arm():
+    """Arms in the report's order, a dash where one was not measured, a table for each baseline."""
+    found = tuple(
+        Difference(arm, baseline, metric, Estimate(value, value - 0.05, value + 0.05))
+        for arm, baseline, metric, value in (
+            ("c", "a", "FVE", 0.3),
+            ("b", "a", "FVE", 0.2),
+            ("b", "a", "L0", 0.1),
+            ("c", "b", "FVE", 0.4),
+        )
+    )
+    page = render(ReportData("t", arms=(Arm("a"), Arm("b"), Arm("c")), differences=found))
+    tables = re.findall(r'<table class="differences">(.*?)</table>', page)
+    heads = [re.sub("<svg.*?</svg>", "", table.split("</thead>")[0]) for table in tables]
+    assert [re.findall('<th scope="col">(.*?)</th>', head) for head in heads] == [
+        ["minus a", "b", "c"],
+        ["minus b", "c"],
+    ]
+    first, second = (re.findall(r"<td>(?:<b>)?([-+.\d]+)", table) for table in tables)
+    assert (first, second) == (["+0.2000", "+0.3000", "+0.1000", "-"], ["+0.4000"])
 
 
 def test_what_is_not_finite_is_drawn_nowhere():

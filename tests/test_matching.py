@@ -78,6 +78,9 @@ def test_agrees_with_numpy_in_any_blocks(monkeypatch):
             )  # float32 sums on crowded tokens
             assert found.pairs.joint_firings == tuple(joint_firings[order, partners[order]])
             assert found.pairs.mutual == tuple(expected.T.argmax(axis=1)[partners[order]] == order)
+            bounds = [(expected.max(axis=1) >= bound).sum() for bound in (0.7, 0.3)]
+            assert (found.strong, found.weak) == (bounds[0], bounds[1] - bounds[0])
+            assert found.unmatched == len(expected) - bounds[1] > 0
         assert set(range(20)) <= set(result.a.matched_features)  # what was planted, at the same places of W
 
 

@@ -51,6 +51,8 @@ def test_filter_off_and_filter_unknown_are_told_apart():
     off = model_card(config(max_norm_multiple=None, high_norm_share_dropped=0.0), "x")
     assert "| high-norm tokens | kept in training |" in off
     assert "high-norm" not in model_card(config(), "x")
+    assert "| sinks | planted in each context" in model_card(config(planted_sinks=True), "x")
+    assert "planted" not in model_card(config(), "x")
 
 
 def test_the_front_matter_is_what_the_hub_reads():

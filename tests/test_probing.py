@@ -1,20 +1,16 @@
+import dataclasses
 import json
-import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_activations, make_sae, save_inference
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from scipy import optimize, sparse
 from scipy.stats import norm
 
 from saelens_cosine.evaluation.decomposition import decompose, over_tasks
 from saelens_cosine.evaluation.probing import canonical_codes, pool, probe, probe_activations, probe_sae
-from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
 from saelens_cosine.evaluation.sample import TokenSample, side_by_side
-from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.rescore import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
@@ -116,6 +112,35 @@ def test_scale_free_probes_do_not_see_gains():
         assert p.accuracies == q.accuracies
     raw = [probe(sparse.csr_array(c), truth, (1,))[0].features for c in (codes, codes * gains)]
     assert raw[0] != raw[1]
+
+
+def test_units_are_not_taken_from_the_test_contexts():
+    # feature 0 is right throughout; feature 1 misses every tenth positive, and is 100 times smaller in the second part. By its
+    # mean size over both, it would look twice as far apart as feature 0 in the first
+    (first, second), *_ = full_parts(TRUTH)
+    missed = np.isin(np.arange(100), np.flatnonzero(TRUTH)[::10])
+    feature = np.where(TRUTH & ~missed, 1.0, 0)
+    feature[second] /= 100
+    (one,) = probe(sparse.csr_array(np.stack([TRUTH * 1.0, feature], axis=1)), TRUTH, (1,), "scale_free", splits=2)
+    assert one.features == ((0,), (0,))
+
+
+def test_units_are_sizes_of_codes_with_signs():
+    # feature 0 is 1 or -1, 55 to 45 in one class and 45 to 55 in the other: means 0.1 and -0.1 of size 1, together nearly 0
+    sign = np.where(np.arange(200) // 2 % 20 < 11, 1.0, -1.0) * np.where(EVEN, 1, -1)
+    codes = np.stack([sign, flipped(EVEN, *range(60))], axis=1)  # 0.7 against 0.3
+    (one,) = probe(sparse.csr_array(codes), EVEN, (1,), "scale_free")
+    assert one.features == ((1,),) * 5
+
+
+def test_area_under_the_curve_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=100) + TRUTH
+    (one,) = probe(sparse.csr_array(x[:, None]), TRUTH, (1,), splits=2)
+    expected = [(x[test][TRUTH[test]][:, None] > x[test][~TRUTH[test]]).mean() for _, test in full_parts(TRUTH)]
+    assert one.aucs == pytest.approx(expected)
+    assert one.auc == pytest.approx(np.mean(expected))
+    assert 0.6 < one.auc < 0.9
 
 
 def test_features_are_not_chosen_on_the_test_contexts():
@@ -241,7 +266,7 @@ def test_results_are_json_and_progress_is_told():
     result = probe_sae(
         reader("cosine"), sample_of(x, range(100)), truth, (1, None), on_progress=lambda *what: seen.append(what)
     )
-    assert json.loads(json.dumps(asdict(result)))["canonical"][1]["k"] is None
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["canonical"][1]["k"] is None
     assert seen[0] == ("Probing", 0, 2)
     assert seen[-1] == ("Probing", 2, 2)
 
@@ -270,6 +295,18 @@ def test_decomposition_by_hand():
     assert np.mean(one.accuracies, axis=1) == pytest.approx([1, 0.8, 0.9, 0.8])
 
 
+def test_units_splits_and_seed_are_those_of_the_probes():
+    # as above: feature 0 is large and unreliable, feature 1 small and always right
+    a = codes_of(100 * flipped(EVEN, *range(40)), EVEN * 2.0)
+    gaps = [decompose(a, a[:, :1], EVEN, [0], [0], (1,), units)[0].gap.mean for units in ("canonical", "scale_free")]
+    assert gaps == pytest.approx([0, 1 - 0.8])
+    b = codes_of(flipped(EVEN, *range(40)))
+    (one,) = decompose(b, b, EVEN, [0], [0], (1,), splits=4, seed=7)
+    (alone,) = probe(b, EVEN, (1,), splits=4, seed=7)
+    assert one.accuracies == (alone.accuracies,) * 4
+    assert alone.accuracies != probe(b, EVEN, (1,), splits=4)[0].accuracies
+
+
 def test_no_gap_has_no_shares():
     a = codes_of(flipped(EVEN, *range(20)))
     (one,) = decompose(a, a, EVEN, [0, 0], [0, 0], (1,))
@@ -289,61 +326,7 @@ def test_tasks_are_averaged_and_are_part_of_the_noise():
     assert (all_three.gap.mean, all_three.gap.high) == pytest.approx((0.25, 0.25 + half))
     assert all_three.separability == pytest.approx(0.15 / 0.25)
     assert all_three.accuracies[0] == pytest.approx((1, 1, 1))
+    assert over_tasks([dataclasses.replace(parts[0], matched_features=(2, 2)), *parts]).matched_features == (2, 2)
     assert over_tasks(parts[:2]).separability is None  # two tasks are too few to see a gap
     with pytest.raises(ValueError, match="one k"):
         over_tasks([])
-
-
-# score swap
-
-
-def test_the_same_score_at_the_same_l0_is_the_same_sae():
-    torch.manual_seed(0)
-    sae = StandardSAE(StandardSAEConfig(d_in=7, d_sae=13))
-    sae.W_dec.data *= torch.rand(13, 1) + 0.5
-    sample = sample_of(make_activations(400, 7, spread=0.7), range(400))
-    swap = score_swap(sae.eval(), sample, sample, progress=False)
-    own, cosine, inner = swap.readings
-    assert [reading.score for reading in swap.readings] == ["own", "cosine", "inner_product"]
-    assert own.reconstruction == evaluate_reconstruction(sae, sample.activations)
-    assert (own.scale, own.threshold, own.probing) == (None, None, None)
-    assert inner.architecture == "jumprelu"
-    assert inner.reconstruction.fve == pytest.approx(own.reconstruction.fve, rel=1e-5)  # a ReLU is a threshold of 0
-    assert cosine.architecture == "cosine_jumprelu"
-    assert cosine.reconstruction.l0 == pytest.approx(own.reconstruction.l0, abs=0.01)  # fitted on these tokens
-    assert cosine.reconstruction.fve != pytest.approx(own.reconstruction.fve, abs=0.01)
-    assert swap.target_l0 == pytest.approx(own.reconstruction.l0)
-    assert swap.fitted_on_tokens == 400
-    json.dumps(asdict(swap))
-
-
-def test_a_swap_is_measured_on_other_tokens_than_it_is_fitted_on(tmp_path):
-    sae = save_inference(make_sae("per_feature_cosine_batchtopk"), tmp_path)
-    fit_on = sample_of(make_activations(300, 7, seed=1), range(300))
-    sample = sample_of(make_activations(100, 7, seed=2), range(100))
-    swap = score_swap(sae, fit_on, sample, np.arange(100) < 50, progress=False, ks=(1,), splits=2)
-    by_hand = rescore(sae, fit_on.activations, "cosine", progress=False)
-    assert swap.readings[1].threshold == by_hand.cfg.metadata.rescored[-1]["threshold"]
-    assert swap.readings[1].reconstruction == evaluate_reconstruction(by_hand, sample.activations)
-    assert all(reading.probing.contexts == 100 for reading in swap.readings)
-    assert [len(reading.probing.canonical[0].accuracies) for reading in swap.readings] == [2, 2, 2]
-
-
-def test_a_topk_keeps_its_k(tmp_path):
-    sae = save_inference(make_sae("cosine_topk"), tmp_path)
-    sample = sample_of(make_activations(100, 7), range(100))
-    swap = score_swap(sae, sample, sample, progress=False)
-    assert swap.target_l0 is None
-    assert all(reading.threshold is None for reading in swap.readings)
-
-
-def test_a_dictionary_read_by_cosine_shows_the_concept_that_an_inner_product_hides():
-    x, truth = concept(800)
-    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=3, d_sae=3))
-    sae.load_state_dict({**identity_sae(3).state_dict(), "threshold": torch.zeros(3)})
-    sample = sample_of(x, range(800))
-    swap = score_swap(sae.eval(), sample, sample, truth, progress=False, ks=(1,))
-    own, cosine, inner = (reading.probing.scale_free[0].accuracy for reading in swap.readings)
-    assert cosine > own + 0.1
-    assert own == pytest.approx(inner, abs=0.01)
-    assert math.isfinite(cosine)

@@ -13,6 +13,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 import saelens_cosine
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
+from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.loading import RELEASES
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,12 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_the_first_command_is_the_default_comparison():
     assert block("bash", "saelens-cosine compare").strip().splitlines()[-1] == "saelens-cosine compare"
+
+
+def test_the_table_of_evals_is_complete():
+    section = README.split("## Evaluate")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[a-z_` ]+`) \|", section, re.M)
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(EVALS)
 
 
 def test_the_tables_of_architectures_are_complete_and_right():

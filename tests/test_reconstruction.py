@@ -348,6 +348,7 @@ def test_loss_recovered_against_softmaxes_by_hand():
         score = (nats["ablation"] - nats["sae"]) / (nats["ablation"] - nats["without"])
         assert result.ce_loss_score == pytest.approx(score, rel=1e-3, abs=1e-4)
         assert result.kl_div_with_sae == pytest.approx(divergence["sae"], rel=1e-3)
+        assert result.kl_div_with_ablation == pytest.approx(divergence["ablation"], rel=1e-3)
         assert result.kl_div_score == pytest.approx(1 - divergence["sae"] / divergence["ablation"], rel=1e-3, abs=1e-4)
     assert ce_loss_recovered(sae, model, batches, 1.3) == pytest.approx(by_norm.all_norms.overall.ce_loss_score)
     assert loss_recovered(sae, model, batches, None, compute_kl=False).by_norm.all_norms.overall.kl_div_score is None

@@ -22,6 +22,7 @@ from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.evaluation.saebench import EVALS, Judge, SAEBenchError, check_environment, prepare, run
 from saelens_cosine.evaluation.saebench.evals import Call
 from saelens_cosine.evaluation.saebench.runner import _Runner
+from saelens_cosine.evaluation.saebench.scopes import within_the_context
 
 pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs `pip install --no-deps sae-bench==0.6.0`")
 
@@ -529,3 +530,19 @@ def test_calls_are_as_upstream_defines_them(tmp_path, monkeypatch, name):
         assert arguments["dtype"] == "float32"
     elif name != "meta_structure":
         assert arguments["config"].model_name == "gemma-2-2b"
+
+
+def test_texts_longer_than_the_context_are_cut(bundled):
+    module = pytest.importorskip("sae_probes.generate_model_activations")
+    text = "value = value + 1\n" * 100
+    hook = "blocks.2.hook_resid_post"
+    fixed = {"hook_names": [hook], "max_layer": None, "device": "cpu", "batch_size": 1}
+    with within_the_context():
+        found = module._process_activations(model=bundled, texts=[text], max_seq_len=1024, **fixed)[hook]
+    ids = bundled.tokenizer(text)["input_ids"]
+    assert len(ids) > bundled.cfg.n_ctx == 256
+    kept = torch.tensor([[ids[0], *ids[-255:]]])  # BOS, and what sae-probes' cut on the left leaves
+    expected = bundled.run_with_cache(kept, names_filter=[hook])[1][hook][0, -1]
+    torch.testing.assert_close(found.flatten(), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        module._process_activations(model=bundled, texts=[text], max_seq_len=1024, **fixed)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 from scipy import sparse
+from scipy.sparse import get_index_dtype
 
 TOKENS_AT_ONCE = 2**25
 """Dense codes that are held at a time, for classes that make no others: 128 MiB in float32."""
@@ -32,7 +33,8 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
         )
     parts = [_entries(sae, x) for x in activations.split(max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))]
     counts = np.concatenate([counts for counts, _, _ in parts])
-    indptr = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    # scipy widens the indices of the entries to the type of this one
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(get_index_dtype(maxval=int(counts.sum())))
     features = np.concatenate([features for _, features, _ in parts])
     values = np.concatenate([values for _, _, values in parts])
     return sparse.csr_array((values, features, indptr), shape=(len(activations), sae.cfg.d_sae))

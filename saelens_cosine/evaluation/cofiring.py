@@ -216,7 +216,8 @@ def _by_context(items: Any, contexts: Array, labels: torch.Tensor) -> tuple[Any,
             f"{len(labels)} labels."
         )
     present, row, size = np.unique(contexts, return_inverse=True, return_counts=True)
-    mean = sparse.csr_array((1 / size[row], (row, np.arange(len(row)))), shape=(len(present), len(row)))
+    place = row.astype(np.int32), np.arange(len(row), dtype=np.int32)  # wider ones would widen those of the result
+    mean = sparse.csr_array((1 / size[row], place), shape=(len(present), len(row)))
     return (mean @ items).tocsr(), labels[torch.from_numpy(present)]
 
 

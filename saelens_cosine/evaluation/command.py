@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE
 from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
 from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
@@ -169,7 +170,7 @@ def _differences(found: list[dict[str, Any]]) -> Table:
         numbers = item["difference"]
         over = " x ".join(f"{n} {what}" for n, what in zip(numbers["shape"], item["over"], strict=True))
         interval = f"{numbers['low']:+.4f} to {numbers['high']:+.4f}"
-        mean = f"{numbers['mean']:+.4f}" if numbers["seen"] else "no difference seen"
+        mean = f"{numbers['mean']:+.4f}" if numbers["seen"] else NO_DIFFERENCE
         table.add_row(item["arm"], item["measure"], over, f"{mean} ({interval})")
     return table
 

@@ -240,6 +240,8 @@ def _features(subject: Subject) -> Any:
 
 
 def _matching(subject: Subject) -> Any:
+    _baseline_of(subject)
+
     def of(name: str) -> dict[str, Any]:
         found, codes = subject.matching(name), subject.codes_of(name)
         norms = subject.text.treated(subject.text.sample, name).norms
@@ -260,9 +262,7 @@ def _matching(subject: Subject) -> Any:
 
 
 def _decomposition(subject: Subject) -> Any:
-    baseline = subject.baseline
-    assert baseline is not None
-    tasks = subject.text.tasks
+    baseline, tasks = _baseline_of(subject), subject.text.tasks
 
     def of(name: str) -> list[Any]:
         pairs = subject.matching(name).a.pairs
@@ -321,6 +321,13 @@ def saebench_settings(name: str, dataset: str, given: Any) -> dict[str, Any]:
     return {**(bundled.get(name, {}) if dataset == BUNDLED else {}), **given.get(name, {})}
 
 
+def _baseline_of(subject: Subject) -> Subject:
+    baseline = subject.baseline
+    if baseline is None or baseline.text is not subject.text:
+        raise NotApplicable("The SAE that it is compared with was not measured on the same activations.")
+    return baseline
+
+
 def _counts(matches: Matches) -> dict[str, Any]:
     return {name: value for name, value in asdict(matches).items() if not isinstance(value, dict | tuple)}
 
@@ -351,7 +358,7 @@ EVALS: dict[str, Eval] = {
         _causal,
         "sae",
         "win rate of the cosine, ablation precision, steering",
-        ("causal_contexts", "causal_features"),
+        ("causal_contexts", "causal_features", "concept_texts"),
     ),
     "features": Eval(_features, "sae", "best contexts, for the page's browser", ("browser_features",)),
     "matching": Eval(_matching, "pair", "features shared with the first arm"),

@@ -151,7 +151,11 @@ class _Measured:
             where = [text.model_name, text.hook, text.dataset, text.planted, shape, versions()["saelens-cosine"]]
             file = self.folder / "measured" / f"{chosen}-{digest([identity, fixed, where])}.json"
             if not file.exists():
-                write_json(_measure(row.measure, of), file)
+                try:
+                    write_json(_measure(row.measure, of), file)
+                except saebench.SAEBenchError as error:  # not kept: the next run tries again
+                    results[chosen] = {"not_applicable": str(error)}
+                    continue
             kept = json.loads(file.read_text())
             results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
         return {"results": results, "seconds": seconds}

@@ -169,7 +169,7 @@ def _matches(name: str, entry: Entry, arms: Mapping[str, Sequence[Entry]], treat
 def _features(name: str, entry: Entry) -> Iterator[Feature]:
     found = entry["results"].get("features") or {}
     for feature in found.get("features", []):
-        contexts = tuple(Context(tuple(c["tokens"]), tuple(c["values"])) for c in feature["contexts"])
+        contexts = tuple(Context(tuple(tokens), tuple(values)) for tokens, values in feature["contexts"])
         ends = {end: tuple(TokenValue(*item) for item in feature[end]) for end in ("promotes", "suppresses")}
         yield Feature(name, feature["index"], feature["density"], feature["exponent"], contexts, **ends)
 

@@ -254,7 +254,8 @@ def _candidates(codes: Any, alive: Array, min_joint: int) -> tuple[Any, Array, A
     variance = square - mean**2
     varies = variance > 1e-12 * square  # correlations of a constant are not defined; it is one but for rounding
     kept = alive[varies[alive] & (firings(codes)[alive] >= min_joint)]
-    return codes[:, kept], mean[kept], np.sqrt(variance[kept]), kept
+    candidates = codes if len(kept) == n_features else codes[:, kept]  # with sinks all are, and codes are many
+    return candidates, mean[kept], np.sqrt(variance[kept]), kept
 
 
 def _row_cosines(W_a: torch.Tensor, W_b: torch.Tensor, rows_a: Array, rows_b: Array) -> Array:

@@ -146,13 +146,13 @@ def pool(codes: sparse.csr_array, contexts: ArrayLike, n_contexts: int, how: Poo
     Raises:
         ValueError: contexts that do not fit the codes or n_contexts.
     """
-    context = np.asarray(contexts, dtype=np.int64)
+    context = np.asarray(contexts, dtype=np.int32)  # wider indices would widen those of the result
     n_tokens = _shape(codes)[0]
     if len(context) != n_tokens or (n_tokens and not 0 <= context.min() <= context.max() < n_contexts):
         raise ValueError(f"{len(context)} context numbers for {n_tokens} tokens of contexts 0 to {n_contexts - 1}.")
-    token = np.arange(n_tokens)
+    token = np.arange(n_tokens, dtype=np.int32)
     if how == "last":
-        last = np.full(n_contexts, -1)
+        last = np.full(n_contexts, -1, dtype=np.int32)
         np.maximum.at(last, context, token)
         token = last[last >= 0]
         context = context[token]
@@ -187,10 +187,11 @@ def probe(
     scores: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
     chosen: dict[int | None, list[tuple[int, ...]]] = {k: [] for k in ks}
     for train, test in _parts(truth, splits, seed):
-        x = codes.copy()
+        x = codes
         if units == "scale_free":
-            _scale_columns(x, 1 / _mean_nonzero_size(x[train]))
-        best = np.argsort(-_difference_of_means(x[train], truth[train]), kind="stable")
+            x = codes.copy()
+            _scale_columns(x, 1 / _mean_nonzero_size(codes[train]))
+        best = np.argsort(-_difference_of_means(x, truth, train), kind="stable")
         for k in ks:
             scores[k].append(_fit(x if k is None else x[:, best[:k]].toarray(), truth, train, test))
             chosen[k].append(() if k is None else tuple(best[:k].tolist()))
@@ -232,9 +233,12 @@ def _fit(x: Any, truth: Array, train: Array, test: Array) -> tuple[float, float]
     return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
 
 
-def _difference_of_means(x: sparse.csr_array, truth: Array) -> Array:
+def _difference_of_means(x: sparse.csr_array, truth: Array, rows: Array) -> Array:
+    """Of the two classes among these rows, by feature."""
     columns: Any = x.T
-    return np.abs(columns @ np.where(truth, 1 / truth.sum(), -1 / (~truth).sum()))
+    weights, on = np.zeros(len(truth)), truth[rows]
+    weights[rows] = np.where(on, 1 / on.sum(), -1 / (~on).sum())
+    return np.abs(columns @ weights)
 
 
 def _mean_nonzero_size(x: sparse.csr_array) -> Array:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.table import Table
-from scipy import stats
 
+from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, paired_difference
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison
 from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
 
@@ -23,28 +23,6 @@ SCHEMA = "saelens-cosine/comparison/1"
 """Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
 
 PACKAGES = ("saelens-cosine", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
-
-
-class PairedDifference(NamedTuple):
-    """Mean over seeds of `arm - first arm`, each pair on one seed's stream, with its 95 % t-interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_difference(values: list[float], baseline: list[float]) -> PairedDifference:
-    """Student's interval of the mean difference of pairs; needs at least two pairs.
-
-    Raises:
-        ValueError: fewer than two pairs, or lists of different lengths.
-    """
-    if len(values) != len(baseline) or len(values) < 2:
-        raise ValueError(f"{len(values)} values and {len(baseline)} baselines: at least two pairs are needed.")
-    differences = [value - base for value, base in zip(values, baseline, strict=True)]
-    mean = statistics.mean(differences)
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return PairedDifference(mean, mean - float(half), mean + float(half))
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
@@ -186,7 +164,7 @@ def _differences(comparison: Comparison) -> Table:
         for measure in ("fve", "ce", "dead"):
             heading, _, get = _MEASURES[measure]
             d = paired_difference(list(map(get, by_arm[arm])), list(map(get, by_arm[first])))
-            verdict = "" if d.low > 0 or d.high < 0 else "no difference seen"
+            verdict = "" if d.seen else NO_DIFFERENCE
             table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
     return table
 

@@ -31,6 +31,7 @@ class EvaluationSettings:
         task_texts (int): Texts of each task, at most.
         causal_contexts (int): Contexts that `causal` and `patching` edit; the paper's 200.
         causal_features (int): Features whose direction `causal` removes, at most; the paper's 100.
+        concept_texts (int): Texts of each concept whose features `causal` ablates, at most.
         browser_features (int): Features that the page's browser shows of each arm.
         saebench (Mapping[str, Mapping[str, Any]]): Changes to the configurations of SAEBench's evals, by eval.
         judge (Judge): The language model that SAEBench's `autointerp` asks.
@@ -50,6 +51,7 @@ class EvaluationSettings:
     task_texts: int = 400
     causal_contexts: int = 200
     causal_features: int = 100
+    concept_texts: int = 40
     browser_features: int = 300
     saebench: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     judge: Judge = field(default_factory=Judge)
@@ -63,6 +65,7 @@ class EvaluationSettings:
             "task_texts",
             "causal_contexts",
             "causal_features",
+            "concept_texts",
             "browser_features",
         ):
             if getattr(self, name) < 1:

@@ -44,7 +44,7 @@ class Concepts(NamedTuple):
     names: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text:
     """
     Held-out text as one model sees it at one hook.
@@ -87,10 +87,10 @@ class Text:
     def concepts(self) -> Concepts:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
-            texts, labels, names = bundled_concepts()
+            texts, labels, names = bundled_concepts(self.settings.concept_texts)
             return Concepts(concept_run(self.model, self.hook, texts), labels, names)
         tokens = torch.cat(self.token_batches)
-        found = token_concepts(tokens)
+        found = token_concepts(tokens, per_token=self.settings.concept_texts)
         run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions)
         return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
 
@@ -99,7 +99,7 @@ class Text:
         return sample if treatment == "with_sinks" else sample.without_sinks()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """
     One SAE.

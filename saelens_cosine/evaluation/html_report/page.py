@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saelens_cosine.evaluation.html_report import charts
-from saelens_cosine.evaluation.html_report.data import Estimate, ReportData
+from saelens_cosine.evaluation.html_report.data import Difference, Estimate, ReportData
 from saelens_cosine.evaluation.html_report.svg import STYLES, Axis, breakable, key_mark, style
 
 
@@ -88,7 +88,7 @@ def _sections(data: ReportData) -> Iterable[_Section]:
     yield _Section(
         "differences",
         "Differences",
-        "Paired differences to another arm. One whose interval contains zero is no finding.",
+        "Paired differences with their intervals. Where an interval contains zero, no difference was seen.",
         _differences(data),
     )
     yield _charts("curves", "Learning curves", "Measured during training.", charts.learning_curves(data))
@@ -190,19 +190,40 @@ def _form(estimates: Iterable[Estimate], sign: str = "") -> Callable[[float], st
 
 
 def _differences(data: ReportData) -> str:
-    rows: list[tuple[str, ...]] = []
-    for item in data.differences:
-        value, bounds = item.difference.value, item.difference.bounds
-        form = _form([other.difference for other in data.differences if other.metric == item.metric], sign="+")
-        number = form(value) if math.isfinite(value) else "-"
-        if bounds is None:
-            ends, verdict = "-", "no interval"
-        else:
-            low, high = bounds
-            ends, verdict = f"{form(low)} to {form(high)}", "" if low > 0 or high < 0 else "no difference seen"
-        rows.append((item.arm, item.metric, number, ends, verdict, f"to {item.baseline}"))
-    headings = ("arm", "measure", "difference", "interval", "", "")
-    return charts.table(headings, rows, "Paired differences") if rows else ""
+    """A table for each arm that others are compared with: a row per measure, a column per arm."""
+    baselines = dict.fromkeys(item.baseline for item in data.differences)
+    return "".join(
+        _differences_to(baseline, [item for item in data.differences if item.baseline == baseline], data)
+        for baseline in baselines
+    )
+
+
+def _differences_to(baseline: str, found: list[Difference], data: ReportData) -> str:
+    order = data.arm_names()
+    arms = sorted(dict.fromkeys(item.arm for item in found), key=order.index)
+    by_cell = {(item.metric, item.arm): item.difference for item in found}
+    rows: list[str] = []
+    for metric in dict.fromkeys(item.metric for item in found):
+        form = _form([by_cell[metric, arm] for arm in arms if (metric, arm) in by_cell], sign="+")
+        cells = "".join(_difference(by_cell.get((metric, arm)), form) for arm in arms)
+        rows.append(f'<tr><th scope="row">{breakable(metric)}</th>{cells}</tr>')
+    heads = "".join(f'<th scope="col">{key_mark(order.index(arm))}{breakable(arm)}</th>' for arm in arms)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Differences to {escape(baseline)}">'
+        f'<table class="differences"><thead><tr><th scope="col">minus {breakable(baseline)}</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _difference(estimate: Estimate | None, form: Callable[[float], str]) -> str:
+    if estimate is None or not math.isfinite(estimate.value):
+        return "<td>-</td>"
+    if estimate.bounds is None:
+        return f"<td>{form(estimate.value)}<small>no interval</small></td>"
+    low, high = estimate.bounds
+    seen = low > 0 or high < 0
+    told = f"<b>{form(estimate.value)}</b>" if seen else '<span class="unseen">no difference seen</span>'
+    return f"<td>{told}<small>{form(low)} to {form(high)}</small></td>"
 
 
 def _browser(data: ReportData) -> str:

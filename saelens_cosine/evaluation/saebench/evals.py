@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
-from saelens_cosine.evaluation.saebench.scopes import replaced, working_in
+from saelens_cosine.evaluation.saebench.scopes import replaced, within_the_context, working_in
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ def _absorption(module: Any, config: Any, call: Call) -> None:
 def _sae_probes(module: Any, config: Any, call: Call) -> None:
     config.results_path = str(call.output / "sae_probes")  # empty: it would reuse what it finds under a name
     config.model_cache_path = config.model_cache_path and str(call.artifacts / "activations")
-    module.run_eval(config, call.saes, call.device, str(call.output), force_rerun=True)
+    with within_the_context():
+        module.run_eval(config, call.saes, call.device, str(call.output), force_rerun=True)
 
 
 def _ravel(module: Any, config: Any, call: Call) -> None:

@@ -51,6 +51,20 @@ def without_shape_checks() -> Generator[None, None, None]:
 
 
 @contextlib.contextmanager
+def within_the_context() -> Generator[None, None, None]:
+    """sae-probes cuts texts to what the model takes. It cuts them to 1,024 tokens, at which a smaller model fails."""
+    import sae_probes.generate_model_activations as module
+
+    process: Callable[..., Any] = vars(module)["_process_activations"]
+
+    def cut(*, model: Any, max_seq_len: int, **kwargs: Any) -> Any:
+        return process(model=model, max_seq_len=min(max_seq_len, model.cfg.n_ctx), **kwargs)
+
+    with replaced(module, "_process_activations", cut):
+        yield
+
+
+@contextlib.contextmanager
 def working_in(folder: Path) -> Generator[None, None, None]:
     """The working directory is `folder`."""
     before = Path.cwd()
