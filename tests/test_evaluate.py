@@ -6,16 +6,20 @@ import json
 import pytest
 import torch
 from helpers import make_sae
+from sae_lens import SAE
 
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import evaluate as module
+from saelens_cosine.evaluation import saebench
+from saelens_cosine.evaluation.command import as_tables
 from saelens_cosine.evaluation.differences import measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain
+from saelens_cosine.evaluation.saebench import Failure, SAEBenchError
 from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
@@ -204,7 +208,7 @@ def test_saebench_is_run_and_paired(run, tmp_path):
     settings = with_evals("core", saebench={"core": core})
     document = evaluate(run[1], settings, tmp_path)
     found = measures(document["saes"][0])
-    assert found["SAEBench core: sparsity.l0"].value == pytest.approx(8, abs=0.1)
+    assert found["SAEBench core: sparsity.l0"].value == pytest.approx(3, abs=0.01)  # TopK keeps k = 3
     assert "SAEBench core: sparsity.l0" in report_data(document).arms[0].metrics
 
 
@@ -214,6 +218,48 @@ def test_saebench_that_cannot_run_is_said_before_any_work(run, tmp_path, capsys,
     assert main(["evaluate", *run[1], *flags, "--tokens", "600"]) == 2
     assert "autointerp: It asks a language model" in capsys.readouterr().err
     assert not list((tmp_path / "measured").iterdir())
+
+
+def test_an_eval_of_saebench_that_fails_is_told_and_tried_again(run, tmp_path, monkeypatch):
+    settings = with_evals("core", "reconstruction")
+    failure = Failure("core", "one-0", "RuntimeError: no luck")
+
+    def fails(*args, **kwargs):
+        raise SAEBenchError([failure])
+
+    monkeypatch.setattr(saebench, "run", fails)
+    document = evaluate(run[1][:1], settings, tmp_path)
+    (entry,) = document["saes"]
+    assert entry["results"]["core"] == {"not_applicable": "core of one-0: RuntimeError: no luck"}
+    assert "with_sinks" in entry["results"]["reconstruction"]
+    assert [path.name.split("-")[0] for path in (tmp_path / "measured").iterdir()] == ["reconstruction"]
+    left_out = as_tables(document)[-1]
+    assert [list(column.cells) for column in left_out.columns] == [["one"], ["core"], [str(failure)]]
+    report_data(document)
+
+
+def test_features_are_not_matched_across_activations(run, tmp_path):
+    other = SAE.load_from_disk(run[1][1])
+    other.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
+    other.save_model(tmp_path / "elsewhere")
+    document = evaluate([run[1][0], str(tmp_path / "elsewhere")], with_evals("tokens", "matching"), tmp_path / "out")
+    assert [text["hook"] for text in document["texts"]] == [HOOK, "blocks.2.hook_resid_post"]
+    assert "not measured on the same activations" in document["saes"][1]["results"]["matching"]["not_applicable"]
+
+
+def test_sinks_are_planted_where_the_sae_was_trained_with_them_or_on_request(run, tmp_path):
+    trained = SAE.load_from_disk(run[1][0])
+    trained.cfg.metadata.planted_sinks = True
+    trained.save_model(tmp_path / "planted")
+    for source, asked, planted in (
+        (str(tmp_path / "planted"), None, True),
+        (str(tmp_path / "planted"), False, False),
+        (run[1][0], True, True),
+    ):
+        document = evaluate([source], with_evals("tokens", plant_sinks=asked), tmp_path / "out")
+        (text,) = document["texts"]
+        assert text["planted_sinks"] is planted
+        assert (text["results"]["tokens"]["high_norm_multiple"] > 30) is planted
 
 
 def test_command_writes_its_files(run, tmp_path, capsys):
