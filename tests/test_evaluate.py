@@ -260,6 +260,7 @@ def test_sinks_are_planted_where_the_sae_was_trained_with_them_or_on_request(run
         (text,) = document["texts"]
         assert text["planted_sinks"] is planted
         assert (text["results"]["tokens"]["high_norm_multiple"] > 30) is planted
+    assert not torch.nn.modules.module._global_module_registration_hooks  # and taken out again
 
 
 def test_command_writes_its_files(run, tmp_path, capsys):

@@ -58,7 +58,6 @@ def evaluate(
     folder = Path(output)
     (folder / "measured").mkdir(parents=True, exist_ok=True)
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
-    loader = Loader(settings, folder.resolve())
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "settings": plain(settings),
@@ -68,21 +67,22 @@ def evaluate(
     }
     texts: list[Text] = []
     baseline: Subject | None = None
-    for i, source in enumerate(parsed):
-        against = _baseline(parsed, source)
-        if against is None:
-            baseline = None
-        elif baseline is None or baseline.source != against:
-            baseline = loader.subject(against)
-        subject = loader.subject(source, baseline)
-        if i == 0:
-            _check_saebench(subject)
-        if subject.text not in texts:
-            texts.append(subject.text)
-            document["texts"].append(measured.text(subject.text))
-        document["saes"].append(measured.sae(subject))
-        document["differences"] = plain(differences(document["saes"]))
-        write_json(document, folder / "evaluation.json")  # after each SAE
+    with Loader(settings, folder.resolve()) as loader:
+        for i, source in enumerate(parsed):
+            against = _baseline(parsed, source)
+            if against is None:
+                baseline = None
+            elif baseline is None or baseline.source != against:
+                baseline = loader.subject(against)
+            subject = loader.subject(source, baseline)
+            if i == 0:
+                _check_saebench(subject)
+            if subject.text not in texts:
+                texts.append(subject.text)
+                document["texts"].append(measured.text(subject.text))
+            document["saes"].append(measured.sae(subject))
+            document["differences"] = plain(differences(document["saes"]))
+            write_json(document, folder / "evaluation.json")  # after each SAE
     measured.end()
     return document
 

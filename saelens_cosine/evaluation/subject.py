@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,10 +166,11 @@ class Subject:
         return {name: measure(self.text.treated(self.text.sample, name)) for name in self.settings.treatments}
 
 
-class Loader:
-    """Loads SAEs, and their models and texts once for all that share them."""
+class Loader(ExitStack):
+    """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end."""
 
     def __init__(self, settings: EvaluationSettings, folder: Path):
+        super().__init__()
         self.settings, self.folder = settings, folder
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[str, str, bool], Any] = {}
@@ -198,7 +200,7 @@ class Loader:
         if (model_name, hook, planted) not in self._models:
             hooked = load_hooked_model(model_name, settings.device, hook=hook)
             if planted:
-                plant_sinks(hooked.model, hook)
+                self.callback(plant_sinks(hooked.model, hook))
             self._models[model_name, hook, planted] = hooked
         hooked = self._models[model_name, hook, planted]
         context = settings.context_size or metadata.context_size or 128
