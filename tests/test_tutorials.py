@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import nbformat
@@ -5,7 +6,7 @@ import pytest
 from nbclient import NotebookClient
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
-TRAIN, STEER = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb"
+TRAIN, STEER, WIN = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb", "03_does_cosine_win.ipynb"
 SHRINK = {
     TRAIN: {"TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960", "d_sae=1024": "d_sae=128"},
     STEER: {
@@ -13,6 +14,18 @@ SHRINK = {
         "d_sae=1024": "d_sae=256",
         "files=80": "files=30",
         "per_file=8": "per_file=2",
+    },
+    WIN: {
+        "SEEDS = 3": "SEEDS = 2",
+        "TRAINING_TOKENS = 300_000": "TRAINING_TOKENS = 8_192",
+        "D_SAE, K = 1024, 16": "D_SAE, K = 64, 4",
+        "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 30_000, 8_000, 240": "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 2_048, 256, 20",
+        "CAUSAL_CONTEXTS, CAUSAL_FEATURES, CONCEPT_TEXTS = 100, 40, 40": "CAUSAL_CONTEXTS, CAUSAL_FEATURES, CONCEPT_TEXTS = 12, 2, 4",
+        'TASKS = ("bundled",)': 'TASKS = ("bundled:loop",)',
+        '    "sae_probes:158_code_C",\n    "sae_probes:57_wikidatais_alive",\n': "",
+        '    "sae_probes:96_spam_is",\n    "sae_probes:105_click_bait",\n': "",
+        "REAL[:3]": "REAL[:1]",
+        "samples=60_000": "samples=2_048",
     },
 }
 
@@ -65,7 +78,23 @@ def test_steering_tutorial_runs_shrunk(tmp_path):
         assert float(row[2]) == pytest.approx(number(printed.split("as trained  ")[1], " L0 "), rel=0.3)
 
 
-@pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4)])
+def test_comparison_tutorial_runs_shrunk(tmp_path):
+    pytest.importorskip("sae_bench")
+    printed = run_shrunk(WIN, tmp_path)
+    # one token of a context of 128 is a sink in every world
+    dropped = dict(re.findall(r"(\w+): ([\d.]+)% of the training tokens dropped", printed))
+    assert float(dropped["natural"]) == float(dropped["planted"]) == 0
+    assert float(dropped["removed"]) == pytest.approx(100 / 128, abs=0.1)
+    found = re.findall(r"^([a-z, ]+): ([\d.]+)% of the tokens are sinks, ([\d.]+) times", printed, re.M)
+    assert [name for name, *_ in found] == ["natural", "removed", "removed, then planted", "planted"]
+    assert all(float(share) == pytest.approx(100 / 128, abs=0.1) for _, share, _ in found)
+    assert [float(multiple) > 30 for *_, multiple in found] == [False, False, True, True]
+    assert "probing k=all, scale-free" in printed
+    assert "Recovery of known features" in printed
+    assert (tmp_path / "output/does_cosine_win/report.html").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4), (WIN, 3)])
 def test_tutorial_is_committed_with_its_outputs(name, pictures):
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
