@@ -183,6 +183,16 @@ def test_seeds_of_an_arm_are_averaged_and_paired(run, tmp_path):
     assert report_data(document).arms[0].metrics["L0, sinks out"].value == pytest.approx(sum(a) / 2)
 
 
+def test_a_gap_in_one_task_is_divided_over_its_splits(run, tmp_path):
+    twin = SAE.load_from_disk(run[1][0])
+    twin.b_enc.data[0] -= 0.1
+    twin.save_model(tmp_path / "twin")
+    settings = with_evals("decomposition", tasks=TASKS[:1], task_texts=20)
+    document = evaluate([run[1][0], str(tmp_path / "twin")], settings, tmp_path / "out")
+    parts = document["saes"][1]["results"]["decomposition"]["with_sinks"]
+    assert {tuple(part["gap"]["shape"]) for part in parts} == {(5,)}
+
+
 def test_every_diagnostic_runs_and_shows_on_the_page(run, tmp_path):
     folder, sources, _ = run
     names = [name for name in EVALS if not name.startswith("autointerp")]

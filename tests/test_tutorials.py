@@ -16,7 +16,8 @@ SHRINK = {
         "per_file=8": "per_file=2",
     },
     WIN: {
-        "SEEDS = 3": "SEEDS = 2",
+        '    "per_feature_cosine_batchtopk",\n    "magnitude_bypass_batchtopk",\n    "top_afa",\n)': ")",
+        "SEEDS = 3": "SEEDS = 1",
         "TRAINING_TOKENS = 300_000": "TRAINING_TOKENS = 8_192",
         "D_SAE, K = 1024, 16": "D_SAE, K = 64, 4",
         "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 30_000, 8_000, 240": "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 2_048, 256, 20",
