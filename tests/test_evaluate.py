@@ -19,7 +19,7 @@ from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain
-from saelens_cosine.evaluation.saebench import Failure, SAEBenchError
+from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
 from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
@@ -152,6 +152,13 @@ def test_json_has_no_nan(run):
     text = (folder / "out" / "evaluation.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["schema"] == module.SCHEMA
     assert plain({"a": (1, float("nan")), "b": float("inf")}) == {"a": [1, None], "b": None}
+
+
+def test_the_judge_s_key_is_in_no_file(run, tmp_path):
+    settings = with_evals("tokens", judge=Judge("some-model", "http://judge", "secret-key"))
+    document = evaluate(run[1][:1], settings, tmp_path)
+    assert document["settings"]["judge"] == {"model": "some-model", "base_url": "http://judge"}
+    assert not [path for path in tmp_path.rglob("*.json") if "secret-key" in path.read_text()]
 
 
 def test_page_has_both_saes_and_both_treatments(run):

@@ -60,7 +60,7 @@ def evaluate(
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
     document: dict[str, Any] = {
         "schema": SCHEMA,
-        "settings": plain(settings),
+        "settings": settings.to_dict(),
         "versions": versions(),
         "texts": [],
         "saes": [],
@@ -141,13 +141,13 @@ class _Measured:
         seconds: dict[str, float] = {}
         text = of if isinstance(of, Text) else of.text
         shape = [list(batch.shape) for batch in text.token_batches[:1]]
+        settings = self.settings.to_dict()
         for chosen in self.settings.evals:
             row = EVALS[chosen]
             if row.of != kind:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
-            fixed = plain({field: getattr(self.settings, field) for field in (*WHAT_TOKENS_ARE, *row.uses)})
-            fixed.get("judge", {}).pop("api_key", None)
+            fixed = {field: settings[field] for field in (*WHAT_TOKENS_ARE, *row.uses)}
             where = [text.model_name, text.hook, text.dataset, text.planted, shape, versions()["saelens-cosine"]]
             file = self.folder / "measured" / f"{chosen}-{digest([identity, fixed, where])}.json"
             if not file.exists():

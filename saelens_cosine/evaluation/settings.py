@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.evaluation.sample import Sinks
 
@@ -80,6 +81,10 @@ class EvaluationSettings:
         """`with_sinks`, `without_sinks`, or both."""
         names = ("with_sinks", "without_sinks")
         return {"keep": names[:1], "drop": names[1:], "both": names}[self.sinks]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of all fields, for files: without the judge's key."""
+        return plain({**vars(self), "judge": {"model": self.judge.model, "base_url": self.judge.base_url}})
 
     def tasks_for(self, dataset: str) -> tuple[str, ...]:
         """Names of tasks for an SAE of this text."""
