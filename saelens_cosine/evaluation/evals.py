@@ -17,6 +17,7 @@ from saelens_cosine.evaluation.causal import (
     PROTOCOLS,
     ablation_precision,
     direction_norm_patching,
+    reconstruct,
     steering,
     win_rate,
 )
@@ -24,12 +25,11 @@ from saelens_cosine.evaluation.cofiring import cofiring
 from saelens_cosine.evaluation.decomposition import decompose, over_tasks
 from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
 from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
-from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.fve import explained_variance
 from saelens_cosine.evaluation.geometry import decoder_geometry
 from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.matching import Matches
+from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
 from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
@@ -107,21 +107,17 @@ def _reconstruction(subject: Subject) -> Any:
     return {**found, "fve_by_block": _fve_by_block(subject)}
 
 
-@torch.no_grad()
 def _fve_by_block(subject: Subject) -> dict[str, list[float]]:
     sample = subject.text.sample
     n_contexts = int(sample.contexts.max()) + 1
     block = sample.contexts * min(BLOCKS, n_contexts) // n_contexts
     values: dict[str, list[float]] = {name: [] for name in subject.settings.treatments}
-    with on_flat_tokens(subject.sae):
-        for number in block.unique():
-            part = sample.where(block == number)
-            x_hat = torch.cat(
-                [subject.sae(x.to(subject.sae.device)).cpu().float() for x in part.activations.split(1024)]
-            )
-            for name, found in values.items():
-                keep = part.ordinary if name == "without_sinks" else torch.ones_like(part.ordinary)
-                found.append(explained_variance(part.activations[keep], x_hat[keep]))
+    for number in block.unique():
+        part = sample.where(block == number)
+        x_hat = reconstruct(subject.sae)(part.activations)
+        for name, found in values.items():
+            keep = part.ordinary if name == "without_sinks" else torch.ones_like(part.ordinary)
+            found.append(explained_variance(part.activations[keep], x_hat[keep]))
     return values
 
 
@@ -240,10 +236,10 @@ def _features(subject: Subject) -> Any:
 
 
 def _matching(subject: Subject) -> Any:
-    _baseline_of(subject)
+    matchings = _matchings(subject)
 
     def of(name: str) -> dict[str, Any]:
-        found, codes = subject.matching(name), subject.codes_of(name)
+        found, codes = matchings[name], subject.codes_of(name)
         norms = subject.text.treated(subject.text.sample, name).norms
         in_top = firings(codes[(norms >= torch.quantile(norms, 0.75)).numpy()]) / np.maximum(firings(codes), 1)
         steps = _steps(len(found.a.pairs.features), PAIRS_LISTED)
@@ -262,10 +258,11 @@ def _matching(subject: Subject) -> Any:
 
 
 def _decomposition(subject: Subject) -> Any:
-    baseline, tasks = _baseline_of(subject), subject.text.tasks
+    matchings, baseline, tasks = _matchings(subject), subject.baseline, subject.text.tasks
+    assert baseline is not None
 
     def of(name: str) -> list[Any]:
-        pairs = subject.matching(name).a.pairs
+        pairs = matchings[name].a.pairs
         # as `Matches` counts them
         matched = [
             (feature, partner)
@@ -321,11 +318,10 @@ def saebench_settings(name: str, dataset: str, given: Any) -> dict[str, Any]:
     return {**(bundled.get(name, {}) if dataset == BUNDLED else {}), **given.get(name, {})}
 
 
-def _baseline_of(subject: Subject) -> Subject:
-    baseline = subject.baseline
-    if baseline is None or baseline.text is not subject.text:
+def _matchings(subject: Subject) -> dict[str, FeatureMatching]:
+    if subject.baseline is None or subject.baseline.text is not subject.text:
         raise NotApplicable("The SAE that it is compared with was not measured on the same activations.")
-    return baseline
+    return subject.matchings
 
 
 def _counts(matches: Matches) -> dict[str, Any]:

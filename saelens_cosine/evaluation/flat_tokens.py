@@ -12,6 +12,19 @@ from sae_lens.saes.transcoder import Transcoder
 
 
 @contextmanager
+def flat_heads(sae: SAE[Any]) -> Generator[None]:
+    """Within it an SAE on attention heads takes `[tokens, d_in]`, as every other."""
+    reshaping = getattr(sae, "hook_z_reshaping_mode", False)
+    if reshaping:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+@contextmanager
 def on_flat_tokens(sae: SAE[Any]) -> Generator[None]:
     """Within it `sae` takes `[tokens, d_in]`, heads flattened; afterwards it is as it was.
 
@@ -29,11 +42,5 @@ def on_flat_tokens(sae: SAE[Any]) -> Generator[None]:
             "does not reconstruct what it reads" if isinstance(sae, Transcoder) else "reads whole contexts, not tokens"
         )
         raise ValueError(f"{type(sae).__name__} {why}; this is measured on autoencoders of single tokens.")
-    reshaping = getattr(sae, "hook_z_reshaping_mode", False)
-    if reshaping:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
+    with flat_heads(sae):
         yield
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()

@@ -149,17 +149,15 @@ class Subject:
         codes: Any = self.codes
         return codes if treatment == "with_sinks" else codes[self.text.sample.ordinary.numpy()]
 
-    def matching(self, treatment: str) -> FeatureMatching:
-        """All features that have a partner in the baseline."""
-        if self.baseline is None:
-            raise ValueError(f"{self.source.name} is what the others are compared with; it has no baseline.")
-        return match_codes(
-            self.codes_of(treatment),
-            self.baseline.codes_of(treatment),
-            self.sae.W_dec,
-            self.baseline.sae.W_dec,
-            pairs="all",
-        )
+    @cached_property
+    def matchings(self) -> dict[str, FeatureMatching]:
+        """By treatment, all features that have a partner in the baseline, which there must be."""
+        other = self.baseline
+        assert other is not None
+        return {
+            name: match_codes(self.codes_of(name), other.codes_of(name), self.sae.W_dec, other.sae.W_dec, pairs="all")
+            for name in self.settings.treatments
+        }
 
     def by_treatment(self, measure: Callable[[TokenSample], Any]) -> dict[str, Any]:
         """A measure of the sample as the settings' `sinks` says."""

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE
+
+from saelens_cosine.evaluation.flat_tokens import flat_heads
 
 CODES_AT_ONCE = 2**24
 """Dense codes that are decoded at a time: 64 MiB in float32."""
 
 CodeChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`change(codes, rows)`: dense codes `[rows, d_sae]` of the tokens with numbers `rows [rows]`, changed, not in place."""
-
-
-@contextmanager
-def flat_heads(sae: SAE[Any]) -> Generator[None]:
-    """An SAE on attention heads takes `[tokens, d_in]` here, as every other."""
-    reshaping = sae.hook_z_reshaping_mode
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.causal.code_edits import flat_heads
 from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
 from saelens_cosine.evaluation.codes import sparse_codes
+from saelens_cosine.evaluation.flat_tokens import flat_heads
 from saelens_cosine.evaluation.sample import TokenSample
 
 MIN_SAMPLES = 10
