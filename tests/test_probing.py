@@ -22,6 +22,7 @@ def sample_of(activations, contexts, ordinary=None):
         activations,
         torch.zeros(n, dtype=torch.int64),
         torch.as_tensor(contexts),
+        torch.as_tensor(contexts),
         torch.zeros(n, dtype=torch.int64),
         torch.ones(n, dtype=torch.bool) if ordinary is None else ordinary,
         10.0,

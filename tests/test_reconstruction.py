@@ -220,7 +220,7 @@ def test_side_by_side_with_planted_sinks():
     x, x_hat = with_sinks()
     n = torch.arange(400)
     ordinary = x.norm(dim=-1) < 100
-    sample = TokenSample(x, n, n, n, ordinary, 10.0)
+    sample = TokenSample(x, n, n, n, n, ordinary, 10.0)
 
     def measure(s):
         keep = torch.isin(n, s.tokens)

@@ -26,6 +26,7 @@ class TokenSample:
         activations (torch.Tensor): `[tokens, d_in]` float32 on the CPU, context after context.
         tokens (torch.Tensor): `[tokens]` int64, token ids.
         contexts (torch.Tensor): `[tokens]` int64, the number of each token's context.
+        documents (torch.Tensor): `[tokens]` int64, the number of the document that each token's context is from.
         positions (torch.Tensor): `[tokens]` int64, places in the context.
         ordinary (torch.Tensor): `[tokens]` booleans, False for the high-norm tokens.
         max_norm_multiple (float | None): Multiple of the median norm above which a token is not ordinary; None: all are.
@@ -34,6 +35,7 @@ class TokenSample:
     activations: torch.Tensor
     tokens: torch.Tensor
     contexts: torch.Tensor
+    documents: torch.Tensor
     positions: torch.Tensor
     ordinary: torch.Tensor
     max_norm_multiple: float | None
@@ -57,6 +59,7 @@ class TokenSample:
             self.activations[keep],
             self.tokens[keep],
             self.contexts[keep],
+            self.documents[keep],
             self.positions[keep],
             self.ordinary[keep],
             self.max_norm_multiple,
@@ -105,6 +108,7 @@ def sample_tokens(
     hook_name: str,
     token_batches: Iterable[torch.Tensor],
     max_norm_multiple: float | None = 10.0,
+    documents: torch.Tensor | None = None,
 ) -> TokenSample:
     """Run a hooked model over contexts and keep its activations at a hook, heads flattened.
 
@@ -113,6 +117,7 @@ def sample_tokens(
         hook_name: a hook point of it.
         token_batches: `[contexts, length]` int64 each; all positions are kept.
         max_norm_multiple: tokens above this multiple of the sample's median norm are marked as not ordinary.
+        documents: `[contexts]` int64, the document of each context; each is one of its own if None.
 
     Raises:
         ValueError: no batches.
@@ -139,4 +144,6 @@ def sample_tokens(
         raise ValueError("There are no token batches to sample from.")
     x = torch.cat(activations)
     ordinary = HighNormFilter(max_norm_multiple).keep(x)
-    return TokenSample(x, torch.cat(tokens), torch.cat(contexts), torch.cat(positions), ordinary, max_norm_multiple)
+    context = torch.cat(contexts)
+    document = context if documents is None else documents[context]
+    return TokenSample(x, torch.cat(tokens), context, document, torch.cat(positions), ordinary, max_norm_multiple)

@@ -155,7 +155,7 @@ class CleanRun:
         contexts, positions = inside.nonzero(as_tuple=True)
         activations = self.hidden[inside].float()
         ordinary = HighNormFilter(max_norm_multiple).keep(activations)
-        return TokenSample(activations, self.tokens[inside], contexts, positions, ordinary, max_norm_multiple)
+        return TokenSample(activations, self.tokens[inside], contexts, contexts, positions, ordinary, max_norm_multiple)
 
     def holds(self, sample: TokenSample) -> torch.Tensor:
         """`[contexts, length]` booleans: the tokens that a sample of these contexts has.
