@@ -2,70 +2,100 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from saelens_cosine.activations.near_copies import HeldOutRuns, document_of
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 
-HELDOUT_STREAM_DOCUMENTS = 1000
-"""Documents set aside for evaluation at the head of a streamed dataset."""
+HELDOUT_DOCUMENTS = 1000
+"""Documents set aside for evaluation: of local data at most so many, of a dataset on the Hub the first ones."""
 
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
+_TEXT_FILES = (".txt", ".md", ".py")
+"""What a folder of documents holds."""
+
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""What tells a dataset saved with `save_to_disk` from a folder of files."""
+
 
 class TextSplits(NamedTuple):
-    """Disjoint training and held-out documents, as iterable Hugging Face datasets in an order that depends on the seed."""
+    """Training and held-out documents, as iterable Hugging Face datasets.
+
+    Args:
+        train (Any): In an order that depends on the seed, without near-copies of held-out documents (see `activations.near_copies`).
+        heldout (Any): The same for every seed.
+        rule (str): Says which documents are held out: equal for two loads of a name if and only if they hold out the same ones.
+    """
 
     train: Any
     heldout: Any
+    rule: str
 
 
-def load_text(name: str, seed: int = 0) -> TextSplits:
+def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
     """Training and held-out text of a dataset.
 
-    `"bundled"` splits Python's standard library by file. A local file or saved dataset gives up 5 % of its rows, at least
-    one; the rows of a `.txt` file are its paragraphs. A dataset on the Hub is streamed: its first 1000 documents are held out.
+    `"bundled"` splits Python's standard library by file. Local data gives up 5 % of its rows, at least one and at most 1000: a
+    file, a saved dataset, a folder of data files, or a folder of text files (`.txt`, `.md`, `.py`, in its subfolders too), each of
+    which is a document; the rows of a single `.txt` file are its paragraphs. Of a dataset on the Hub the first 1000 documents are
+    held out.
+
+    Args:
+        name: `"bundled"`, a path, or the name of a dataset on the Hub.
+        seed: of the order of the training documents.
+        streaming: read a dataset on the Hub while it is used, not beforehand.
 
     Raises:
-        ValueError: the dataset has no rows, or too few to hold one out.
+        ValueError: the dataset has no rows, too few to hold one out, or none that is unlike the held-out ones.
         FileNotFoundError: a path that does not exist and cannot be the name of a Hub dataset.
     """
-    from datasets import Dataset, load_dataset, load_from_disk
-
     path = Path(name)
     if name == BUNDLED:
-        train, heldout = stdlib_corpus("train"), stdlib_corpus("heldout")
-        return TextSplits(_iterable(train.shuffle(seed=seed)), _iterable(heldout.shuffle(seed=0)))
-    if path.suffix in _LOADERS or path.exists():
-        if not path.exists():
-            raise FileNotFoundError(f"There is no file {name!r}.")
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
-        rows = load_from_disk(name) if path.is_dir() else _read_file(path)
-        if not isinstance(rows, Dataset):
-            raise ValueError(
-                f"{name!r} holds several splits ({', '.join(map(str, rows))}); save one of them by itself."
-            )
-        if len(rows) < 2:
-            raise ValueError(
-                f"Dataset {name!r} has {len(rows)} rows; at least one to train on and one to hold out are needed."
-            )
-        split = rows.train_test_split(test_size=max(1, len(rows) // 20), seed=0)  # the same for every seed
-        return TextSplits(_iterable(split["train"].shuffle(seed=seed)), _iterable(split["test"]))
-    stream = load_dataset(name, split="train", streaming=True)
-    if next(iter(stream), None) is None:
-        raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
-    heldout, train = stream.take(HELDOUT_STREAM_DOCUMENTS), stream.skip(HELDOUT_STREAM_DOCUMENTS)
+        train, heldout = stdlib_corpus("train").shuffle(seed=seed), stdlib_corpus("heldout").shuffle(seed=0)
+        rule = "hash of the file's path, codec tables aside"
+    elif path.suffix in _LOADERS or path.exists():
+        rows = _local_rows(path)
+        test_size = min(HELDOUT_DOCUMENTS, max(1, len(rows) // 20))
+        split = rows.train_test_split(test_size=test_size, seed=0)  # the same for every seed
+        train, heldout = split["train"].shuffle(seed=seed), split["test"]
+        rule = f"{test_size} of {len(rows)} rows, sha256 {_content(heldout)}"
+    else:
+        train, heldout = _from_hub(name, seed, streaming)
+        rule = f"first {HELDOUT_DOCUMENTS} documents"
+    train, heldout = _iterable(train), _iterable(heldout)
+    train = train.filter(HeldOutRuns(heldout).leaves)
     if next(iter(train), None) is None:
         raise ValueError(
-            f"Dataset {name!r} has no more than the {HELDOUT_STREAM_DOCUMENTS} documents that are held out."
+            f"Every document of {name!r} is nearly a copy of a held-out one; there is nothing to train on."
         )
-    return TextSplits(train.shuffle(seed=seed, buffer_size=10_000), heldout)
+    return TextSplits(train, heldout, rule)
+
+
+def _local_rows(path: Path) -> Any:
+    from datasets import Dataset
+
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    rows = _read_folder(path) if path.is_dir() else _read_file(path)
+    if not isinstance(rows, Dataset):
+        raise ValueError(
+            f"{str(path)!r} holds several splits ({', '.join(map(str, rows))}); save one of them by itself."
+        )
+    if len(rows) < 2:
+        raise ValueError(
+            f"Dataset {str(path)!r} has {len(rows)} rows; at least one to train on and one to hold out are needed."
+        )
+    return rows
 
 
 def _read_file(path: Path) -> Any:
     from datasets import load_dataset
 
+    if path.stat().st_size == 0:
+        raise ValueError(f"Dataset {str(path)!r} is empty; there is nothing to train on.")
     if path.suffix not in _LOADERS:
         raise ValueError(f"Cannot tell the format of {str(path)!r}; name it {', '.join(_LOADERS)}.")
     by_paragraph: dict[str, Any] = (
@@ -74,6 +104,47 @@ def _read_file(path: Path) -> Any:
     return load_dataset(_LOADERS[path.suffix], data_files=str(path), **by_paragraph)["train"]
 
 
+def _read_folder(folder: Path) -> Any:
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    if any((folder / name).exists() for name in _SAVED):
+        return load_from_disk(str(folder))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    data = [path for path in files if path.suffix in _LOADERS and path.suffix != ".txt"]
+    if data:
+        if not any(path.stat().st_size for path in data):
+            raise ValueError(f"Dataset {str(folder)!r} is empty; there is nothing to train on.")
+        return load_dataset(str(folder), split="train")
+    named = {path.relative_to(folder).as_posix(): path for path in files if path.suffix in _TEXT_FILES}
+    texts = {name: path.read_text(encoding="utf-8", errors="replace").strip() for name, path in named.items()}
+    rows = [{"text": text, "path": name} for name, text in texts.items() if text]
+    if not rows:
+        raise ValueError(
+            f"Folder {str(folder)!r} is no saved dataset and holds neither data files ({', '.join(_LOADERS)}) nor text "
+            f"({', '.join(_TEXT_FILES)}); there is nothing to train on."
+        )
+    return Dataset.from_list(rows)
+
+
+def _from_hub(name: str, seed: int, streaming: bool) -> tuple[Any, Any]:
+    from datasets import load_dataset
+
+    rows = load_dataset(name, split="train", streaming=streaming)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
+    heldout, train = rows.take(HELDOUT_DOCUMENTS), rows.skip(HELDOUT_DOCUMENTS)
+    if next(iter(train), None) is None:
+        raise ValueError(f"Dataset {name!r} has no more than the {HELDOUT_DOCUMENTS} documents that are held out.")
+    return train.shuffle(seed=seed, **({"buffer_size": 10_000} if streaming else {})), heldout
+
+
+def _content(rows: Any) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(document_of(row)).encode())
+    return digest.hexdigest()[:16]
+
+
 def _iterable(dataset: Any) -> Any:
     # SAELens sets a torch format on a map-style dataset, which some versions of datasets cannot do for text
-    return dataset.to_iterable_dataset()
+    return dataset.to_iterable_dataset() if hasattr(dataset, "to_iterable_dataset") else dataset

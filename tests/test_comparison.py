@@ -26,7 +26,7 @@ def few_evaluation_tokens():
     before = ComparisonSettings.eval_tokens, ComparisonSettings.eval_prompts
     defaults = ComparisonSettings.__init__.__defaults__
     assert defaults[-2:] == before
-    ComparisonSettings.__init__.__defaults__ = (*defaults[:-2], 8000, 32)
+    ComparisonSettings.__init__.__defaults__ = (*defaults[:-2], 8000, 32)  # 63 contexts of 128
     yield
     ComparisonSettings.__init__.__defaults__ = defaults
 
@@ -47,12 +47,12 @@ def test_one_entry_per_arm_and_seed_with_every_field(run):
     assert [(arm["architecture"], arm["seed"]) for arm in result["arms"]] == [(a, s) for s in (0, 1) for a in ARMS]
     for arm in result["arms"]:
         assert (arm["k"], arm["d_sae"], arm["tokens"]) == (8, 128, 40_000)
-        assert arm["dead_window_tokens"] == 8000
+        assert arm["dead_window_tokens"] == 63 * 128
         assert 0.1 < arm["fve"] < 1
         assert 0 <= arm["dead_fraction"] < 1
         assert 0.3 < arm["ce_loss_recovered"] < 1
         assert arm["seconds"] > 0
-        assert sum(quartile["tokens"] for quartile in arm["fve_by_norm_quartile"]) == 8000
+        assert sum(quartile["tokens"] for quartile in arm["fve_by_norm_quartile"]) == 63 * 128
         edges = [(quartile["low"], quartile["high"]) for quartile in arm["fve_by_norm_quartile"]]
         assert edges == sorted(edges)
         assert len(edges) == 4
@@ -110,13 +110,17 @@ def test_the_measured_fve_is_that_of_an_independent_forward_pass(run):
     stream = [0]
     for text in stdlib_corpus("heldout").shuffle(seed=0)["text"]:
         stream += [*tokenizer(text)["input_ids"], 0]
-        if len(stream) > 9000:
-            break
-    rows = [[0, *stream[1 + i * 127 : 1 + (i + 1) * 127]] for i in range(64)]
+    # separators between documents, the beginning-of-sequence token before each context, unless a separator is there
+    every, place = [], 1
+    while place + 128 < len(stream):
+        taken = 128 if stream[place] == 0 else 127
+        every.append([0] * (128 - taken) + stream[place : place + taken])
+        place += taken
+    rows = [every[int((i + 0.5) * len(every) / 63)] for i in range(63)]
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     with torch.no_grad():
         states = model(torch.tensor(rows), output_hidden_states=True).hidden_states[4]
-    x = states.flatten(0, 1)[:8000].double()
+    x = states.flatten(0, 1).double()
     arm = result["arms"][1]
     w = {name: value.double() for name, value in SAE.load_from_disk(folder / arm["path"]).state_dict().items()}
     centred = x - w["b_dec"]

@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, ActivationsStore, LoggingConfig, MultiSAETrainingRunner
+from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
+from saelens_cosine.activations.contexts import ContextForm, heldout_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.planted import plant_sinks
-from saelens_cosine.evaluation.reconstruction import (
-    Reconstruction,
-    ce_loss_recovered,
-    evaluate_reconstruction,
-    heldout_activations,
-)
+from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
+from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
@@ -55,8 +52,8 @@ class ComparisonSettings:
         plant_sinks (bool): Whether the first position of each context becomes an attention sink of 30 to 300 times the median norm (`planted.plant_sinks`). The default filter drops these, None trains on them.
         device (str): Where everything runs.
         context_size (int): Tokens per context, as far as the model allows.
-        eval_tokens (int): Held-out tokens for reconstruction; also the window of the dead fraction.
-        eval_prompts (int): Held-out contexts for the cross-entropy.
+        eval_tokens (int): Held-out tokens for reconstruction, in contexts from all held-out documents; also the window of the dead fraction.
+        eval_prompts (int): Of their contexts, those for the cross-entropy.
     """
 
     arms: tuple[str, ...] = DEFAULT_ARMS
@@ -266,15 +263,17 @@ def _run_seed(
         checkpoint_path=None,
         output_path=None,
     )
+    text = load_text(settings.dataset, seed)
     saes: dict[str, Any] = {}
     for name, sae in config.saes.items():
         torch.manual_seed(seed)  # every arm starts from the same decoder
         saes[name] = get_sae_training_class(sae.architecture())[0](sae)
         if settings.plant_sinks:
             saes[name].cfg.metadata.planted_sinks = True
+        saes[name].cfg.metadata.heldout_rule = text.rule
     runner = MultiSAETrainingRunner(
         config,
-        override_dataset=load_text(settings.dataset, seed).train,
+        override_dataset=text.train,
         override_model=model.model,
         override_saes=saes,
     )
@@ -333,18 +332,14 @@ class _HeldOut:
 
     def __init__(self, settings: ComparisonSettings, model: HookedModel):
         self.settings, self.model = settings, model
-        store = ActivationsStore.from_config_multi_hook(
-            model.model,
-            dataset=load_text(settings.dataset).heldout,
-            hook_names=[model.hook_name],
-            hook_d_ins={model.hook_name: model.d_in},
-            context_size=_context_size(settings, model),
-            store_batch_size_prompts=16,
-            device=settings.device,
+        text = load_text(settings.dataset).heldout
+        form = ContextForm(_context_size(settings, model))
+        contexts = heldout_contexts(
+            form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens
         )
-        self.activations, norm_filter = heldout_activations(store, settings.eval_tokens, settings.max_norm_multiple)
-        self.dropped_share = norm_filter.dropped_share
-        self.prompts = [store.get_batch_tokens() for _ in range(max(1, settings.eval_prompts // 16))]
+        sample = sample_tokens(model.model, model.hook_name, contexts.batches, settings.max_norm_multiple)
+        self.activations, self.dropped_share = sample.without_sinks().activations, sample.high_norm_share
+        self.prompts = contexts.at_even_steps(settings.eval_prompts).batches
 
     def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
         sae.turn_off_forward_pass_hook_z_reshaping()  # the store has flattened the heads

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
@@ -16,7 +15,6 @@ from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
 from saelens_cosine.evaluation.loss_recovered import CE_DEFINITION, ce_loss_recovered
 from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
-from saelens_cosine.training.norm_filter import HighNormFilter
 
 __all__ = [
     "CE_DEFINITION",
@@ -28,7 +26,6 @@ __all__ = [
     "diagnose_reconstruction",
     "evaluate_reconstruction",
     "explained_variance",
-    "heldout_activations",
 ]
 
 
@@ -82,29 +79,6 @@ class ReconstructionDiagnostics:
 
     by_norm: WithAndWithoutTop[Fit]
     dead: DeadShares
-
-
-@torch.no_grad()
-def heldout_activations(
-    store: ActivationsStore, tokens: int, max_norm_multiple: float | None
-) -> tuple[torch.Tensor, HighNormFilter]:
-    """The next `[tokens, d_in]` activations of a store, on the CPU, and the filter that counted what was dropped.
-
-    A corpus that ends before gives fewer tokens, never the same token twice.
-    """
-    norm_filter = HighNormFilter(max_norm_multiple).attach(store)
-    batches: list[torch.Tensor] = []
-    while sum(map(len, batches)) < tokens:
-        try:
-            batches.append(store.get_filtered_llm_batch(raise_on_epoch_end=True).cpu())
-        except StopIteration:
-            break
-    if not batches:
-        raise ValueError(
-            f"The held-out text is shorter than one batch of {store.store_batch_size_prompts} contexts of "
-            f"{store.context_size} tokens; use a larger dataset."
-        )
-    return torch.cat(batches)[:tokens], norm_filter
 
 
 @torch.no_grad()

@@ -109,15 +109,17 @@ def sample_tokens(
     token_batches: Iterable[torch.Tensor],
     max_norm_multiple: float | None = 10.0,
     documents: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> TokenSample:
     """Run a hooked model over contexts and keep its activations at a hook, heads flattened.
 
     Args:
         model: as SAELens' runners take it (HookedTransformer, bridge, or the wrapper of a Hugging Face model).
         hook_name: a hook point of it.
-        token_batches: `[contexts, length]` int64 each; all positions are kept.
+        token_batches: `[contexts, length]` int64 each.
         max_norm_multiple: tokens above this multiple of the sample's median norm are marked as not ordinary.
         documents: `[contexts]` int64, the document of each context; each is one of its own if None.
+        seen: `[contexts, length]` booleans, the tokens that are kept (see `ContextForm.seen`); all if None.
 
     Raises:
         ValueError: no batches.
@@ -142,8 +144,10 @@ def sample_tokens(
         n_contexts += len(batch)
     if not activations:
         raise ValueError("There are no token batches to sample from.")
-    x = torch.cat(activations)
-    ordinary = HighNormFilter(max_norm_multiple).keep(x)
-    context = torch.cat(contexts)
+    x, context = torch.cat(activations), torch.cat(contexts)
     document = context if documents is None else documents[context]
-    return TokenSample(x, torch.cat(tokens), context, document, torch.cat(positions), ordinary, max_norm_multiple)
+    keep = torch.ones_like(context, dtype=torch.bool) if seen is None else seen.flatten()
+    ordinary = torch.ones_like(keep)
+    ordinary[keep] = HighNormFilter(max_norm_multiple).keep(x[keep])
+    sample = TokenSample(x, torch.cat(tokens), context, document, torch.cat(positions), ordinary, max_norm_multiple)
+    return sample if seen is None else sample.where(keep)

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from sae_lens import ActivationsStore
 
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.data import load_text
 from saelens_cosine.models import load_hooked_model
 from saelens_cosine.sharing.features import feature_dashboards, top_activations
@@ -102,14 +103,8 @@ def share_on_neuronpedia(options: Any, progress: Progress) -> str:
         raise ValueError(f"The hook {hook!r} names no layer, and a source on Neuronpedia is one layer of a model.")
     progress("Loading the model", 0, 1)
     model = load_hooked_model(name, options.device, hook=hook)
-    store = ActivationsStore.from_sae(
-        model.model,
-        sae,
-        load_text(dataset).train,
-        context_size=metadata.context_size or min(128, model.context_size or 128),
-        store_batch_size_prompts=16,
-        device=options.device,
-    )
+    form = ContextForm.of(metadata, longest=model.context_size)
+    store = form.store(model.model, load_text(dataset).train, hook, model.d_in, options.device)
     batches = _token_batches(store, options.tokens, progress)
     activations = top_activations(sae, model.model, batches, options.contexts, metadata.max_norm_multiple)
     if not activations.tokens_evaluated:

@@ -26,9 +26,10 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
     """
     cfg = _parse_cfg_args(arguments)
     model: Any = load_bundled_model(cfg.llm_device or cfg.device) if cfg.model_name == BUNDLED else None
-    dataset: Any = load_text(BUNDLED, cfg.seed).train if cfg.dataset_path == BUNDLED else None
+    # cached activations are of a text that was chosen when they were made
+    text = None if cfg.use_cached_activations else load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
-        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=dataset)
+        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text and text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None
     size = size_at_hook(runner.model, cfg.hook_name)
@@ -37,6 +38,8 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
             f"d_in={cfg.sae.d_in} but the activations of {cfg.model_name} at {cfg.hook_name} have size {size}; "
             f"pass --d_in {size}."
         )
+    if text is not None:
+        runner.sae.cfg.metadata.heldout_rule = text.rule
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
     runner.run()

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from datasets import Dataset
+from helpers import CONTEXT, HOOK, VOCABULARY
+from sae_lens.saes.sae import SAEMetadata
+
+from saelens_cosine.activations.contexts import ContextForm, Contexts, heldout_contexts
+from saelens_cosine.activations.near_copies import HeldOutRuns, runs
+from saelens_cosine.evaluation.sample import sample_tokens
+
+
+def store_of(model, documents, **form):
+    """Documents as words of the tiny model's vocabulary, by their ids."""
+    texts = [" ".join(VOCABULARY[token] for token in tokens) for tokens in documents]
+    dataset = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+    return ContextForm(**{"context_size": 4, **form}).store(model, dataset, HOOK, 16, "cpu")
+
+
+def test_every_document_gives_its_share_of_contexts(model):
+    # 4 documents of 40 tokens without BOS and separator: 10 contexts of 4 each; 8 of 40 contexts are the middles of fifths
+    documents = [[i + 5] * 40 for i in range(4)]
+    found = heldout_contexts(store_of(model, documents, prepend_bos=False, sequence_separator_token=None), 30)
+    assert found.documents.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # 30 tokens are 8 contexts
+    assert found.tokens.tolist() == [[document + 5] * 4 for document in found.documents.tolist()]
+
+
+def test_all_contexts_where_the_text_is_short_and_an_error_where_there_is_none(model):
+    found = heldout_contexts(store_of(model, [[5, 6, 7], [8, 9, 10, 11]], prepend_bos=False), 1000)
+    # the beginning-of-sequence token, id 0, separates documents
+    assert found.tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
+    assert found.documents.tolist() == [1, 1]  # a separator is the next document's
+    with pytest.raises(ValueError, match="shorter than one context of 4"):
+        heldout_contexts(store_of(model, [[5, 6]], prepend_bos=False), 1000)
+
+
+def test_even_steps_are_the_middles_of_equal_stretches():
+    contexts = Contexts(torch.arange(10).unsqueeze(-1), torch.arange(10))
+    assert contexts.at_even_steps(2).documents.tolist() == [2, 7]  # of [0, 5) and [5, 10), 2.5 and 7.5 down
+    assert contexts.at_even_steps(3).documents.tolist() == [1, 5, 8]  # 1.67, 5, 8.33
+    assert contexts.at_even_steps(10).documents.tolist() == list(range(10))
+    assert contexts.at_even_steps(11).documents.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ({}, [[0, 5, 6, 7], [0, 8, 9, 0]]),  # 0 begins each context and separates the documents
+        ({"prepend_bos": False}, [[5, 6, 7, 8], [9, 0, 10, 11]]),
+        ({"prepend_bos": False, "sequence_separator_token": None}, [[5, 6, 7, 8], [9, 10, 11, 12]]),
+        ({"sequence_separator_token": 3}, [[0, 5, 6, 7], [0, 8, 9, 3]]),
+        ({"disable_concat_sequences": True}, [[0, 5, 6, 7], [0, 10, 11, 12]]),
+        ({"disable_concat_sequences": True, "prepend_bos": False, "context_size": 5}, [[5, 6, 7, 8, 9]]),
+    ],
+)
+def test_contexts_have_the_form_that_the_sae_was_trained_on(model, form, expected):
+    found = heldout_contexts(store_of(model, [[5, 6, 7, 8, 9], [10, 11, 12]], **form), 1000)
+    assert found.tokens.tolist()[: len(expected)] == expected
+
+
+def test_metadata_name_the_form_and_saelens_defaults_fill_the_rest():
+    assert ContextForm.of(SAEMetadata()) == ContextForm(128, True, "bos", False, (None,), False)
+    metadata = SAEMetadata(
+        context_size=64,
+        prepend_bos=False,
+        sequence_separator_token=None,
+        disable_concat_sequences=True,
+        seqpos_slice=[1, -1],
+        exclude_special_tokens=[0, 7],
+    )
+    assert ContextForm.of(metadata) == ContextForm(64, False, None, True, (1, -1), (0, 7))
+    assert ContextForm.of(metadata, context_size=32).context_size == 32
+    assert ContextForm.of(metadata, longest=16).context_size == 16
+
+
+def test_tokens_that_the_sae_never_saw_are_not_measured(model):
+    tokens = torch.tensor([[0, 5, 6, 7], [0, 8, 0, 9]])
+    seen = ContextForm(4, seqpos_slice=(0, 3), exclude_special_tokens=(5,)).seen(model, tokens)
+    assert seen.tolist() == [[True, False, True, False], [True, True, True, False]]
+    special = ContextForm(4, exclude_special_tokens=True).seen(model, tokens)
+    assert special.tolist() == [[False, True, True, True], [False, True, False, True]]
+    sample = sample_tokens(model, HOOK, [tokens], None, torch.tensor([4, 6]), seen)
+    assert sample.tokens.tolist() == [0, 6, 0, 8, 0]
+    assert sample.positions.tolist() == [0, 2, 0, 1, 2]
+    assert sample.contexts.tolist() == [0, 0, 1, 1, 1]
+    assert sample.documents.tolist() == [4, 4, 6, 6, 6]
+    whole = sample_tokens(model, HOOK, [tokens], None)
+    assert torch.equal(sample.activations, whole.activations[[0, 2, 4, 5, 6]])
+    assert CONTEXT >= 4
+
+
+def test_the_share_of_runs_is_counted_in_words():
+    words = [f"w{i}" for i in range(64)]
+    held_out = HeldOutRuns([{"text": " ".join(words)}])
+    assert len(runs(" ".join(words))) == 33  # one for each start of 32 words
+    # the first 48 words are 17 runs of the same, each of the 16 others lets one more run be new
+    assert held_out.shared(" ".join(words[:48] + [f"x{i}" for i in range(16)])) == pytest.approx(17 / 33)
+    assert held_out.shared(" ".join(words[::-1])) == 0
+    assert held_out.shared("short and whole") == 0
+    assert HeldOutRuns([{"text": "short and whole"}]).shared("short  and\nwhole") == 1
+    tokenised = HeldOutRuns([{"tokens": list(range(40))}])  # runs from 0 to 8
+    assert tokenised.shared(list(range(6, 46))) == pytest.approx(3 / 9)
+    assert tokenised.leaves({"tokens": list(range(6, 46))})
+    assert not tokenised.leaves({"tokens": list(range(5, 45))})
