@@ -13,6 +13,7 @@ from sae_lens.saes.sae import SAEConfig
 from typing_extensions import override
 
 from saelens_cosine.registry import register_inference, register_training
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, FoldedCosineScore, refuse_normalisation
 from saelens_cosine.saes.per_feature_cosine import (
     FoldedPerFeatureCosineScore,
@@ -35,6 +36,7 @@ class CosineAbsTopKSAEConfig(AbsTopKSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         refuse_normalisation(self)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.registry import register_inference, register_training
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, FoldedCosineScore, refuse_normalisation
 from saelens_cosine.saes.per_feature_cosine import (
     FoldedPerFeatureCosineScore,
@@ -41,6 +42,7 @@ class CosineGatedSAEConfig(GatedSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         refuse_normalisation(self)
 
 

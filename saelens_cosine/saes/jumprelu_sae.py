@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from saelens_cosine.kernels.selection import EntrySelector, above
 from saelens_cosine.registry import register_inference
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import FoldedCosineScore, refuse_normalisation
 from saelens_cosine.saes.per_feature_cosine import FoldedPerFeatureCosineScore
 from saelens_cosine.saes.scored_sae import ScoredSAE
@@ -29,6 +30,7 @@ class CosineJumpReLUSAEConfig(JumpReLUSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         refuse_normalisation(self)
 
 

@@ -14,6 +14,7 @@ import torch
 from sae_lens.saes.sae import mse_loss
 from torch.nn import functional as F
 
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
 TokenWeighting = Literal["none", "inverse_norm", "inverse_squared_norm"]
@@ -89,15 +90,13 @@ class ReconstructionLoss:
     post_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        check_choices(self)
         weights = {name: getattr(self, name) for name in ("mse_weight", "cosine_weight", "post_norm_weight")}
         for name, weight in weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name}={weight} must be a finite number, 0 or above.")
         if not any(weights.values()):
             raise ValueError(f"{', '.join(weights)} are all 0, which leaves nothing to learn from; give one a weight.")
-        if self.token_weighting not in get_args(TokenWeighting):
-            options = ", ".join(map(repr, get_args(TokenWeighting)))
-            raise ValueError(f"token_weighting={self.token_weighting!r} is none of {options}.")
         if self.token_weighting != "none" and self.mse_weight == 0:
             raise ValueError(
                 f"token_weighting={self.token_weighting!r} weights the squared error, which mse_weight=0 leaves out; "

@@ -27,6 +27,7 @@ from typing_extensions import override
 from saelens_cosine.kernels.codes import EntryCodes, scores_of
 from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.batchtopk_sae import BatchTopKThreshold, BatchTopKThresholdConfig
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE, FoldedCosineScore, refuse_normalisation, refuse_whitening
 from saelens_cosine.saes.dead_features import DeadFeatures
 from saelens_cosine.saes.jumprelu_sae import ThresholdSelector
@@ -52,6 +53,7 @@ class NormRestoreConfig(ConfigMixin):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         refuse_normalisation(self)
 
 

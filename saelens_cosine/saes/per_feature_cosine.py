@@ -40,10 +40,6 @@ class PerFeatureCosineScoreConfig(CosineScoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         groups = self.n_exponent_groups
-        if self.exponent_sharing not in ("independent", "base_delta", "groups"):
-            raise ValueError(
-                f"exponent_sharing={self.exponent_sharing!r} is none of 'independent', 'base_delta', 'groups'."
-            )
         if (self.exponent_sharing == "groups") != (groups is not None):
             raise ValueError(
                 f"n_exponent_groups={groups} does not go with exponent_sharing={self.exponent_sharing!r}: set a number of "

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.dead_features import DeadFeatureRevival
 from saelens_cosine.saes.losses import ReconstructionLoss
 from saelens_cosine.saes.scored_sae import ConfigMixin
@@ -78,6 +79,7 @@ class RecipeConfig(ConfigMixin):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         _ = self.reconstruction_loss  # refuses impossible weights
         if self.unit_decoder and getattr(self, "rescale_acts_by_decoder_norm", False):
             raise ValueError(
@@ -89,8 +91,6 @@ class RecipeConfig(ConfigMixin):
                 f"unit_decoder=True keeps decoder rows at norm 1, but decoder_init_norm={self.decoder_init_norm}; "
                 "set decoder_init_norm=1.0 or unit_decoder=False."
             )
-        if self.kernels not in ("auto", "reference", "fast"):
-            raise ValueError(f"kernels={self.kernels!r} is none of 'auto', 'reference', 'fast'.")
         k = getattr(self, "k", None)
         if k is not None and not 0 < k <= self.d_sae:
             raise ValueError(f"k={k} features cannot be active out of d_sae={self.d_sae}; 0 < k <= d_sae is needed.")

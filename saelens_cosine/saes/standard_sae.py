@@ -21,6 +21,7 @@ from sae_lens.saes.standard_sae import (
 from typing_extensions import override
 
 from saelens_cosine.registry import register_inference, register_training
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig, FoldedCosineScore, refuse_normalisation
 from saelens_cosine.saes.per_feature_cosine import (
     FoldedPerFeatureCosineScore,
@@ -43,6 +44,7 @@ class CosineStandardSAEConfig(StandardSAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         refuse_normalisation(self)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.registry import register_inference, register_training
+from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import InnerProductScore
@@ -124,13 +125,12 @@ class TopAFASAEConfig(SAEConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         if self.normalize_activations == "covariance_whitening":
             raise ValueError(
                 f"normalize_activations={self.normalize_activations!r} does not go with architecture="
                 f"{self.architecture()!r}: {_NO_WHITENING}. Use 'none', 'expected_average_only_in' or 'layer_norm'."
             )
-        if self.match not in ("nearest", "first_exceed"):
-            raise ValueError(f"match={self.match!r} is neither 'nearest' nor 'first_exceed'.")
         most = self.d_sae if self.k_max is None else self.k_max
         if not 1 <= self.k_min <= most <= self.d_sae:
             raise ValueError(
@@ -177,8 +177,6 @@ class TopAFATrainingSAEConfig(RecipeConfig, TopAFASAEConfig, TrainingSAEConfig):
             raise ValueError(
                 f"afa_coefficient={self.afa_coefficient} and afa_warm_up_steps={self.afa_warm_up_steps} must not be negative."
             )
-        if self.afa_loss_target not in ("input", "centered"):
-            raise ValueError(f"afa_loss_target={self.afa_loss_target!r} is neither 'input' nor 'centered'.")
 
 
 class AFASelection(InnerProductScore):
