@@ -247,7 +247,7 @@ def test_what_every_architecture_saves_for_inference_can_be_shared(tmp_path, nam
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_training_checkpoint_is_refused_with_the_way_out(tmp_path, name):
     make_sae(name).save_model(tmp_path)
-    with pytest.raises(ValueError, match=f"training checkpoint \\('{name}'\\).*save_inference_model"):
+    with pytest.raises(ValueError, match=f"training checkpoint \\('{name}'\\).*inference_form"):
         gather(tmp_path, "me/saes")
 
 

@@ -11,6 +11,7 @@ from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats import Format
 from saelens_cosine.loading.pretrained import FORMATS, from_pretrained
 from saelens_cosine.loading.releases import RELEASES
+from saelens_cosine.loading.saelens import inference_form
 from saelens_cosine.loading.sparsify import SPARSIFY
 
 authors_disk_loader, authors_huggingface_loader = AUTHORS.disk_loader, AUTHORS.huggingface_loader
@@ -28,6 +29,7 @@ __all__ = [
     "dictionary_learning_disk_loader",
     "dictionary_learning_huggingface_loader",
     "from_pretrained",
+    "inference_form",
     "sparsify_disk_loader",
     "sparsify_huggingface_loader",
 ]

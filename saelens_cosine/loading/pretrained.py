@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAE
 from sae_lens.util import dtype_to_str, str_to_dtype
@@ -18,16 +17,10 @@ from sae_lens.util import dtype_to_str, str_to_dtype
 from saelens_cosine.loading.authors import AUTHORS
 from saelens_cosine.loading.dictionary_learning import DICTIONARY_LEARNING
 from saelens_cosine.loading.errors import CheckpointError, listed
-from saelens_cosine.loading.formats import Converted, Format, published_metadata
+from saelens_cosine.loading.formats import Format, published_metadata
 from saelens_cosine.loading.releases import RELEASES
+from saelens_cosine.loading.saelens import SAELENS, load_saelens
 from saelens_cosine.loading.sparsify import SPARSIFY
-
-
-def _nothing_to_convert(path: Path, device: str, dtype: torch.dtype | None) -> Converted:
-    raise NotImplementedError("SAELens reads its own format.")
-
-
-SAELENS = Format("saelens", (SAE_WEIGHTS_FILENAME, SAE_CFG_FILENAME), _nothing_to_convert)
 
 FORMATS: dict[str, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, AUTHORS)}
 """Layouts by name. The first whose files are all in a folder is taken."""
@@ -70,7 +63,8 @@ def from_pretrained(
         force_download: again, though it is in the cache.
 
     Raises:
-        CheckpointError: the files are damaged, of no known layout, or hold several SAEs and none was named.
+        CheckpointError: the files are damaged, of no known layout, a training checkpoint (`inference_form` reads those), or
+            hold several SAEs and none was named.
         ConnectionError: the Hub cannot be had; the message says what was tried.
     """
     if isinstance(dtype, torch.dtype):
@@ -115,7 +109,7 @@ def load(
 ) -> SAE[Any]:
     """Load located files through SAELens; arguments and errors as in `from_pretrained`."""
     if located.format is SAELENS:  # its loader rounds exponents and thresholds, so the cast comes after it
-        sae: SAE[Any] = SAE.load_from_disk(located.path, device=device)
+        sae = load_saelens(located.path, device)
         sae = sae.to(dtype=str_to_dtype(dtype)) if dtype else sae
     else:
         sae = SAE.load_from_disk(located.path, device=device, dtype=dtype, converter=located.format.disk_loader)

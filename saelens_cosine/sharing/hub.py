@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,10 @@ from huggingface_hub.errors import (
 )
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEConfig
-from safetensors import SafetensorError
 
 from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.loading.saelens import load_saelens
 from saelens_cosine.model_card import model_card, repository_card
 
 CARD = "README.md"
@@ -91,21 +90,9 @@ def load_for_sharing(folder: Path) -> SAE[Any]:
         FileNotFoundError: it has no weights.
         ValueError: a training checkpoint, an architecture that SAELens does not know, or weights that do not fit.
     """
-    config = json.loads((folder / SAE_CFG_FILENAME).read_text())
-    name = config.get("architecture", "standard")
     if not (folder / SAE_WEIGHTS_FILENAME).exists():
         raise FileNotFoundError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
-    if name not in SAE_CLASS_REGISTRY and name not in SAE_TRAINING_CLASS_REGISTRY:
-        raise ValueError(
-            f"{folder} has architecture {name!r}, which SAELens does not know. If a package of yours registers it, import "
-            "that first and call saelens_cosine.sharing.hub.gather from Python."
-        )
-    if name not in SAE_CLASS_REGISTRY or _training_fields(name) & set(config):
-        raise ValueError(_training_checkpoint(folder, name))
-    try:
-        return SAE.load_from_disk(folder)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} are not those of a {name!r} SAE: {error}") from error
+    return load_saelens(folder)
 
 
 def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: str | None = None) -> Bundle:
@@ -222,21 +209,6 @@ def _publish(bundle: Bundle, private: bool, replace_card: bool) -> Published:
 
 def _hidden(relative: str) -> bool:
     return any(part.startswith(".") for part in Path(relative).parts)
-
-
-def _training_fields(name: str) -> set[str]:
-    """Fields that only the training config of an architecture has, when training and inference share its name."""
-    if name not in SAE_TRAINING_CLASS_REGISTRY:
-        return set()
-    training, inference = SAE_TRAINING_CLASS_REGISTRY[name][1], SAE_CLASS_REGISTRY[name][1]
-    return {field.name for field in fields(training)} - {field.name for field in fields(inference)}
-
-
-def _training_checkpoint(folder: Path, name: str) -> str:
-    return (
-        f"{folder} is a training checkpoint ({name!r}): SAE.from_pretrained cannot load it, or not as what it is. Share its "
-        f'inference form, which TrainingSAE.load_from_disk("{folder}").save_inference_model("a new folder") writes.'
-    )
 
 
 def _find_comparison(path: Path) -> tuple[Path, dict[str, Any]] | None:

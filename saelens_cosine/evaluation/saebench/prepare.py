@@ -14,10 +14,12 @@ import re
 from typing import Any
 
 import torch
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import SAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import nn
 from typing_extensions import override
+
+from saelens_cosine.loading.saelens import inference_copy
 
 BLOCK_OUTPUT = re.compile(r"^(?:model|transformer|gpt_neox|language_model|decoder|layers|h|\.)+\.(\d+)$")
 """Paths of a Hugging Face model's decoder blocks: `model.layers.18`, `transformer.h.5`, `gpt_neox.layers.3`."""
@@ -167,22 +169,6 @@ def prepare(
     prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{digest}".replace("/", "_"), silence_padding)
     _check(prepared)
     return prepared
-
-
-def inference_copy(sae: SAE[Any]) -> SAE[Any]:
-    """A copy that shares nothing with `sae`, in the form in which SAELens would save it."""
-    state = {name: tensor.detach().clone() for name, tensor in sae.state_dict().items()}
-    if isinstance(sae, TrainingSAE):
-        sae.process_state_dict_for_saving_inference(state)
-        config = sae.cfg.get_inference_sae_cfg_dict()
-    else:
-        sae.process_state_dict_for_saving(state)
-        config = sae.cfg.to_dict()
-
-    def in_memory(path: Any, device: str, cfg_overrides: dict[str, Any] | None = None) -> Any:  # noqa: ARG001
-        return config, state
-
-    return SAE.load_from_disk("", device=config["device"], converter=in_memory)
 
 
 def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
