@@ -28,6 +28,12 @@ AUTHORS = {
     "groups": "per_feature_cosine_jumprelu",
     "base-delta": "per_feature_cosine_jumprelu",
     "bypass": "magnitude_bypass_jumprelu",
+    "pure-cosine": "cosine_jumprelu",
+    "bare": "cosine_jumprelu",
+    "free-rows": "cosine_jumprelu",
+    "free-rows-scaled": "cosine_jumprelu",
+    "score-mode": "jumprelu",
+    "factorial": "magnitude_bypass_jumprelu",
 }
 DICTIONARIES = {
     "BatchTopKSAE": "jumprelu",
@@ -65,7 +71,8 @@ def write(source: str, folder: Path, seed: int = 0, d_in: int = D_IN, d_sae: int
 def formula(source: str, folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and output of the SAE in a folder, by its publisher's formula in float64."""
     if source in AUTHORS:
-        return authors_formula(torch.load(folder / "sae_final.pt", weights_only=True)["state_dict"], x.double())
+        content = torch.load(folder / "sae_final.pt", weights_only=True)
+        return authors_formula(source, content.get("state_dict", content), x.double())
     if source in DICTIONARIES:
         trainer = json.loads((folder / "config.json").read_text())["trainer"]
         return dictionary_formula(trainer, torch.load(folder / "ae.pt", weights_only=True), x.double())
@@ -104,33 +111,57 @@ def authors_file(source: str, rng: torch.Generator, d_in: int = D_IN, d_sae: int
             "scale_a_delta": _normal(rng, d_sae, std=0.1),
             "scale_b": 0.8 + _normal(rng, d_sae, std=0.2),
         }
-    elif source == "bypass":
+    elif source in ("bypass", "factorial"):
         del state["b_enc"]
         state["W_dec"] = state["W_dec"] * torch.linspace(0.99, 1.01, d_sae)[:, None]  # normalised in their forward pass
         state["threshold"] = torch.tensor(0.2)
+    elif source == "pure-cosine":
+        state |= {"scale_b": torch.tensor(1.2)}
+    elif source == "bare":
+        return {**state, "log_scale": torch.tensor(1.2)}
+    elif source == "free-rows":
+        state |= {"scale_a": torch.tensor(0.3)}
+    elif source == "free-rows-scaled":
+        state |= {"scale_a": torch.tensor(0.3), "scale_b": 0.5 + _normal(rng, d_sae, std=0.2)}
+    elif source == "score-mode":  # one class with both scores: the scale is there and not used
+        state |= {"scale_a": torch.tensor(0.3), "scale_b": torch.tensor(0.8)}
+        return {"state_dict": state, "score_mode": "inner"}
     fired = torch.arange(d_sae, dtype=torch.int64)
-    return {"state_dict": state, "num_tokens_since_fired": fired, "step": 244_140}
+    content = {"state_dict": state, "num_tokens_since_fired": fired, "step": 244_140}
+    if source == "factorial":
+        cell = {"normalize_encoder": False, "normalize_decoder": True, "restore_output_norm": True}
+        return {**content, "config": {**cell, "aux_k_enabled": True}}
+    return content
 
 
-def authors_formula(state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def authors_formula(source: str, state: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     s = {name: tensor.double() for name, tensor in state.items()}
     centred = x - s["b_dec"]
     n = centred.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    cosine = (centred / n) @ _unit(s["W_enc"]).T
+    product, rows = (centred / n) @ s["W_enc"].T, s["W_enc"].norm(dim=-1)
+    cosine = product / rows
     if "b_enc" not in s:
-        codes = cosine.relu() * (cosine > s["threshold"])
+        scores = product if source == "factorial" else cosine
+        codes = scores.relu() * (scores > s["threshold"])
         summed = codes @ _unit(s["W_dec"])
         gain = n / summed.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         return codes * gain, gain * summed + s["b_dec"]
-    if "scale_b" not in s:
-        scores = centred @ s["W_enc"].T + s["b_enc"]
+    if source in ("standard", "score-mode"):
+        scores = n * product
+    elif source == "free-rows":
+        scores = n ** s["scale_a"] * product
+    elif source == "free-rows-scaled":
+        scores = torch.exp(s["scale_b"]) * n ** s["scale_a"] * product
+    elif source in ("pure-cosine", "bare"):
+        scores = torch.exp(s["log_scale"] if source == "bare" else s["scale_b"]) * cosine
     else:
         a = s["scale_a"] if "scale_a" in s else s["scale_a_base"] + s["scale_a_delta"]
         b = s["scale_b"]
         if a.shape == (GROUPS,):  # blocks of 13 // 3 = 4, the last takes the rest
             member = [0] * 4 + [1] * 4 + [2] * 5
             a, b = a[member], b[member]
-        scores = torch.exp(b) * n**a * cosine + s["b_enc"]
+        scores = torch.exp(b) * n**a * cosine
+    scores = scores + s["b_enc"]
     codes = scores.relu() * (scores > s["threshold"])
     return codes, codes @ s["W_dec"] + s["b_dec"]
 

@@ -96,7 +96,7 @@ def test_a_scale_beyond_float32(tmp_path):
     ("source", "name", "value"),
     [
         ("perfeature", "b_enc", 3),
-        ("perfeature", "scale_a", torch.zeros(())),  # as in the un-normalised ablation of experiment 48
+        ("perfeature", "scale_b", torch.zeros(())),
         ("perfeature", "scale_b", None),
         ("global-a", "scale_a", torch.zeros(1, 1)),
         ("global-a", "scale_a", torch.zeros(D_SAE + 1)),

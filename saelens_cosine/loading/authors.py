@@ -1,19 +1,20 @@
-"""Checkpoints of the paper's own code (arXiv 2606.15054): a pickled dictionary with the state dict of their modules.
+"""Checkpoints of the paper's own code (arXiv 2606.15054): a pickled state dict of their modules, bare or with entries beside it.
 
-There is no config; the tensors tell the variant. `W_enc` and `W_dec` are both `[d_sae, d_in]`, one threshold serves all
-features, and its comparison is strict. With `x_c`, `n`, `u = x_c / n` as in `saelens_cosine.score`:
+`W_enc` and `W_dec` are both `[d_sae, d_in]`; a threshold is one for all features, and its comparison is strict. With `x_c`,
+`n`, `u = x_c / n` as in `saelens_cosine.score`, `ŵ_i = w_i / ‖w_i‖`, and `e`, `a` from `scale_b` and `scale_a`, which are
+`[]`, `[d_sae]`, or `[groups]` (feature i has those of group `i // (d_sae // groups)`, the last takes the rest):
 
-| extra tensors | score | becomes |
+| tensors of the score | score | becomes |
 | --- | --- | --- |
-| none | `<x_c, w_i> + b_enc_i` | SAELens' `jumprelu` |
-| `scale_a`, `scale_b`, both `[]` | `exp(b) n^a <u, w_i / ‖w_i‖> + b_enc_i` | `cosine_jumprelu` |
-| both `[d_sae]` | the same with `a_i`, `b_i` | `per_feature_cosine_jumprelu` |
-| both `[groups]` | feature i has those of group `i // (d_sae // groups)`, the last takes the rest | `per_feature_cosine_jumprelu` |
-| `scale_a_base`, `scale_a_delta`, `scale_b` | `a_i = base + delta_i` | `per_feature_cosine_jumprelu` |
-| no `b_enc` | `<u, w_i / ‖w_i‖>`, output restored to the norm `n` | `magnitude_bypass_jumprelu` |
+| `b_enc` | `<x_c, w_i> + b_enc_i` | SAELens' `jumprelu` |
+| `b_enc`, `scale_a`, `scale_b` | `exp(e) n^a <u, ŵ_i> + b_enc_i` | `cosine_jumprelu`, `per_feature_cosine_jumprelu` |
+| `b_enc`, `scale_a_base`, `scale_a_delta`, `scale_b` | the same with `a_i = base + delta_i` | `per_feature_cosine_jumprelu` |
+| `b_enc`, `scale_b` or `log_scale` | the same with `a = 0` | `cosine_jumprelu` |
+| `b_enc`, `scale_a []`, `scale_b [d_sae]` or none | `exp(e_i) n^a <u, w_i> + b_enc_i` | `cosine_jumprelu` |
+| none | `<u, ŵ_i>`, output restored to the norm `n` | `magnitude_bypass_jumprelu` |
 
-Some ablations have the tensors of another variant and compute something else; only the file's name tells them apart, so a
-name that says one of them is refused.
+Without a threshold it is `..._topk` or `..._abstopk`. Some of their experiments have the tensors of a row above and compute
+something else. An entry beside the tensors says so, and is heard; where only the file's name does, the name is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens.registry import SAE_CLASS_REGISTRY
 
+from saelens_cosine.loading.authors_file import BASE_DELTA, BYPASS, COSINE, STANDARD, AuthorsFile, what_it_is
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats import Converted, Format
 from saelens_cosine.loading.reading import open_pt
@@ -36,131 +39,105 @@ WEIGHTS = "sae_final.pt"
 FOLD_BLOCK = 2**20
 """Weights that are normalised at a time."""
 
-_COSINE = frozenset({"b_enc", "scale_a", "scale_b"})
-_BASE_DELTA = frozenset({"b_enc", "scale_a_base", "scale_a_delta", "scale_b"})
-_STANDARD = frozenset({"b_enc"})
-_BYPASS = frozenset[str]()
-_VARIANTS = (_STANDARD, _COSINE, _BASE_DELTA, _BYPASS)
-_TELLING = frozenset.union(*_VARIANTS)
 
-_AMBIGUOUS = ("inner_unitenc", "standard_inputnorm", "perfeature_bd_no_enc_norm", "unnormed_perfeature_b", "noc_")
-"""Starts of file names of ablations (experiments 46, 48, 63) that the tensors alone would take for another variant."""
-
-
-def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Converted:
+def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None, k: int | None = None) -> Converted:
     """An SAE from the authors' file, or a folder that holds it as `sae_final.pt`.
 
+    Args:
+        path: the file, or its folder.
+        device: where the tensors shall be.
+        dtype: of the weights; None is the file's.
+        k: features per token of a TopK or AbsTopK file, which does not say it.
+
     Raises:
-        CheckpointError: the file is damaged, is no such checkpoint, or has no threshold yet.
+        CheckpointError: the file is damaged, is no such checkpoint, has an entry that is not known, no threshold yet, or no k.
     """
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():
         raise CheckpointError(f"{weights} does not exist; the authors' layout has one {WEIGHTS} per folder.")
-    if weights.name.startswith(_AMBIGUOUS):
-        raise CheckpointError(
-            f"{weights.name} names an ablation whose score no SAE class here has, though its tensors look like another's."
-        )
     with open_pt(weights) as file:
-        variant = _check(file)
-        threshold = _threshold(file)
-        d_sae, d_in = file.shape("state_dict/W_enc", 2)
-        metadata = _metadata(weights, d_in, d_sae, variant)
+        said = what_it_is(file, k)
+        d_sae, d_in = file.shape(f"{said.state}W_enc", 2)
+        threshold = _threshold(file, said.state) if said.k is None else None
         # weights first: while they are read and normalised nothing else is held
-        architecture, tensors = _scored(file, variant, device, dtype)
-        tensors["b_dec"] = file.read("state_dict/b_dec", dtype=dtype, device=device)
+        family, tensors = _scored(file, said, device, dtype)
+        tensors["b_dec"] = file.read(f"{said.state}b_dec", dtype=dtype, device=device)
+    architecture = family + said.selector
+    if architecture not in SAE_CLASS_REGISTRY:
+        raise CheckpointError(f"{weights} would be a {architecture!r}, which no SAE class here is.")
+    if threshold is not None:
         # SAELens' class compares in the SAE's dtype, ours in float32 or wider
-        kept = tensors["W_enc"].dtype if variant == _STANDARD else wide(tensors["W_enc"].dtype)
+        kept = wide(tensors["W_enc"].dtype) if family else tensors["W_enc"].dtype
         tensors["threshold"] = torch.full((d_sae,), threshold, dtype=kept, device=device)
-    if variant != _STANDARD:
+    settings: dict[str, Any] = {} if said.k is None else {"k": said.k}
+    if said.tensors == BYPASS:
+        settings["restore_output_norm"] = said.score.restored
+    metadata = _metadata(weights, d_in, d_sae, said)
+    if family:
         metadata["requires"] = PLUGIN_NOTE
-    return Converted(architecture, tensors, {}, metadata)
+    return Converted(architecture, tensors, settings, metadata)
 
 
-def _check(file: TensorFile) -> frozenset[str]:
-    """The variant, after all names, shapes and kinds were found to be its."""
-    d_sae, d_in = file.shape("state_dict/W_enc", 2)
-    variant = frozenset(name for name in _TELLING if f"state_dict/{name}" in file.records)
-    if variant not in _VARIANTS:
-        known = "; ".join(", ".join(sorted(names)) or "none" for names in _VARIANTS)
-        raise CheckpointError(f"{file.path} has the score tensors {sorted(variant)}; known are: {known}.")
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (d_sae, d_in),
-        "W_dec": (d_sae, d_in),
-        "b_dec": (d_in,),
-        "threshold": (),
-    }
-    shapes |= dict.fromkeys(variant, (d_sae,))
-    if variant == _COSINE:
-        record = file.records["state_dict/scale_a"]
-        if len(record.shape) > 1 or (record.shape and record.shape[0] > d_sae):
-            raise CheckpointError(
-                f"scale_a in {file.path} has shape {list(record.shape)}; expected [], [{d_sae}] or [groups] below that."
-            )
-        shapes["scale_a"] = shapes["scale_b"] = record.shape
-    if variant == _BASE_DELTA:
-        shapes["scale_a_base"] = ()
-    file.expect(
-        floats={f"state_dict/{name}": shape for name, shape in shapes.items()},
-        integers={"num_tokens_since_fired": (d_sae,)},
-        optional={"num_tokens_since_fired"},
-        state="state_dict/",
-    )
-    return variant
-
-
-def _threshold(file: TensorFile) -> float:
-    threshold = file.number("state_dict/threshold")
+def _threshold(file: TensorFile, state: str) -> float:
+    threshold = file.number(f"{state}threshold")
     if threshold < 0:
         raise CheckpointError(
             f"{file.path} has threshold {threshold:g}, so it was never set (training ended before step 1000). The authors' "
-            "code then selects across the evaluation batch, which no SAE class does. Set state_dict['threshold'] to the "
-            "score that k features per token exceed on your activations, and load that."
+            "code then selects across the evaluation batch, which no SAE class does. Set the threshold in its state dict "
+            "to the score that k features per token exceed on your activations, and load that."
         )
     return threshold
 
 
 def _scored(
-    file: TensorFile, variant: frozenset[str], device: str, dtype: torch.dtype | None
+    file: TensorFile, said: AuthorsFile, device: str, dtype: torch.dtype | None
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """Architecture and the tensors that make its score and its decoder."""
+    """Start of the architecture's name, and the tensors that make its score and its decoder."""
+    score = said.score
 
     def read(name: str, dtype: torch.dtype | None = dtype, **options: Any) -> torch.Tensor:
-        return file.read(f"state_dict/{name}", dtype=dtype, device=device, **options)
+        return file.read(f"{said.state}{name}", dtype=dtype, device=device, **options)
 
-    if variant == _STANDARD:
+    if score.inner and not score.unit_rows:
         # contiguous, because SAELens saves no views
-        return "jumprelu", {"W_enc": read("W_enc", transposed=True), "b_enc": read("b_enc"), "W_dec": read("W_dec")}
-    stored = file.records["state_dict/W_enc"].dtype
+        return "", {"W_enc": read("W_enc", transposed=True), "b_enc": read("b_enc"), "W_dec": read("W_dec")}
+    stored = file.records[f"{said.state}W_enc"].dtype
     precise = torch.promote_types(wide(stored), dtype or stored)
     rows = read("W_enc", precise)
-    if variant == _BYPASS:
-        _scale_rows(rows, rows.new_zeros(()))
-        W_dec = read("W_dec", precise)
-        _scale_rows(W_dec, W_dec.new_zeros(()))
-        W_enc, W_dec = (weights.to(dtype or weights.dtype) for weights in (rows, W_dec))
-        extra = {"b_enc": W_enc.new_zeros(len(W_enc)), "norm_exponent": rows.new_zeros(())}
-        return "magnitude_bypass_jumprelu", {"W_enc": W_enc.T, "W_dec": W_dec, **extra}
-    if variant == _BASE_DELTA:
-        exponent = read("scale_a_base", precise) + read("scale_a_delta", precise)
-    else:
-        exponent = _ungrouped(read("scale_a", precise), len(rows))
-    log_scale = _ungrouped(read("scale_b", precise), len(rows))
-    if not log_scale.exp().isfinite().all():
-        raise CheckpointError(
-            f"scale_b in {file.path} goes up to {log_scale.max().item():g}, whose exponential is no {precise}."
-        )
-    _scale_rows(rows, log_scale)
-    name = "per_feature_cosine_jumprelu" if exponent.ndim else "cosine_jumprelu"
-    tensors = {"W_enc": rows.to(dtype or rows.dtype).T, "norm_exponent": exponent}  # a view: our classes keep it so
-    return name, {**tensors, "b_enc": read("b_enc"), "W_dec": read("W_dec")}
+    exponent, log_scale = rows.new_zeros(()), rows.new_zeros(())
+    if not score.inner:
+        if said.tensors == BASE_DELTA:
+            exponent = read("scale_a_base", precise) + read("scale_a_delta", precise)
+        elif "scale_a" in said.tensors:
+            exponent = _ungrouped(read("scale_a", precise), len(rows)) * score.kept
+        for name in sorted(said.tensors & {"scale_b", "log_scale"}):
+            log_scale = _ungrouped(read(name, precise), len(rows))
+            if not log_scale.exp().isfinite().all():
+                raise CheckpointError(
+                    f"{name} in {file.path} goes up to {log_scale.max().item():g}, whose exponential is no {precise}."
+                )
+    _scale_rows(rows, log_scale, score.unit_rows)
+    W_enc = rows.to(dtype or rows.dtype).T  # a view: our classes keep it so
+    if score.inner:
+        return "", {"W_enc": W_enc.contiguous(), "b_enc": read("b_enc"), "W_dec": read("W_dec")}
+    tensors = {"W_enc": W_enc, "norm_exponent": exponent}
+    if said.tensors != BYPASS:
+        family = "per_feature_cosine_" if exponent.ndim else "cosine_"
+        return family, {**tensors, "b_enc": read("b_enc"), "W_dec": read("W_dec")}
+    W_dec = read("W_dec", precise)
+    if score.unit_decoder:
+        _scale_rows(W_dec, W_dec.new_zeros(()), unit=True)
+    b_enc = W_enc.new_zeros(len(rows))
+    return "magnitude_bypass_", {**tensors, "b_enc": b_enc, "W_dec": W_dec.to(dtype or W_dec.dtype)}
 
 
-def _scale_rows(rows: torch.Tensor, log_scale: torch.Tensor) -> None:
-    """Give the rows of `[d_sae, d_in]` the lengths `exp(log_scale)`, in place and in blocks."""
+def _scale_rows(rows: torch.Tensor, log_scale: torch.Tensor, unit: bool) -> None:
+    """Multiply the rows of `[d_sae, d_in]`, or their directions, by `exp(log_scale)`, in place and in blocks."""
     step = max(1, FOLD_BLOCK // rows.shape[1])
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
-        rows[block] = fold_scale(rows[block].T, log_scale[block] if log_scale.ndim else log_scale).T
+        scale = log_scale[block] if log_scale.ndim else log_scale
+        rows[block] = fold_scale(rows[block].T, scale).T if unit else (rows[block].T * scale.exp()).T
 
 
 def _ungrouped(values: torch.Tensor, d_sae: int) -> torch.Tensor:
@@ -171,14 +148,15 @@ def _ungrouped(values: torch.Tensor, d_sae: int) -> torch.Tensor:
     return values[group.clamp_max(len(values) - 1)]
 
 
-def _metadata(weights: Path, d_in: int, d_sae: int, variant: frozenset[str]) -> dict[str, Any]:
+def _metadata(weights: Path, d_in: int, d_sae: int, said: AuthorsFile) -> dict[str, Any]:
     """The release's, when name, sizes and variant are those of the published files; else what the name tells."""
     release = RELEASES["cosine-scored-saes-qwen3-8b"]
     published = next(iter(release.saes.values()))
-    if weights.name == WEIGHTS and (d_in, d_sae) == (release.d_in, published.d_sae) and variant in (_STANDARD, _COSINE):
+    is_published = said.plain and said.k is None and said.tensors in (STANDARD, COSINE)
+    if weights.name == WEIGHTS and (d_in, d_sae) == (release.d_in, published.d_sae) and is_published:
         return release.metadata_of(published.folder)
-    layer = re.search(r"_L(\d+)_", weights.name)  # {variant}_L{layer}_final.pt, _step{n}.pt
+    layer = re.search(r"_L(\d+)[_.]", weights.name)  # {variant}_L{layer}.pt, _final.pt, _step{n}.pt, _k{k}_final.pt
     return {"hook_name": f"blocks.{layer[1]}.hook_resid_post"} if layer else {}
 
 
-AUTHORS = Format("authors", (WEIGHTS,), convert)
+AUTHORS = Format("authors", (WEIGHTS,), convert, options=("k",))

@@ -48,6 +48,7 @@ def convert(
     *,
     device: str = "cpu",
     dtype: str | None = None,
+    k: int | None = None,
     metadata: dict[str, Any] | None = None,
     check: bool = False,
     activations: torch.Tensor | None = None,
@@ -56,7 +57,7 @@ def convert(
     """Write an SAE in SAELens' format: `cfg.json` and `sae_weights.safetensors` in a folder.
 
     Args:
-        source: and `sae_id`, `device`, `dtype`, `metadata` as in `from_pretrained`.
+        source: and `sae_id`, `device`, `dtype`, `k`, `metadata` as in `from_pretrained`.
         destination: folder that appears complete or not at all.
         check: whether the written SAE is loaded again and compared with its source's formula; it is kept only if they agree.
         activations: `[..., d_in]` to compare on; None takes random ones.
@@ -69,7 +70,7 @@ def convert(
     destination = Path(destination)
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} exists. Choose another folder, or overwrite it (--overwrite).")
-    located = locate(source, sae_id)
+    located = locate(source, sae_id, k=k)
     if located.path.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination} holds the source {located.path}, which would be lost. Choose another folder.")
     if check and located.format is SAELENS:
@@ -130,6 +131,7 @@ def add_convert_command(commands: Any) -> None:
     add(
         "--dtype", choices=("float32", "bfloat16", "float16", "float64"), help="of the weights; the file's if not given"
     )
+    add("--k", type=int, help="features per token of the authors' TopK and AbsTopK files, which don't tell")
     add("--model-name", help="metadata: the model, where the files don't tell")
     add("--hook-name", help="metadata: the hook point, where the files don't tell")
     add("--overwrite", action="store_true", help="replace an existing destination")
@@ -153,6 +155,7 @@ def _run(options: Any) -> int:
             options.sae_id,
             device=options.device,
             dtype=options.dtype,
+            k=options.k,
             metadata={key: value for key, value in given.items() if value is not None},
             check=options.verify or options.activations is not None,
             activations=_read_activations(options.activations) if options.activations is not None else None,

@@ -159,8 +159,9 @@ def _threshold(file: TensorFile) -> float:
     threshold = file.number("threshold")
     if threshold < 0:
         raise CheckpointError(
-            f"{file.path} has threshold {threshold:g}: it was never set, and without it the library selects across a batch, "
-            "which no SAE class does. Set 'threshold' to the score that k features per token exceed, and load that."
+            f"{file.path} has threshold {threshold:g}: it was never set (training ended before it was first measured), and with "
+            "it the library's encode keeps every positive score, not k. Set 'threshold' to the score that k features per token "
+            "exceed, and load that."
         )
     return threshold
 

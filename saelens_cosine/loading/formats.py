@@ -49,14 +49,16 @@ class Format:
     Args:
         name (str): For messages and tables.
         files (tuple[str, ...]): What lies in an SAE's folder, weights first.
-        convert (Callable[[Path, str, torch.dtype | None], Converted]): From a folder (or weights file), to a device and a dtype (None: the file's).
+        convert (Callable[..., Converted]): From a folder (or weights file), to a device and a dtype (None: the file's).
         config_of_repository (str | None): A file beside the folder that says more, if it is there.
+        options (tuple[str, ...]): Settings of the SAE that the files may not tell; `convert` takes them by name.
     """
 
     name: str
     files: tuple[str, ...]
-    convert: Callable[[Path, str, torch.dtype | None], Converted]
+    convert: Callable[..., Converted]
     config_of_repository: str | None = None
+    options: tuple[str, ...] = ()
 
     def disk_loader(
         self, path: str | Path, device: str = "cpu", cfg_overrides: dict[str, Any] | None = None
@@ -69,7 +71,8 @@ class Format:
         overrides = cfg_overrides or {}
         device = overrides.get("device") or device
         dtype = str_to_dtype(overrides["dtype"]) if overrides.get("dtype") else None
-        architecture, tensors, settings, metadata = self.convert(Path(path), device, dtype)
+        options = {name: overrides[name] for name in self.options if overrides.get(name) is not None}
+        architecture, tensors, settings, metadata = self.convert(Path(path), device, dtype, **options)
         d_in, d_sae = tensors["W_enc"].shape
         config = {
             "architecture": architecture,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ class Located:
         format (Format): Their layout.
         path (Path): Their folder, or the weights file itself.
         metadata (dict[str, Any]): What is known of the SAE beside its files.
+        k (int | None): Features per token, where the files don't tell.
     """
 
     format: Format
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
+    k: int | None = None
 
 
 def from_pretrained(
@@ -48,6 +50,7 @@ def from_pretrained(
     *,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
+    k: int | None = None,
     metadata: dict[str, Any] | None = None,
     force_download: bool = False,
 ) -> SAE[Any]:
@@ -59,6 +62,7 @@ def from_pretrained(
         device: where the SAE shall be; nothing larger than the SAE is made there.
         dtype: of the weights. None is the file's, and float32 or wider where a scale is folded into them. Exponents and
             thresholds of our classes are always float32 or wider.
+        k: features per token of a TopK or AbsTopK SAE of the paper's authors, whose files don't tell.
         metadata: what the files don't tell, such as `{"model_name": "gpt2", "hook_name": "blocks.6.hook_resid_post"}`.
         force_download: again, though it is in the cache.
 
@@ -70,17 +74,30 @@ def from_pretrained(
     if isinstance(dtype, torch.dtype):
         dtype = dtype_to_str(dtype)
     if _is_saelens_release(source):
+        if k is not None:
+            raise CheckpointError(f"{source!r} says its own k; leave k={k} out.")
         if sae_id is None:
             ids = get_pretrained_saes_directory()[str(source)].saes_map
             raise CheckpointError(f"{source!r} holds {listed(ids)}. Name one as sae_id.")
         return SAE.from_pretrained(
             str(source), sae_id, device=device, dtype=dtype or "float32", force_download=force_download
         )
-    return load(locate(source, sae_id, force_download), device=device, dtype=dtype, metadata=metadata)
+    return load(locate(source, sae_id, force_download, k), device=device, dtype=dtype, metadata=metadata)
 
 
-def locate(source: str | Path, sae_id: str | None = None, force_download: bool = False) -> Located:
+def locate(
+    source: str | Path, sae_id: str | None = None, force_download: bool = False, k: int | None = None
+) -> Located:
     """Find (and download) the files of one SAE; arguments and errors as in `from_pretrained`."""
+    located = _locate(source, sae_id, force_download)
+    if k is not None and "k" not in located.format.options:
+        raise CheckpointError(
+            f"{located.path} is in the format {located.format.name!r}, which says its own k; leave k={k} out."
+        )
+    return replace(located, k=k)
+
+
+def _locate(source: str | Path, sae_id: str | None, force_download: bool) -> Located:
     path = Path(source).expanduser()
     if path.is_file():
         return Located(AUTHORS, path)
@@ -112,7 +129,12 @@ def load(
         sae = load_saelens(located.path, device)
         sae = sae.to(dtype=str_to_dtype(dtype)) if dtype else sae
     else:
-        sae = SAE.load_from_disk(located.path, device=device, dtype=dtype, converter=located.format.disk_loader)
+        given = {} if located.k is None else {"k": located.k}
+
+        def with_k(path: Any, device: str, cfg_overrides: dict[str, Any] | None) -> Any:
+            return located.format.disk_loader(path, device, {**(cfg_overrides or {}), **given})
+
+        sae = SAE.load_from_disk(located.path, device=device, dtype=dtype, converter=with_k)
     for key, value in {**located.metadata, **(metadata or {})}.items():
         sae.cfg.metadata[key] = value
     return sae

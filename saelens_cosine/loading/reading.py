@@ -53,7 +53,7 @@ def open_pt(path: Path) -> TensorFile:
             values = dict(_named_values(content))
             tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
             records = {name: _pt_record(name, tensor, by_start, path) for name, tensor in tensors.items()}
-            return TensorFile(path, file, records, set(values) - set(tensors))
+            return TensorFile(path, file, records, {name: values[name] for name in set(values) - set(tensors)})
     except BaseException:
         file.close()
         raise
@@ -76,7 +76,7 @@ def open_safetensors(path: Path) -> TensorFile:
             if set(header) != names:
                 raise CheckpointError(f"{path} names a tensor twice.")
             records = {name: _safetensors_record(name, entry, 8 + header_bytes, path) for name, entry in header.items()}
-            return TensorFile(path, file, records, set())
+            return TensorFile(path, file, records, {})
     except BaseException:
         file.close()
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -76,10 +76,10 @@ class TensorFile:
         path: for messages.
         file: open for reading, and closed by `close`.
         records: by name.
-        plain: names of what is no tensor.
+        plain: what is no tensor, by name.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, records: dict[str, Record], plain: set[str]):
+    def __init__(self, path: Path, file: BinaryIO, records: dict[str, Record], plain: dict[str, Any]):
         self.path, self.records, self.plain = path, records, plain
         self._file = file
 
@@ -109,7 +109,7 @@ class TensorFile:
         floats: Mapping[str, tuple[int, ...]],
         integers: Mapping[str, tuple[int, ...]],
         optional: set[str],
-        state: str = "",
+        beside: Set[str] = frozenset(),
     ) -> None:
         """Compare what is in the file with what its layout has. Data is not read.
 
@@ -117,20 +117,22 @@ class TensorFile:
             floats: shapes of tensors of a floating dtype, by name.
             integers: shapes of integer tensors, by name.
             optional: those of them that may be missing.
-            state: how names of the state dict start, in which everything is a tensor. Plain values beside it are ignored.
+            beside: names that the caller has looked at itself.
 
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape or kind.
         """
         expected = {**floats, **integers}
         missing = sorted(set(expected) - set(self.records) - optional)
-        unknown = sorted(set(self.records) - set(expected) | {name for name in self.plain if name.startswith(state)})
+        unknown = sorted((set(self.records) - set(expected) | set(self.plain)) - beside)
         if missing or unknown:
             raise CheckpointError(
                 f"{self.path} does not have its layout's tensors: missing {missing}, not known {unknown}. "
                 f"Expected {listed(expected)}."
             )
         for name, record in self.records.items():
+            if name not in expected:
+                continue
             if record.shape != expected[name]:
                 raise CheckpointError(
                     f"{name!r} in {self.path} has shape {list(record.shape)}; expected {list(expected[name])}."

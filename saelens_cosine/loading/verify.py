@@ -103,7 +103,7 @@ def verify(located: Located, sae: SAE[Any], activations: torch.Tensor | None = N
     codes = sae.encode(x)
     output = sae.decode(codes).double().cpu()
     codes = codes.double().cpu()
-    expected = reference(located.path, x.double().cpu())
+    expected = reference(located, x.double().cpu())
     both = (codes != 0) & (expected.codes != 0)
     flipped = (codes != 0) != (expected.codes != 0)
     same = ~flipped.any(dim=-1)
@@ -162,37 +162,92 @@ def _above(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     return scores.relu() * (scores > threshold)
 
 
-def _authors(path: Path, x: torch.Tensor) -> Reference:
-    """BatchTopKSAE and its cosine variants, at evaluation (the paper's code, experiments 37, 39, 40, 47)."""
-    state = _load(path / "sae_final.pt" if path.is_dir() else path)["state_dict"]
-    W_enc, W_dec = state["W_enc"], state["W_dec"]
-    small = {name: value.double() for name, value in state.items() if name not in ("W_enc", "W_dec")}
+def _authors(located: Located, x: torch.Tensor) -> Reference:
+    """The paper's code at evaluation: BatchTopKSAE and its cosine variants, SelectorSAE, SwappableBatchTopKSAE, NoCFlexSAE."""
+    path = located.path / "sae_final.pt" if located.path.is_dir() else located.path
+    content = _load(path)
+    state, said = (content["state_dict"], content) if "state_dict" in content else (content, content)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    small = {name: value.double() for name, value in tensors.items() if name not in ("W_enc", "W_dec")}
     centred = x - small["b_dec"]
     norm = centred.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    threshold = small["threshold"]
+    name = path.name.removeprefix("abs").removeprefix("topk_")
     if "b_enc" not in small:
-        scores = _product(centred / norm, W_enc, unit=True)
-        raw = _above(scores, threshold)
-        direction = _sum_of_rows(raw, W_dec, unit=True)
-        gain = norm / direction.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        # a code's share of the restored output, so that the output is linear in the codes
-        return Reference(scores, threshold, raw * gain, direction * gain + small["b_dec"])
-    if "scale_b" not in small:
-        scores = _product(centred, W_enc) + small["b_enc"]
-    else:
-        a = small["scale_a"] if "scale_a" in small else small["scale_a_base"] + small["scale_a_delta"]
-        b = small["scale_b"]
-        if a.ndim and len(a) != len(W_enc):
-            groups, size = len(a), len(W_enc) // len(a)
-            member = torch.tensor([min(i // size, groups - 1) for i in range(len(W_enc))])
-            a, b = a[member], b[member]
-        scores = torch.exp(a * norm.log() + b) * _product(centred / norm, W_enc, unit=True) + small["b_enc"]
-    codes = _above(scores, threshold)
-    return Reference(scores, threshold, codes, _sum_of_rows(codes, W_dec) + small["b_dec"])
+        return _bypass(name, said.get("config"), tensors, small, centred, norm)
+    scores = _authors_product(name, said.get("score_mode"), small, tensors["W_enc"], centred, norm) + small["b_enc"]
+    if "threshold" in small:
+        codes = _above(scores, small["threshold"])
+        return Reference(scores, small["threshold"], codes, _sum_of_rows(codes, tensors["W_dec"]) + small["b_dec"])
+    signed = said["selector"] == "abs_topk" if "selector" in said else path.name.startswith("abstopk_")
+    k = said.get("k", located.k)
+    assert k is not None  # or the converter had refused
+    return _topk(scores, k, tensors["W_dec"], small["b_dec"], signed=signed)
 
 
-def _dictionary_learning(path: Path, x: torch.Tensor) -> Reference:
+def _authors_product(
+    name: str,
+    mode: str | None,
+    small: dict[str, torch.Tensor],
+    W_enc: torch.Tensor,
+    centred: torch.Tensor,
+    norm: torch.Tensor,
+) -> torch.Tensor:
+    """Scores without `b_enc`. The entry `score_mode` says which; the file's name, where there is none; then the tensors."""
+    scaled = not {"scale_a", "scale_a_base", "scale_b", "log_scale"}.isdisjoint(small)
+    if mode == "inner_unitenc" or (mode is None and name.startswith("inner_unitenc")):
+        return _product(centred, W_enc, unit=True)
+    if mode == "inner" or (mode is None and name.startswith("cos_then_inner_ft")):
+        return _product(centred, W_enc)
+    if not scaled:
+        if name.startswith("standard_inputnorm"):
+            return _product(centred / norm, W_enc)
+        return _product(centred / norm, W_enc, unit=True) if name.startswith("cosine") else _product(centred, W_enc)
+    a = small["scale_a_base"] + small["scale_a_delta"] if "scale_a_base" in small else small.get("scale_a")
+    a = torch.zeros((), dtype=torch.float64) if a is None else a
+    b = small.get("scale_b", small.get("log_scale"))
+    free_rows = b is None or ("scale_a" in small and a.ndim < b.ndim) or name.startswith("inputnorm_standard")
+    b = torch.zeros((), dtype=torch.float64) if b is None else b
+    if a.ndim and name.startswith("dropout_p"):
+        a = a * (1 - float(name.removeprefix("dropout_p").split("_")[0].removesuffix(".pt")))
+    a, b = (_of_groups(value, len(W_enc)) for value in (a, b))
+    return torch.exp(a * norm.log() + b) * _product(centred / norm, W_enc, unit=not free_rows)
+
+
+def _of_groups(values: torch.Tensor, d_sae: int) -> torch.Tensor:
+    if values.ndim == 0 or len(values) == d_sae:
+        return values
+    groups, size = len(values), d_sae // len(values)
+    return values[torch.tensor([min(i // size, groups - 1) for i in range(d_sae)])]
+
+
+def _bypass(
+    name: str,
+    config: dict[str, bool] | None,
+    tensors: dict[str, torch.Tensor],
+    small: dict[str, torch.Tensor],
+    centred: torch.Tensor,
+    norm: torch.Tensor,
+) -> Reference:
+    """No bias and no scale; three switches say what is normalised, in an entry or, by experiment 46's names, in the file's."""
+    free_encoder = name.startswith(("noc_enc_free", "noc_input_only"))
+    free_decoder = name.startswith(("noc_dec_free", "noc_input_only"))
+    by_name = {
+        "normalize_encoder": not free_encoder,
+        "normalize_decoder": not free_decoder,
+        "restore_output_norm": not (name.startswith("noc_") and "_no_restore" in name),
+    }
+    config = {**by_name, **(config or {})}
+    scores = _product(centred / norm, tensors["W_enc"], unit=config["normalize_encoder"])
+    raw = _above(scores, small["threshold"])
+    output = _sum_of_rows(raw, tensors["W_dec"], unit=config["normalize_decoder"])
+    # a code's share of the restored output, so that the output is linear in the codes
+    gain = norm / output.norm(dim=-1, keepdim=True).clamp_min(1e-8) if config["restore_output_norm"] else 1.0
+    return Reference(scores, small["threshold"], raw * gain, output * gain + small["b_dec"])
+
+
+def _dictionary_learning(located: Located, x: torch.Tensor) -> Reference:
     """`encode` and `decode` of dictionary_learning's classes."""
+    path = located.path
     state = _load(path / "ae.pt")
     kind = json.loads((path / "config.json").read_text())["trainer"]["dict_class"]
     encoder = state["encoder.weight"] if "encoder.weight" in state else state["W_enc"].T
@@ -214,8 +269,9 @@ def _dictionary_learning(path: Path, x: torch.Tensor) -> Reference:
     return Reference(scores, bound, codes, _sum_of_rows(codes, decoder) + b_dec)
 
 
-def _sparsify(path: Path, x: torch.Tensor) -> Reference:
+def _sparsify(located: Located, x: torch.Tensor) -> Reference:
     """`SparseCoder.encode` and `decode` of sparsify, and `signed` of its versions before August 2024."""
+    path = located.path
     state = load_file(path / "sae.safetensors")
     config = json.loads((path / "cfg.json").read_text())
     b_dec = state["b_dec"].double()
@@ -232,7 +288,7 @@ def _topk(scores: torch.Tensor, k: int, decoder: torch.Tensor, b_dec: torch.Tens
     return Reference(ranked, best.values[:, -1:], codes, _sum_of_rows(codes, decoder) + b_dec)
 
 
-_REFERENCES: dict[str, Callable[[Path, torch.Tensor], Reference]] = {
+_REFERENCES: dict[str, Callable[[Located, torch.Tensor], Reference]] = {
     "authors": _authors,
     "dictionary_learning": _dictionary_learning,
     "sparsify": _sparsify,
