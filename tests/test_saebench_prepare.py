@@ -7,8 +7,10 @@ from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-from saelens_cosine.evaluation.saebench.prepare import inference_copy, lens_hook, prepare
+from saelens_cosine.bundled import load_bundled_model
+from saelens_cosine.evaluation.saebench.prepare import lens_hook, prepare
 from saelens_cosine.evaluation.saebench.scopes import HighNormMask
+from saelens_cosine.loading.saelens import inference_copy
 
 HOOK = "blocks.2.hook_resid_post"
 SAELENS = {
@@ -140,6 +142,34 @@ def test_high_norm_tokens_are_masked_by_the_median_of_the_training_texts():
     assert masked[0]["b"].squeeze(-1).tolist() == [[0.0, 0.0, 1.0, 0.0], [8.0, 8.0, 0.0, 0.0]]
     assert masked[1]["a"].squeeze(-1).tolist() == [[0.0, 6.0, 0.0, 1.0]]
     assert (mask.tokens_seen, mask.tokens_dropped) == (10, 2)
+
+
+def test_the_config_is_as_saebench_s_own_run_eval_makes_it():
+    general = pytest.importorskip("sae_bench.sae_bench_utils.general_utils", reason="needs sae-bench")
+    sae = named(make_sae("per_feature_cosine_topk"), hook="model.layers.2", model="gpt2")
+    sae.cfg.metadata.context_size, sae.cfg.metadata.model_from_pretrained_kwargs = 64, {"center_unembed": True}
+    prepared = prepare(sae)
+    before = {key: value for key, value in vars(prepared.cfg).items() if key != "metadata"}
+    assert (before["hook_name"], before["hook_layer"], before["model_name"]) == ("blocks.2.hook_resid_post", 2, "gpt2")
+    general._standardize_sae_cfg(prepared.cfg)
+    assert {key: value for key, value in vars(prepared.cfg).items() if key != "metadata"} == before
+    assert "hook_layer" not in prepared.cfg.to_dict()
+
+
+def test_a_function_of_saebench_can_be_called_by_itself():
+    activation = pytest.importorskip(
+        "sae_bench.evals.unlearning.utils.feature_activation", reason="needs sae-bench", exc_type=ImportError
+    )
+    model = load_bundled_model()
+    prepared = prepare(named(make_sae("cosine_batchtopk", d_in=model.cfg.d_model)))
+    tokens = torch.arange(64).view(2, 32) + 300
+    forget, retain = activation.calculate_sparsity(model, prepared, tokens, tokens, batch_size=1)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=HOOK)
+        fires = (prepared.encode(cache[HOOK]) > 0).flatten(0, 1).float().mean(0)
+    assert fires.any()
+    for measured in (forget, retain):
+        assert_close(torch.as_tensor(measured), fires, 1e-5)
 
 
 def test_padding_can_be_silenced():

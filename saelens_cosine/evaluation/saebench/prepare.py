@@ -24,6 +24,12 @@ from saelens_cosine.loading.saelens import inference_copy
 BLOCK_OUTPUT = re.compile(r"^(?:model|transformer|gpt_neox|language_model|decoder|layers|h|\.)+\.(\d+)$")
 """Paths of a Hugging Face model's decoder blocks: `model.layers.18`, `transformer.h.5`, `gpt_neox.layers.3`."""
 
+_FROM_METADATA = (
+    *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens"),
+    "dataset_trust_remote_code",
+)
+"""What SAEBench reads from `cfg` and SAELens has in `cfg.metadata`."""
+
 _REMEMBERED = {
     "layer_norm": "each token's mean and standard deviation",
     "constant_norm_rescale": "each token's norm",
@@ -164,11 +170,21 @@ def prepare(
         raise ValueError("The SAE's metadata name no model; say which with model_name=, as TransformerLens calls it.")
     if metadata.prepend_bos is None:
         metadata.prepend_bos = True  # SAELens' default, without which SAEBench's core eval writes nothing
+    _name_fields(own.cfg)
     own.turn_off_forward_pass_hook_z_reshaping()
     digest = content_hash(own, silence_padding)
     prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{digest}".replace("/", "_"), silence_padding)
     _check(prepared)
     return prepared
+
+
+def _name_fields(cfg: Any) -> None:
+    """Put on the config what SAEBench's own `run_eval` puts there, so that its other functions can be called too."""
+    for name in _FROM_METADATA:
+        setattr(cfg, name, cfg.metadata.get(name))
+    cfg.hook_layer = int(cfg.metadata.hook_name.split(".")[1])
+    cfg.model_from_pretrained_kwargs = cfg.metadata.get("model_from_pretrained_kwargs") or {}
+    cfg.architecture_str = cfg.architecture()
 
 
 def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
