@@ -165,23 +165,19 @@ def _entries(file: TensorFile, state: str) -> dict[str, Any]:
 
 
 def _shapes(file: TensorFile, state: str, tensors: frozenset[str], d_sae: int) -> dict[str, tuple[int, ...]]:
-    """What the score's tensors must have. Of scales and exponents the file tells which of theirs it is."""
+    """What the score's tensors must have."""
     shapes = dict.fromkeys(tensors, (d_sae,))
+    if tensors in (_SCALE, _LOG_SCALE, _EXPONENT):  # theirs have one value
+        return {name: (d_sae,) if name == "b_enc" else () for name in tensors}
     if tensors == BASE_DELTA:
         return {**shapes, "scale_a_base": ()}
-    scales = sorted(tensors - {"b_enc"})
-    of_file = {name: file.records[f"{state}{name}"].shape for name in scales}
-    if len(scales) == 1:  # theirs have one value
-        return {**shapes, scales[0]: ()}
-    for name, shape in of_file.items():
-        if len(shape) > 1 or (shape and not 0 < shape[0] <= d_sae):
+    if tensors == COSINE:
+        a, b = (file.records[f"{state}{name}"].shape for name in ("scale_a", "scale_b"))
+        if len(a) > 1 or (a and not 0 < a[0] <= d_sae):
             raise CheckpointError(
-                f"{name} in {file.path} has shape {list(shape)}; expected [], [{d_sae}] or [groups] below that."
+                f"scale_a in {file.path} has shape {list(a)}; expected [], [{d_sae}] or [groups] below that."
             )
-    if tensors == COSINE and of_file["scale_a"] == ():
-        return {**shapes, "scale_a": (), "scale_b": of_file["scale_b"] and (d_sae,)}
-    if scales:
-        shapes |= dict.fromkeys(scales, of_file[scales[0]])
+        return {**shapes, "scale_a": a, "scale_b": (d_sae,) if not a and b else a}
     return shapes
 
 

@@ -162,7 +162,8 @@ def _choose(where: str, files: Iterable[str], sae_id: str | None) -> tuple[str, 
     if not saes:
         expected = "; ".join(f"{layout.name}: {' and '.join(layout.files)}" for layout in FORMATS.values())
         raise CheckpointError(
-            f"{where} has no known layout. Expected in one folder {expected}. It has {listed(files)}."
+            f"{where} has no known layout. Expected in one folder {expected} (a file of the authors with another name is "
+            f"given by its path). It has {listed(files)}."
         )
     if sae_id is None and len(saes) > 1:
         raise CheckpointError(f"{where} holds several SAEs: {listed(saes)}. Name one as sae_id.")
