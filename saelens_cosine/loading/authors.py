@@ -1,16 +1,16 @@
 """Checkpoints of the paper's own code (arXiv 2606.15054): a pickled state dict of their modules, bare or with entries beside it.
 
 `W_enc` and `W_dec` are both `[d_sae, d_in]`; a threshold is one for all features, and its comparison is strict. With `x_c`,
-`n`, `u = x_c / n` as in `saelens_cosine.score`, `ŵ_i = w_i / ‖w_i‖`, and `e`, `a` from `scale_b` and `scale_a`, which are
+`n`, `u = x_c / n` as in `saelens_cosine.score`, `ŵ_i = w_i / ‖w_i‖`, and `b`, `a` from `scale_b` and `scale_a`, which are
 `[]`, `[d_sae]`, or `[groups]` (feature i has those of group `i // (d_sae // groups)`, the last takes the rest):
 
 | tensors of the score | score | becomes |
 | --- | --- | --- |
 | `b_enc` | `<x_c, w_i> + b_enc_i` | SAELens' `jumprelu` |
-| `b_enc`, `scale_a`, `scale_b` | `exp(e) n^a <u, ŵ_i> + b_enc_i` | `cosine_jumprelu`, `per_feature_cosine_jumprelu` |
+| `b_enc`, `scale_a`, `scale_b` | `exp(b) n^a <u, ŵ_i> + b_enc_i` | `cosine_jumprelu`, `per_feature_cosine_jumprelu` |
 | `b_enc`, `scale_a_base`, `scale_a_delta`, `scale_b` | the same with `a_i = base + delta_i` | `per_feature_cosine_jumprelu` |
 | `b_enc`, `scale_b` or `log_scale` | the same with `a = 0` | `cosine_jumprelu` |
-| `b_enc`, `scale_a []`, `scale_b [d_sae]` or none | `exp(e_i) n^a <u, w_i> + b_enc_i` | `cosine_jumprelu` |
+| `b_enc`, `scale_a []`, `scale_b [d_sae]` or none | `exp(b_i) n^a <u, w_i> + b_enc_i` | `cosine_jumprelu` |
 | none | `<u, ŵ_i>`, output restored to the norm `n` | `magnitude_bypass_jumprelu` |
 
 Without a threshold it is `..._topk` or `..._abstopk`. Some of their experiments have the tensors of a row above and compute
