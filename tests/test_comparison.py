@@ -152,6 +152,7 @@ def test_tables_and_picture(run):
     for arm in ARMS:
         assert arm in printed
     assert "Difference to inner_product_batchtopk, paired by seed, 2 seeds" in printed
+    assert "of 6 intervals leave out zero; without any true difference, about 0.3 would" in " ".join(printed.split())
     assert "10 times the" in printed
     mean = sum(arm["fve"] for arm in result["arms"] if arm["architecture"] == ARMS[1]) / 2
     assert f"{mean:.4f}±" in printed

@@ -32,7 +32,7 @@ from sae_lens.synthetic import (
 )
 from sae_lens.util import temporary_seed
 
-from saelens_cosine.evaluation.bootstrap import Difference, paired_difference
+from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.registry import check_training_architecture
@@ -327,10 +327,11 @@ def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:
         tables[0].add_row(f"{spread:g}", arm, *map(_mean_and_spread, by_measure))
     if s.seeds > 1 and len(s.arms) > 1:
         tables.append(_table(f"Difference to {s.arms[0]}, paired by seed, 95 % interval", ("measure", "difference")))
-        for spread, arm in ((spread, arm) for spread in s.norm_spreads for arm in s.arms[1:]):
-            for measure in MEASURES:
-                difference = str(result.difference(measure, arm, spread, sinks))
-                tables[1].add_row(f"{spread:g}", arm, measure, difference)
+        rows = [(spread, arm, measure) for spread in s.norm_spreads for arm in s.arms[1:] for measure in MEASURES]
+        found = [result.difference(measure, arm, spread, sinks) for spread, arm, measure in rows]
+        for (spread, arm, measure), difference in zip(rows, found, strict=True):
+            tables[1].add_row(f"{spread:g}", arm, measure, str(difference))
+        tables[1].caption, tables[1].caption_justify = "\n".join(about(["seeds"], by_chance(found))), "left"
     return tables
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, paired_difference
+from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison
 from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
 
@@ -160,12 +160,15 @@ def _differences(comparison: Comparison) -> Table:
     table = _table(
         f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds", ["measure", "mean", "95 % interval", ""]
     )
+    found: list[Difference] = []
     for arm in comparison.settings.arms[1:]:
         for measure in ("fve", "ce", "dead"):
             heading, _, get = _MEASURES[measure]
             d = paired_difference(list(map(get, by_arm[arm])), list(map(get, by_arm[first])))
+            found.append(d)
             verdict = "" if d.seen else NO_DIFFERENCE
             table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
+    table.caption, table.caption_justify = "\n".join(about(["seeds"], by_chance(found))), "left"
     return table
 
 
