@@ -73,7 +73,8 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     assert 0.02 < 1 - ordinary.double().mean() < 0.05  # the first token of each context
     results = document["saes"][0]["results"]["reconstruction"]
     found = measures(document["saes"][0])
-    block = torch.arange(32).repeat_interleave(32) * 20 // 32  # 20 blocks of 1 or 2 contexts
+    of_document = subject.text.sample.documents
+    numbers = of_document.unique()
 
     def fve(keep):
         residual, total = (v[keep].double() for v in (error, x))
@@ -85,8 +86,11 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     ):
         assert found[f"FVE, sinks {sinks}"].value == pytest.approx(fve(keep), rel=1e-4)
         assert results[treatment]["by_norm"]["all_norms"]["overall"]["tokens"] == int(keep.sum())
-        blocks = [fve(keep & (block == i)) for i in range(20)]
-        assert results["fve_by_block"][treatment] == pytest.approx(blocks, rel=1e-3, abs=1e-3)
+        assert results["fve_by_document"]["documents"] == numbers.tolist()
+        for part, values in (("residual", error), ("total", x)):
+            about = values.double() - values[keep].double().mean(dim=0)
+            sums = [about[keep & (of_document == i)].square().sum().item() for i in numbers]
+            assert results["fve_by_document"][treatment][part] == pytest.approx(sums, rel=1e-3)
     (text,) = document["texts"]
     assert text["results"]["tokens"]["high_norm_share"] == pytest.approx(1 - ordinary.double().mean().item())
     assert text["results"]["tokens"]["high_norm_positions"][0] == [0, 32]
@@ -172,7 +176,11 @@ def test_page_has_both_saes_and_both_treatments(run):
     assert sum(with_sinks.tokens) == 1024
     assert list(with_sinks.edges) == sorted(with_sinks.edges)
     assert [(pairs.arm, pairs.other) for pairs in data.matches] == [("two", "one")]
-    assert {item.metric.split(" (")[1] for item in data.differences} == {"20 blocks of text)"}
+    n = len(run[2]["saes"][0]["results"]["reconstruction"]["fve_by_document"]["documents"])
+    assert n >= 10
+    assert {item.metric for item in data.differences} == {
+        f"FVE, sinks {sinks} ({n} documents)" for sinks in ("in", "out")
+    }
 
 
 def test_seeds_of_an_arm_are_averaged_and_paired(run, tmp_path):
@@ -188,6 +196,36 @@ def test_seeds_of_an_arm_are_averaged_and_paired(run, tmp_path):
     assert found["difference"]["mean"] == pytest.approx(mean)
     assert found["difference"]["high"] - mean == pytest.approx(half, rel=1e-4)
     assert report_data(document).arms[0].metrics["L0, sinks out"].value == pytest.approx(sum(a) / 2)
+
+
+def test_seeds_without_a_partner_are_compared_with_none(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(EVALS, "once", Eval(lambda subject: seen.append(subject.source.name) or {}, "arm", ""))
+    partner = Eval(lambda subject: {"with": subject.baseline.source.name}, "pair", "")
+    monkeypatch.setitem(EVALS, "partner", partner)
+    names = [("cosine_topk", 1), ("inner_product_topk", 0), ("cosine_topk", 2), ("inner_product_topk", 2)]
+    sources = [saved_sae(tmp_path / arm / f"seed{seed}", seed=seed) for arm, seed in names]
+    document = evaluate(sources, with_evals("once", "partner"), tmp_path / "out")
+    found = [(entry["arm"], entry["seed"], entry["baseline"]) for entry in document["saes"]]
+    assert found == [
+        ("inner_product_topk", 0, None),
+        ("inner_product_topk", 2, sources[1]),
+        ("cosine_topk", 1, None),
+        ("cosine_topk", 2, sources[3]),
+    ]
+    assert [entry["results"].get("partner") for entry in document["saes"]] == [
+        None,
+        {"with": sources[1]},
+        None,
+        {"with": sources[3]},
+    ]
+    assert seen == [sources[1], sources[0]]  # the first of each arm
+    assert [(item["arm"], item["seed"]) for item in document["unpaired"]] == [
+        ("cosine_topk", 1),
+        ("inner_product_topk", 0),
+    ]
+    chosen = evaluate(sources, with_evals("once"), tmp_path / "out", baseline="cosine_topk")
+    assert (chosen["baseline"], chosen["saes"][0]["arm"]) == ("cosine_topk", "cosine_topk")
 
 
 def test_a_gap_in_one_task_is_divided_over_its_splits(run, tmp_path):
@@ -285,7 +323,8 @@ def test_command_writes_its_files(run, tmp_path, capsys):
     assert main(["evaluate", *run[1], *flags, "--quiet", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert sum(line.split()[:1] == ["one"] and "sinks" in line for line in out.splitlines()) == 2
-    assert "20 blocks of text" in out
+    assert " documents " in out
+    assert "2 intervals leave out zero" in " ".join(out.split())
     assert (tmp_path / "evaluation.json").exists()
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()[:200].lower()
 
@@ -297,6 +336,8 @@ def test_refusals(tmp_path, capsys):
         EvaluationSettings(max_norm_multiple=1.0)
     with pytest.raises(ValueError, match="task_texts=0"):
         EvaluationSettings(task_texts=0)
+    assert main(["evaluate", *"ab", "--baseline", "c", "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "No arm is called 'c', to be the baseline; there are a, b." in capsys.readouterr().err
     folder = saved_sae(tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     config["metadata"]["hook_name"] = None

@@ -11,8 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE
-from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
+from saelens_cosine.evaluation.bootstrap import FEWEST_DOCUMENTS, Difference
+from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
 from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
@@ -40,7 +40,14 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         nargs="+",
         metavar="SAE",
         help="a folder, a Hub repository or a short name; name#sae_id for one of several; arm=SAE names its arm. Folders "
-        "arm/seed0, arm/seed1 are seeds of one arm. The first arm is the one to compare with",
+        "arm/seed0, arm/seed1 are seeds of one arm, compared seed by seed with those of the baseline; with one seed, FVE's interval "
+        f"is over documents, of which it takes {FEWEST_DOCUMENTS}",
+    )
+    add(
+        "--baseline",
+        metavar="ARM",
+        help="arm that others are compared with. If not given: the first of the comparison.json beside the SAEs' folders; else "
+        "an arm named with arm=SAE and mentioned first; else an inner_product_ arm; else the first",
     )
     listed = "; ".join(f"{name}: {row.about}" for name, row in EVALS.items() if name not in SAEBENCH_EVALS)
     add(
@@ -104,7 +111,7 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         saebench=_saebench_settings(options.saebench_settings),
         judge=Judge(options.judge_model, options.judge_url),
     )
-    document = evaluate(options.saes, settings, options.output, progress)
+    document = evaluate(options.saes, settings, options.output, progress, options.baseline)
     write_report(report_data(document), options.output / "report.html")
     return as_tables(document)
 
@@ -124,13 +131,13 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
 def as_tables(document: Mapping[str, Any]) -> list[Table]:
     """The figures that one looks at first, sinks in and out side by side; differences; and what did not apply."""
     tables = [_results(document)]
-    if document["differences"]:
-        tables.append(_differences(document["differences"]))
+    if document["differences"] or document["unpaired"]:
+        tables.append(_differences(document))
     reasons = {
         (name, result["not_applicable"]): entry["arm"]
         for entry in document["saes"]
         for name, result in entry["results"].items()
-        if "not_applicable" in result and name != "features"
+        if "not_applicable" in result
     }
     if reasons:
         tables.append(_table("Left out", "arm", "eval", "reason"))
@@ -162,16 +169,14 @@ def _results(document: Mapping[str, Any]) -> Table:
     return table
 
 
-def _differences(found: list[dict[str, Any]]) -> Table:
-    table = _table(
-        f"Difference to {found[0]['baseline']}, paired, 95 % interval", "arm", "measure", "over", "difference"
-    )
-    for item in found:
+def _differences(document: Mapping[str, Any]) -> Table:
+    title = f"Difference to {document['baseline']}, paired, 95 % interval"
+    table = _table(title, "arm", "measure", "over", "difference")
+    for item in document["differences"]:
         numbers = item["difference"]
         over = " x ".join(f"{n} {what}" for n, what in zip(numbers["shape"], item["over"], strict=True))
-        interval = f"{numbers['low']:+.4f} to {numbers['high']:+.4f}"
-        mean = f"{numbers['mean']:+.4f}" if numbers["seen"] else NO_DIFFERENCE
-        table.add_row(item["arm"], item["measure"], over, f"{mean} ({interval})")
+        table.add_row(item["arm"], item["measure"], over, str(Difference(**numbers)))
+    table.caption, table.caption_justify = "\n".join(about_differences(document)), "left"
     return table
 
 

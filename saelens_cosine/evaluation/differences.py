@@ -8,10 +8,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelens_cosine.evaluation.bootstrap import Difference, paired_difference
+from saelens_cosine.evaluation.bootstrap import (
+    ASSUMPTIONS,
+    CONFIDENCE,
+    Chance,
+    Difference,
+    Documents,
+    about,
+    by_chance,
+    difference_over_documents,
+    paired_difference,
+)
+from saelens_cosine.evaluation.sources import pair_seeds
 
 TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
 """As results call them, and as a reader does."""
+
+DOCUMENTS = ("documents",)
+
+MATCHED = "matched share"
 
 Array = np.ndarray[Any, Any]
 Entry = Mapping[str, Any]
@@ -26,8 +41,8 @@ class ArmDifference:
         arm (str): Minuend.
         baseline (str): Subtrahend.
         measure (str): What was measured.
-        over (tuple[str, ...]): What the interval is over: "seeds", "tasks", "splits", "blocks of text".
-        difference (Difference): Its mean and 95 % interval.
+        over (tuple[str, ...]): What the interval is over: "seeds", "tasks", "splits", "documents".
+        difference (Difference): Its mean and 95 % interval. The mean is the difference of the figures, or its mean over seeds.
     """
 
     arm: str
@@ -46,47 +61,97 @@ def by_arm(saes: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def differences(saes: Sequence[Entry]) -> list[ArmDifference]:
-    """Each arm minus the first, seed by seed, for every measure that both have for as many seeds.
+    """Each arm minus the first, for every measure that both have, from the seeds that both have (`pair_seeds`).
 
-    With one seed, FVE is compared by blocks of the text: that interval says what other text would change, not what another seed
-    would.
+    With several seeds, the mean over seeds of the differences of the figures, and an interval over seeds. With one, the difference
+    of the figures: for FVE with an interval over the documents of the text, for probing over tasks and splits; other figures are
+    single numbers, and are left out.
     """
-    baseline, *others = by_arm(saes).items()
+    (baseline, theirs), *others = by_arm(saes).items()
     found: list[ArmDifference] = []
     for arm, entries in others:
-        seeds = min(len(entries), len(baseline[1]))
-        ours, theirs = ([measures(entry) for entry in side[:seeds]] for side in (entries, baseline[1]))
-        for name, first in ours[0].items():
-            sides = [[by_name[name] for by_name in side if name in by_name] for side in (ours, theirs)]
-            shapes = {measure.values.shape for side in sides for measure in side}
-            if any(len(side) < seeds for side in sides) or len(shapes) > 1:
-                continue
-            a, b, over = _paired(sides[0], sides[1], first.over)
-            if a.size > 1 and np.isfinite(a - b).all():
-                found.append(ArmDifference(arm, baseline[0], name, over, paired_difference(a, b)))
+        partners = pair_seeds(_seeds(entries), _seeds(theirs))
+        by_seed = {entry["seed"]: measures(entry) for entry in theirs}
+        pairs = [(measures(entry), by_seed[partners[entry["seed"]]]) for entry in entries if entry["seed"] in partners]
+        for name in pairs[0][0] if pairs else ():
+            # a share of features matched with the baseline is a comparison already
+            if not name.startswith(MATCHED) and all(name in side for pair in pairs for side in pair):
+                difference = _difference([(ours[name], others[name]) for ours, others in pairs])
+                if difference is not None:
+                    found.append(ArmDifference(arm, baseline, name, *difference))
     return found
 
 
-def _paired(
-    ours: Sequence[Measure], theirs: Sequence[Measure], over: tuple[str, ...]
-) -> tuple[Array, Array, tuple[str, ...]]:
-    if len(ours) == 1:
-        return ours[0].values, theirs[0].values, over
-    if over == BLOCKS:  # the text is the same for all seeds, and seeds differ more than blocks
-        ours, theirs, over = _means(ours), _means(theirs), ()
-    a, b = (np.stack([measure.values for measure in side]) for side in (ours, theirs))
-    return a, b, ("seeds", *over)
+def _difference(pairs: Sequence[tuple[Measure, Measure]]) -> tuple[tuple[str, ...], Difference] | None:
+    """Over what, and the difference; None where there is no interval to be had."""
+    (a, b), *more = pairs
+    if not np.isfinite([[side.value for side in pair] for pair in pairs]).all():
+        return None
+    if a.documents and b.documents and not more:
+        mean = a.value - b.value
+        if a.units != b.units:
+            reason = "not measured on the same tokens"
+            return DOCUMENTS, Difference(mean, None, None, False, (len(a.documents.total),), reason)
+        return DOCUMENTS, difference_over_documents(a.documents, b.documents, mean)
+    if len({(measure.units if measure.over else (), measure.values.shape) for pair in pairs for measure in pair}) > 1:
+        return None
+    ours, theirs = (np.stack([pair[side].values for pair in pairs]) for side in (0, 1))
+    if not more:
+        ours, theirs = ours[0], theirs[0]
+    if ours.size < 2:
+        return None
+    return (("seeds", *a.over) if more else a.over), paired_difference(ours, theirs)
 
 
-def _means(side: Sequence[Measure]) -> list[Measure]:
-    return [Measure(measure.value, np.asarray(measure.value), ()) for measure in side]
+def _seeds(entries: Sequence[Entry]) -> list[int]:
+    return [entry["seed"] for entry in entries]
+
+
+def compared(saes: Sequence[Entry]) -> dict[str, Any]:
+    """The fields of `evaluation.json` that compare arms: `baseline`, `unpaired`, `differences`, `intervals`."""
+    found = differences(saes)
+    axes = dict.fromkeys(axis for item in found for axis in item.over)
+    return {
+        "baseline": saes[0]["arm"],
+        "unpaired": unpaired(saes),
+        "differences": found,
+        "intervals": {
+            "confidence": CONFIDENCE,
+            **by_chance([item.difference for item in found])._asdict(),
+            "assumptions": {axis: ASSUMPTIONS[axis] for axis in axes},
+        },
+    }
+
+
+def unpaired(saes: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Seeds that an arm has and the other lacks, which differences between the two leave out: `arm`, `seed`, `without`."""
+    (baseline, theirs), *others = by_arm(saes).items()
+    found: list[dict[str, Any]] = []
+    for arm, entries in others:
+        partners = pair_seeds(_seeds(entries), _seeds(theirs))
+        for name, seeds, paired, without in (
+            (arm, _seeds(entries), partners.keys(), baseline),
+            (baseline, _seeds(theirs), partners.values(), arm),
+        ):
+            found += [{"arm": name, "seed": seed, "without": without} for seed in seeds if seed not in paired]
+    return found
+
+
+def about_differences(document: Mapping[str, Any]) -> list[str]:
+    """What a reader of the differences in an `evaluation.json` has to know, a sentence or two each."""
+    intervals = document["intervals"]
+    lines = about(intervals["assumptions"], Chance(**{field: intervals[field] for field in Chance._fields}))
+    if document["unpaired"]:
+        named = (f"seed {item['seed']} of {item['arm']} ({item['without']} has none)" for item in document["unpaired"])
+        lines.append(f"Left out of differences: {', '.join(named)}.")
+    return lines
 
 
 def summary(entries: Sequence[Entry]) -> dict[str, tuple[float, float | None, float | None]]:
     """Each measure's mean over an arm's seeds, and the ends of its 95 % interval; None with a single seed."""
     found: dict[str, tuple[float, float | None, float | None]] = {}
     by_seed = [measures(entry) for entry in entries]
-    for name in by_seed[0]:
+    for name in dict.fromkeys(name for by_name in by_seed for name in by_name):
         values = [by_name[name].value for by_name in by_seed if name in by_name]
         if len(values) > 1 and np.isfinite(values).all():
             interval = paired_difference(values, [0.0] * len(values))
@@ -96,22 +161,23 @@ def summary(entries: Sequence[Entry]) -> dict[str, tuple[float, float | None, fl
     return found
 
 
-BLOCKS = ("blocks of text",)
-
-
 class Measure(NamedTuple):
     """
     One figure of one SAE.
 
     Args:
         value (float): The figure.
-        values (np.ndarray): What intervals are computed from; the figure itself where nothing was repeated.
+        values (np.ndarray): What it is the mean of; the figure itself where nothing was repeated.
         over (tuple[str, ...]): The axes of `values`.
+        documents (Documents | None): The sums that it is a ratio of, where it is one.
+        units (tuple[str, ...]): What was measured: tasks, or a hash of the text. Values of other units are no pairs.
     """
 
     value: float
     values: Array
-    over: tuple[str, ...]
+    over: tuple[str, ...] = ()
+    documents: Documents | None = None
+    units: tuple[str, ...] = ()
 
 
 def measures(entry: Entry) -> dict[str, Measure]:
@@ -119,11 +185,10 @@ def measures(entry: Entry) -> dict[str, Measure]:
     results = {name: result for name, result in entry["results"].items() if "not_applicable" not in (result or {})}
     found: dict[str, Measure] = {}
 
-    def take(named: Iterator[tuple[str, Any] | tuple[str, Any, tuple[str, ...], Any]], sinks: str = "") -> None:
-        for name, value, *repeated in named:
-            over, values = repeated or ((), value)
-            values = np.asarray(values, dtype=np.float64)
-            found[name + sinks] = Measure(float("nan") if value is None else float(value), values, over)
+    def take(named: Iterator[tuple[str, Any]], sinks: str = "") -> None:
+        for name, value in named:
+            figure = float("nan") if value is None else value
+            found[name + sinks] = value if isinstance(value, Measure) else Measure(float(figure), np.asarray(figure))
 
     for treatment, sinks in TREATMENTS.items():
         take(_measures(results, treatment), f", {sinks}")
@@ -131,13 +196,13 @@ def measures(entry: Entry) -> dict[str, Measure]:
     return found
 
 
-def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[Any]:
+def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[tuple[str, Any]]:
     def of(name: str) -> Any:
         return (results.get(name) or {}).get(treatment)
 
     if fit := of("reconstruction"):
         overall, top = (fit["by_norm"][part]["overall"] for part in ("all_norms", "without_top"))
-        yield "FVE", overall["fve"], BLOCKS, results["reconstruction"]["fve_by_block"][treatment]
+        yield "FVE", _fve(overall["fve"], results["reconstruction"]["fve_by_document"], treatment)
         yield "FVE without the top 1 % of norms", top["fve"]
         yield "cosine", overall["cosine"]
         yield "norm ratio", overall["norm_ratio"]
@@ -150,12 +215,12 @@ def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[Any]:
     if probing := of("probing"):
         for units, tasks in probing.items():
             for by_task in zip(*tasks, strict=True):  # k by k
-                accuracies = [task["accuracies"] for task in by_task]
+                accuracies, tasks_of = np.asarray([task["accuracies"] for task in by_task]), results["probing"]["tasks"]
                 name = f"probing k={by_task[0]['k'] or 'all'}, {units.replace('_', '-')}"
-                yield name, np.mean(accuracies), ("tasks", "splits"), accuracies
+                yield name, Measure(float(accuracies.mean()), accuracies, ("tasks", "splits"), None, tuple(tasks_of))
     if matching := of("matching"):
         features = matching["features"]
-        yield "matched share", features["matched"] / max(1, features["alive"])
+        yield MATCHED, features["matched"] / max(1, features["alive"])
     if dictionary := of("dictionary"):
         detectors = dictionary["norm_detectors"]
         yield "share of firings in the top norm quartile", detectors["median_shares"][3]
@@ -173,7 +238,15 @@ def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[Any]:
             yield f"ablation selectivity k={effect['k']}", effect["selectivity"]
 
 
-def _saebench(results: Mapping[str, Any]) -> Iterator[Any]:
+def _fve(value: float | None, by_document: Mapping[str, Any], treatment: str) -> Measure | None:
+    if value is None:
+        return None
+    documents = Documents(*(np.asarray(by_document[treatment][part], np.float64) for part in Documents._fields))
+    measured = documents if documents.total.sum() > 0 else None
+    return Measure(value, np.asarray(value), (), measured, (by_document["text"],))
+
+
+def _saebench(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, result in results.items():
         for treatment, field in (("", "metrics"), (", sinks out", "metrics_without_high_norm")):
             for metric, value in ((result or {}).get(field) or {}).items():

@@ -23,9 +23,9 @@ from saelens_cosine.evaluation.causal import (
 )
 from saelens_cosine.evaluation.cofiring import cofiring
 from saelens_cosine.evaluation.decomposition import decompose, over_tasks
+from saelens_cosine.evaluation.documents import fve_by_document
 from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
 from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
-from saelens_cosine.evaluation.fve import explained_variance
 from saelens_cosine.evaluation.geometry import decoder_geometry
 from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
@@ -39,9 +39,6 @@ from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
 from saelens_cosine.evaluation.token_gram import firings
 from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
-
-BLOCKS = 20
-"""Parts of the text, whole contexts each, on which `reconstruction` is measured again: what intervals over text are made of."""
 
 PAIRS_LISTED = 2000
 """Features whose partners `matching` lists, at even steps through those that have one."""
@@ -58,13 +55,13 @@ class Eval:
     """
     Args:
         measure (Callable): Its result, of plain values and dataclasses.
-        of (Literal["text", "sae", "pair"]): A text alone, an SAE, or an SAE and its baseline.
+        of (Literal["text", "sae", "arm", "pair"]): A text alone, an SAE, the first SAE of an arm, or an SAE and its baseline.
         uses (tuple[str, ...]): Settings that change its result, beyond those that say what the tokens are.
         about (str): One line for `--help`.
     """
 
     measure: Callable[[Any], Any]
-    of: Literal["text", "sae", "pair"]
+    of: Literal["text", "sae", "arm", "pair"]
     about: str
     uses: tuple[str, ...] = ()
 
@@ -104,21 +101,8 @@ def _probing_baseline(text: Text) -> Any:
 
 def _reconstruction(subject: Subject) -> Any:
     found = subject.by_treatment(lambda sample: diagnose_reconstruction(subject.sae, sample.activations))
-    return {**found, "fve_by_block": _fve_by_block(subject)}
-
-
-def _fve_by_block(subject: Subject) -> dict[str, list[float]]:
-    sample = subject.text.sample
-    n_contexts = int(sample.contexts.max()) + 1
-    block = sample.contexts * min(BLOCKS, n_contexts) // n_contexts
-    values: dict[str, list[float]] = {name: [] for name in subject.settings.treatments}
-    for number in block.unique():
-        part = sample.where(block == number)
-        x_hat = reconstruct(subject.sae)(part.activations)
-        for name, found in values.items():
-            keep = part.ordinary if name == "without_sinks" else torch.ones_like(part.ordinary)
-            found.append(explained_variance(part.activations[keep], x_hat[keep]))
-    return values
+    sample, treatments = subject.text.sample, subject.settings.treatments
+    return {**found, "fve_by_document": fve_by_document(reconstruct(subject.sae), sample, treatments)}
 
 
 def _loss(subject: Subject) -> Any:
@@ -226,8 +210,6 @@ def _causal(subject: Subject) -> Any:
 
 
 def _features(subject: Subject) -> Any:
-    if subject.source.seed:
-        raise NotApplicable("The browser shows an arm's first seed.")
     text = subject.text
     found = features_for_report(
         subject.sae, text.model, text.token_batches, subject.source.arm, max_features=subject.settings.browser_features
@@ -356,7 +338,9 @@ EVALS: dict[str, Eval] = {
         "win rate of the cosine, ablation precision, steering",
         ("causal_contexts", "causal_features", "concept_texts"),
     ),
-    "features": Eval(_features, "sae", "best contexts, for the page's browser", ("browser_features",)),
+    "features": Eval(
+        _features, "arm", "best contexts of an arm's first seed, for the page's browser", ("browser_features",)
+    ),
     "matching": Eval(_matching, "pair", "features shared with the first arm"),
     "decomposition": Eval(
         _decomposition, "pair", "probing gap to the first arm: discovery, separability", ("tasks", "task_texts")

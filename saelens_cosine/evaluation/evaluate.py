@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.evaluation import saebench
-from saelens_cosine.evaluation.differences import differences
+from saelens_cosine.evaluation.differences import compared
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.plain import digest, plain, versions, write_json
 from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import Source, parse_sources
+from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
 
-SCHEMA = "saelens-cosine-evaluation/1"
+SCHEMA = "saelens-cosine-evaluation/2"
 """Name and version of the layout of `evaluation.json`; the number grows when a field changes its meaning or goes."""
 
 WHAT_TOKENS_ARE = ("tokens", "sinks", "max_norm_multiple", "model", "dataset", "context_size")
@@ -34,27 +34,29 @@ def evaluate(
     settings: EvaluationSettings,
     output: str | Path,
     on_progress: Progress | None = None,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate SAEs, and write `evaluation.json`; what an earlier run with these settings has measured is not measured again.
 
     Args:
-        sources: `[arm=]place[#sae_id]`, see `parse_sources`. The first arm is the one that others are compared with.
+        sources: `[arm=]place[#sae_id]`, see `parse_sources`.
         settings: what to measure.
         output: folder for `evaluation.json` and, in `measured/`, a file per SAE and evaluation.
         on_progress: called with what is being done, how much of it is done, and how much there is.
+        baseline: the arm that others are compared with; chosen by `parse_sources` if None.
 
     Returns:
         What `evaluation.json` holds.
 
     Raises:
-        ValueError: unknown evaluations, or an SAE whose model, hook or text nobody has named.
+        ValueError: unknown evaluations, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
         CheckpointError, OSError: an SAE, a model or a text that cannot be loaded.
         SAEBenchError: an eval of SAEBench that cannot run here; said before anything is measured.
     """
     unknown = [name for name in settings.evals if name not in EVALS]
     if unknown:
         raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
-    parsed = parse_sources(sources)
+    parsed = parse_sources(sources, baseline)
     folder = Path(output)
     (folder / "measured").mkdir(parents=True, exist_ok=True)
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
@@ -66,33 +68,35 @@ def evaluate(
         "saes": [],
     }
     texts: list[Text] = []
-    baseline: Subject | None = None
+    partner: Subject | None = None
     with Loader(settings, folder.resolve()) as loader:
         for i, source in enumerate(parsed):
             against = _baseline(parsed, source)
             if against is None:
-                baseline = None
-            elif baseline is None or baseline.source != against:
-                baseline = loader.subject(against)
-            subject = loader.subject(source, baseline)
+                partner = None
+            elif partner is None or partner.source != against:
+                partner = loader.subject(against)
+            subject = loader.subject(source, partner)
             if i == 0:
                 _check_saebench(subject)
             if subject.text not in texts:
                 texts.append(subject.text)
                 document["texts"].append(measured.text(subject.text))
             document["saes"].append(measured.sae(subject))
-            document["differences"] = plain(differences(document["saes"]))
+            document |= plain(compared(document["saes"]))
             write_json(document, folder / "evaluation.json")  # after each SAE
     measured.end()
     return document
 
 
 def _baseline(sources: Sequence[Source], source: Source) -> Source | None:
-    """The first arm's SAE of the same seed, or its last; of the first arm's own seeds, the first."""
+    """The first arm's SAE that is paired with this one, None if there is none; of the first arm's own seeds, the first."""
     first = [other for other in sources if other.arm == sources[0].arm]
     if source.arm == first[0].arm:
-        return first[0] if source.seed else None
-    return first[min(source.seed, len(first) - 1)]
+        return None if source == first[0] else first[0]
+    seeds = [other.seed for other in sources if other.arm == source.arm]
+    partner = pair_seeds(seeds, [other.seed for other in first]).get(source.seed)
+    return next((other for other in first if other.seed == partner), None)
 
 
 class _Measured:
@@ -101,6 +105,7 @@ class _Measured:
     def __init__(self, folder: Path, settings: EvaluationSettings, progress: Progress, sources: Sequence[Source]):
         self.folder, self.settings, self.progress = folder, settings, progress
         self.done, self.total = 0, len(sources) * len(settings.evals)
+        self.firsts = {source.arm: source for source in reversed(sources)}
 
     def text(self, text: Text) -> dict[str, Any]:
         """What is true of the text, whatever the SAE."""
@@ -117,9 +122,11 @@ class _Measured:
         """One SAE's entry."""
         source = subject.source
         found = self._results(subject, "sae", source.name, [subject.sha256])
+        if source == self.firsts[source.arm]:
+            found = _both(found, self._results(subject, "arm", source.name, [subject.sha256]))
         if subject.baseline is not None:
-            pair = self._results(subject, "pair", source.name, [subject.sha256, subject.baseline.sha256])
-            found = {name: found[name] | pair[name] for name in found}
+            identity = [subject.sha256, subject.baseline.sha256]
+            found = _both(found, self._results(subject, "pair", source.name, identity))
         self.done = min(self.total, self.done + len(self.settings.evals))
         return {
             "arm": source.arm,
@@ -159,6 +166,10 @@ class _Measured:
             kept = json.loads(file.read_text())
             results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
         return {"results": results, "seconds": seconds}
+
+
+def _both(ones: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: ones[name] | others[name] for name in ones}
 
 
 def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:

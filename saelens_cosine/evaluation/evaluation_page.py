@@ -107,7 +107,7 @@ def _differences(found: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
         yield Difference(
             item["arm"],
             item["baseline"],
-            f"{item['measure']} ({over})",
+            f"{item['measure']} ({over}{': ' + reason if (reason := numbers['no_interval']) else ''})",
             Estimate(numbers["mean"], numbers["low"], numbers["high"]),
         )
 

@@ -110,7 +110,7 @@ class Subject:
         sae (SAE[Any]): Inference form.
         text (Text): What it is measured on.
         folder (Path): Output folder, for evals that keep files of their own.
-        baseline (Subject | None): What it is compared with: the first arm's SAE of the same seed; of the first arm's own seeds, the first. None for that one.
+        baseline (Subject | None): What it is compared with: the first arm's SAE of the same seed; of the first arm's own seeds, the first. None for that one, and for seeds that the first arm lacks.
     """
 
     source: Source
