@@ -361,7 +361,7 @@ def test_a_sample_knows_its_contexts_and_sinks():
     planted = sample.activations.clone()
     planted[5] *= 1000
     ordinary = torch.arange(64) != 5
-    sample = type(sample)(planted, sample.tokens, sample.contexts, sample.positions, ordinary, 10.0)
+    sample = dataclasses.replace(sample, activations=planted, ordinary=ordinary, max_norm_multiple=10.0)
     both = side_by_side(len, sample)
     assert (both.with_sinks, both.without_sinks) == (64, 63)
     assert both.high_norm_share == pytest.approx(1 / 64)

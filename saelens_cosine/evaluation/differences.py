@@ -27,6 +27,7 @@ TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
 DOCUMENTS = ("documents",)
 
 MATCHED = "matched share"
+"""How a measure begins that is a comparison with the baseline already."""
 
 Array = np.ndarray[Any, Any]
 Entry = Mapping[str, Any]
@@ -74,7 +75,6 @@ def differences(saes: Sequence[Entry]) -> list[ArmDifference]:
         by_seed = {entry["seed"]: measures(entry) for entry in theirs}
         pairs = [(measures(entry), by_seed[partners[entry["seed"]]]) for entry in entries if entry["seed"] in partners]
         for name in pairs[0][0] if pairs else ():
-            # a share of features matched with the baseline is a comparison already
             if not name.startswith(MATCHED) and all(name in side for pair in pairs for side in pair):
                 difference = _difference([(ours[name], others[name]) for ours, others in pairs])
                 if difference is not None:
@@ -143,7 +143,7 @@ def about_differences(document: Mapping[str, Any]) -> list[str]:
     lines = about(intervals["assumptions"], Chance(**{field: intervals[field] for field in Chance._fields}))
     if document["unpaired"]:
         named = (f"seed {item['seed']} of {item['arm']} ({item['without']} has none)" for item in document["unpaired"])
-        lines.append(f"Left out of differences: {', '.join(named)}.")
+        lines.append(f"Left out of differences, which are means over the other seeds: {', '.join(named)}.")
     return lines
 
 
@@ -220,7 +220,7 @@ def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[tuple[str,
                 yield name, Measure(float(accuracies.mean()), accuracies, ("tasks", "splits"), None, tuple(tasks_of))
     if matching := of("matching"):
         features = matching["features"]
-        yield MATCHED, features["matched"] / max(1, features["alive"])
+        yield "matched share", features["matched"] / max(1, features["alive"])
     if dictionary := of("dictionary"):
         detectors = dictionary["norm_detectors"]
         yield "share of firings in the top norm quartile", detectors["median_shares"][3]
