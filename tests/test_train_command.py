@@ -54,6 +54,28 @@ def test_a_wrong_d_in_names_both_sizes(capsys):
     assert "192" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--d_in": "192", "--hook_head_index": "1"}, ("d_in=192", "head 1", "--d_in 48")),
+        ({"--d_in": "48", "--hook_head_index": "4"}, ("hook_head_index=4", "4 heads, numbered from 0")),
+        ({"--hook_name": "blocks.3.hook_resid_post", "--hook_head_index": "1"}, ("hook_head_index=1", "split by head")),
+        ({"--hook_name": "blocks.9.attn.hook_z"}, ("no hook point 'blocks.9.attn.hook_z'",)),
+        ({"--context_size": "512"}, ("context_size=512", "--context_size 256 or less")),
+        ({"--model_from_pretrained_kwargs": '{"fold_ln": true}'}, ("fold_ln", "bundled")),
+    ],
+)
+def test_what_does_not_fit_the_model_is_one_line_with_the_way_out(changes, said, capsys):
+    assert main(["train", *with_flags({"--hook_name": "blocks.1.attn.hook_z", **changes})]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in said), message
+
+
+def with_flags(changes):
+    flags = dict(zip(FLAGS[::2], FLAGS[1::2], strict=True)) | changes
+    return [part for item in flags.items() for part in item]
+
+
 def test_an_empty_dataset_is_named(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("")

@@ -73,6 +73,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         "context; as the SAE was trained if not given",
     )
     add("--model", help="language model; the one that the SAE's metadata name if not given")
+    add("--hook", help="hook point or a module's path in the model; likewise")
     add("--dataset", help="text; likewise")
     add("--context-size", type=int, help="tokens per context; the SAE's own if not given")
     add(
@@ -101,6 +102,7 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         max_norm_multiple=options.max_norm_multiple,
         plant_sinks=options.plant_sinks,
         model=options.model,
+        hook=options.hook,
         dataset=options.dataset,
         context_size=options.context_size,
         device=options.device,

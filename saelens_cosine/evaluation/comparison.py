@@ -252,7 +252,7 @@ def _run_seed(
         hook_names=model.hook_name,
         model_name=model.name,
         model_class_name=model.class_name,
-        model_from_pretrained_kwargs={},
+        model_from_pretrained_kwargs=model.kwargs,
         dataset_path=settings.dataset,
         context_size=context_size,
         n_batches_in_buffer=max(1, _buffer_tokens(settings, model.d_in) // context_size),

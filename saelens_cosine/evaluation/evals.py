@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
 from saelens_cosine.evaluation.token_gram import firings
 from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
+from saelens_cosine.models import TRANSFORMER_LENS, choose_model
 
 PAIRS_LISTED = 2000
 """Features whose partners `matching` lists, at even steps through those that have one."""
@@ -107,6 +109,10 @@ def _reconstruction(subject: Subject) -> Any:
 
 def _loss(subject: Subject) -> Any:
     settings, text = subject.settings, subject.text
+    if text.head is not None and not re.search("hook_[qkvz]", text.hook):  # SAELens would give all heads to the SAE
+        raise NotApplicable(
+            f"SAELens' loss replaces one head at hook_q, hook_k, hook_v and hook_z, not at {text.hook}."
+        )
     batches, tokens = [], 0
     for batch in text.token_batches:
         if tokens >= settings.loss_tokens:
@@ -275,13 +281,16 @@ def _decomposition(subject: Subject) -> Any:
 
 def _saebench(name: str) -> Callable[[Subject], Any]:
     def measure(subject: Subject) -> Any:
-        settings, model = subject.settings, subject.text.model
+        settings, model, name_of_model = subject.settings, subject.text.model, subject.sae.cfg.metadata.model_name
+        lens = isinstance(model, HookedTransformer)
+        if not lens and choose_model(name_of_model or "", class_name=TRANSFORMER_LENS).class_name != TRANSFORMER_LENS:
+            raise NotApplicable(f"SAEBench runs HookedTransformers, and TransformerLens knows no {name_of_model}.")
         configured = saebench_settings(name, subject.text.dataset, settings.saebench)
         report = saebench.run(
             [saebench.prepare(subject.sae, subject.source.arm)],
             [name],
             subject.folder / "saebench",
-            model=model if isinstance(model, HookedTransformer) else None,
+            model=model if lens else None,
             device=settings.device,
             settings={name: configured} if configured else None,
             max_norm_multiple=None if settings.sinks == "keep" else settings.max_norm_multiple,

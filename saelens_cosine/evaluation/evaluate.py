@@ -113,6 +113,7 @@ class _Measured:
         return {
             "model": text.model_name,
             "hook": text.hook,
+            "head": text.head,
             "dataset": text.dataset,
             "planted_sinks": text.planted,
             **found,
@@ -155,7 +156,15 @@ class _Measured:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
             fixed = {field: settings[field] for field in (*WHAT_TOKENS_ARE, *row.uses)}
-            where = [text.model_name, text.hook, text.dataset, text.planted, shape, versions()["saelens-cosine"]]
+            where = [
+                text.model_name,
+                text.hook,
+                text.dataset,
+                text.planted,
+                shape,
+                versions()["saelens-cosine"],
+                text.head,
+            ]
             file = self.folder / "measured" / f"{chosen}-{digest([identity, fixed, where])}.json"
             if not file.exists():
                 try:

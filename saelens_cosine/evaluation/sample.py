@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from saelens_cosine.models import of_head
 from saelens_cosine.training.norm_filter import HighNormFilter
 
 Sinks = Literal["keep", "drop", "both"]
@@ -110,8 +111,9 @@ def sample_tokens(
     max_norm_multiple: float | None = 10.0,
     documents: torch.Tensor | None = None,
     seen: torch.Tensor | None = None,
+    head: int | None = None,
 ) -> TokenSample:
-    """Run a hooked model over contexts and keep its activations at a hook, heads flattened.
+    """Run a hooked model over contexts and keep its activations at a hook, those of one attention head or heads flattened.
 
     Args:
         model: as SAELens' runners take it (HookedTransformer, bridge, or the wrapper of a Hugging Face model).
@@ -120,6 +122,7 @@ def sample_tokens(
         max_norm_multiple: tokens above this multiple of the sample's median norm are marked as not ordinary.
         documents: `[contexts]` int64, the document of each context; each is one of its own if None.
         seen: `[contexts, length]` booleans, the tokens that are kept (see `ContextForm.seen`); all if None.
+        head: number of the attention head; None for all of them.
 
     Raises:
         ValueError: no batches.
@@ -136,7 +139,7 @@ def sample_tokens(
             stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
             prepend_bos=False,
         )
-        activations.append(cache[hook_name].flatten(2).flatten(0, 1).float().cpu())
+        activations.append(of_head(cache[hook_name], head).flatten(0, 1).float().cpu())
         tokens.append(batch.flatten().cpu())
         rows = torch.arange(n_contexts, n_contexts + len(batch)).unsqueeze(-1)
         contexts.append(rows.expand(batch.shape).flatten())

@@ -24,6 +24,7 @@ class EvaluationSettings:
         max_norm_multiple (float): Multiple of the sample's median norm above which a token is one.
         plant_sinks (bool | None): Give the first token of each context 30 to 300 times the median norm (see `planted.plant_sinks`); None: where the SAE's metadata say that it was trained so.
         model (str | None): The language model; None for what each SAE's metadata name.
+        hook (str | None): Hook point; None for what each SAE's metadata name.
         dataset (str | None): Text; None for what each SAE's metadata name.
         context_size (int | None): Tokens per context; None for the SAE's own, or 128.
         device (str): Where everything runs.
@@ -44,6 +45,7 @@ class EvaluationSettings:
     max_norm_multiple: float = 10.0
     plant_sinks: bool | None = None
     model: str | None = None
+    hook: str | None = None
     dataset: str | None = None
     context_size: int | None = None
     device: str = "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source
 from saelens_cosine.evaluation.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task, token_concepts
 from saelens_cosine.loading import from_pretrained
-from saelens_cosine.models import load_hooked_model
+from saelens_cosine.models import HookedModel, choose_model, load_hooked_model, size_at_hook
 
 
 class Concepts(NamedTuple):
@@ -59,6 +60,7 @@ class Text:
         token_batches (tuple[torch.Tensor, ...]): `[contexts, length]` each.
         sample (TokenSample): Their activations at the hook.
         settings (EvaluationSettings): What to measure.
+        head (int | None): The attention head whose activations they are; None for all of the hook.
     """
 
     model_name: str
@@ -69,30 +71,35 @@ class Text:
     token_batches: tuple[torch.Tensor, ...]
     sample: TokenSample
     settings: EvaluationSettings
+    head: int | None = None
 
     @cached_property
     def tasks(self) -> tuple[tuple[Task, TokenSample], ...]:
         """Labelled texts with their activations."""
         settings = self.settings
         return tuple(
-            (task, sample_task(self.model, self.hook, task, max_norm_multiple=settings.max_norm_multiple))
+            (
+                task,
+                sample_task(self.model, self.hook, task, max_norm_multiple=settings.max_norm_multiple, head=self.head),
+            )
             for task in load_tasks(settings.tasks_for(self.dataset), settings.task_texts)
         )
 
     @cached_property
     def run(self) -> CleanRun:
         """The first contexts, from which causal diagnostics start."""
-        return clean_run(self.model, self.hook, torch.cat(self.token_batches)[: self.settings.causal_contexts])
+        tokens = torch.cat(self.token_batches)[: self.settings.causal_contexts]
+        return clean_run(self.model, self.hook, tokens, head=self.head)
 
     @cached_property
     def concepts(self) -> Concepts:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
             texts, labels, names = bundled_concepts(self.settings.concept_texts)
-            return Concepts(concept_run(self.model, self.hook, texts), labels, names)
+            return Concepts(concept_run(self.model, self.hook, texts, head=self.head), labels, names)
         tokens = torch.cat(self.token_batches)
         found = token_concepts(tokens, per_token=self.settings.concept_texts)
-        run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions)
+        run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions, head=self.head)
         return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
 
     def treated(self, sample: TokenSample, treatment: str) -> TokenSample:
@@ -171,7 +178,7 @@ class Loader(ExitStack):
         super().__init__()
         self.settings, self.folder = settings, folder
         self._texts: dict[tuple[Any, ...], Text] = {}
-        self._models: dict[tuple[str, str, bool], Any] = {}
+        self._models: dict[tuple[Any, ...], HookedModel] = {}
 
     def subject(self, source: Source, baseline: Subject | None = None) -> Subject:
         """An SAE ready to be measured.
@@ -187,28 +194,48 @@ class Loader(ExitStack):
     def text(self, source: Source, sae: SAE[Any]) -> Text:
         """The text that an SAE is measured on."""
         settings, metadata = self.settings, sae.cfg.metadata
-        model_name, hook = settings.model or metadata.model_name, metadata.hook_name
+        model_name, hook = settings.model or metadata.model_name, settings.hook or metadata.hook_name
         dataset = settings.dataset or metadata.dataset_path
         if not (model_name and hook and dataset):
             raise ValueError(
                 f"{source.name} names model={metadata.model_name}, hook={hook}, dataset={metadata.dataset_path} in its metadata. "
-                "Pass --model and --dataset, and load and save it with metadata={'hook_name': ...} if the hook is missing."
+                "Pass those that are missing with --model, --hook and --dataset."
             )
         planted = bool(metadata.planted_sinks) if settings.plant_sinks is None else settings.plant_sinks
-        if (model_name, hook, planted) not in self._models:
-            hooked = load_hooked_model(model_name, settings.device, hook=hook)
-            if planted:
-                self.callback(plant_sinks(hooked.model, hook))
-            self._models[model_name, hook, planted] = hooked
-        hooked = self._models[model_name, hook, planted]
+        hooked = self._model(model_name, hook, planted, metadata)
+        hook = metadata.hook_name = hooked.hook_name  # as this model calls it
+        head = metadata.hook_head_index
+        _check_size(source.name, sae, hooked, head)
         context = settings.context_size or metadata.context_size or 128
         context = min(context, hooked.context_size or context)
-        key = (model_name, hook, dataset, planted, context)
+        key = (id(hooked.model), hook, head, dataset, planted, context)
         if key not in self._texts:
             batches = _token_batches(hooked, hook, dataset, context, settings)
-            sample = sample_tokens(hooked.model, hook, batches, settings.max_norm_multiple)
-            self._texts[key] = Text(model_name, hooked.model, hook, dataset, planted, batches, sample, settings)
+            sample = sample_tokens(hooked.model, hook, batches, settings.max_norm_multiple, head=head)
+            self._texts[key] = Text(model_name, hooked.model, hook, dataset, planted, batches, sample, settings, head)
         return self._texts[key]
+
+    def _model(self, name: str, hook: str, planted: bool, metadata: Any) -> HookedModel:
+        """The model as the SAE's metadata say that it was loaded."""
+        class_name, kwargs = metadata.model_class_name, metadata.model_from_pretrained_kwargs
+        choice = choose_model(name, hook, class_name, kwargs)
+        key = (name, hook, planted, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
+        if key not in self._models:
+            hooked = load_hooked_model(name, self.settings.device, None, hook, class_name, kwargs)
+            if planted:
+                self.callback(plant_sinks(hooked.model, hooked.hook_name))
+            self._models[key] = hooked
+        return self._models[key]
+
+
+def _check_size(name: str, sae: SAE[Any], hooked: HookedModel, head: int | None) -> None:
+    size = hooked.d_in if head is None else size_at_hook(hooked.model, hooked.hook_name, head)
+    if size != sae.cfg.d_in:
+        of = "" if head is None else f", head {head},"
+        raise ValueError(
+            f"{name} has d_in={sae.cfg.d_in}, and the activations of {hooked.name} at {hooked.hook_name}{of} have size {size}. "
+            "Name the hook point that it was trained on with --hook, or its model with --model."
+        )
 
 
 def _token_batches(

@@ -114,7 +114,12 @@ def bundled_concepts(max_texts_per_concept: int = 40, seed: int = 0) -> ConceptT
 
 
 def sample_task(
-    model: Any, hook_name: str, task: Task, max_tokens: int = 128, max_norm_multiple: float | None = 10.0
+    model: Any,
+    hook_name: str,
+    task: Task,
+    max_tokens: int = 128,
+    max_norm_multiple: float | None = 10.0,
+    head: int | None = None,
 ) -> TokenSample:
     """Run a hooked model over a task's texts and keep its activations at a hook. Nothing is padded.
 
@@ -123,7 +128,7 @@ def sample_task(
         hook_name: a hook point of it.
         task: labelled texts.
         max_tokens: tokens of a text at most, with the beginning-of-sequence token; not more than the model's context.
-        max_norm_multiple: as in `sample_tokens`.
+        max_norm_multiple, head: as in `sample_tokens`.
 
     Returns:
         Text after text; `contexts` are indices of `task.texts` and `task.labels`.
@@ -142,13 +147,15 @@ def sample_task(
     ]
     device = next(model.parameters()).device
     stacked = (torch.stack([texts[i] for i in rows]).to(device) for rows in batches)
-    sample = sample_tokens(model, hook_name, stacked, max_norm_multiple)
+    sample = sample_tokens(model, hook_name, stacked, max_norm_multiple, head=head)
     contexts = torch.tensor([i for rows in batches for i in rows])[sample.contexts]
     order = contexts.argsort(stable=True)
     return replace(sample.where(order), contexts=contexts[order])
 
 
-def concept_run(model: Any, hook_name: str, texts: Sequence[str], max_tokens: int = 64) -> CleanRun:
+def concept_run(
+    model: Any, hook_name: str, texts: Sequence[str], max_tokens: int = 64, head: int | None = None
+) -> CleanRun:
     """The clean run that `ablation_precision` starts from: texts as contexts, each read at its last token.
 
     Args:
@@ -156,6 +163,7 @@ def concept_run(model: Any, hook_name: str, texts: Sequence[str], max_tokens: in
         hook_name: a hook point of it.
         texts: such as those of `bundled_concepts`.
         max_tokens: as in `sample_task`.
+        head: as in `clean_run`.
 
     Raises:
         ValueError: a text without tokens.
@@ -163,7 +171,7 @@ def concept_run(model: Any, hook_name: str, texts: Sequence[str], max_tokens: in
     contexts = _tokenize(model, texts, max_tokens, "the concepts")
     read = torch.tensor([len(tokens) - 1 for tokens in contexts])
     padded = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
-    return clean_run(model, hook_name, padded, read)
+    return clean_run(model, hook_name, padded, read, head=head)
 
 
 class TokenConcepts(NamedTuple):

@@ -102,9 +102,16 @@ def share_on_neuronpedia(options: Any, progress: Progress) -> str:
     if layer is None:
         raise ValueError(f"The hook {hook!r} names no layer, and a source on Neuronpedia is one layer of a model.")
     progress("Loading the model", 0, 1)
-    model = load_hooked_model(name, options.device, hook=hook)
+    model = load_hooked_model(
+        name,
+        options.device,
+        hook=hook,
+        class_name=metadata.model_class_name,
+        kwargs=metadata.model_from_pretrained_kwargs,
+    )
+    metadata.hook_name = model.hook_name  # as this model calls it
     form = ContextForm.of(metadata, longest=model.context_size)
-    store = form.store(model.model, load_text(dataset).train, hook, model.d_in, options.device)
+    store = form.store(model.model, load_text(dataset).train, model.hook_name, model.d_in, options.device)
     batches = _token_batches(store, options.tokens, progress)
     activations = top_activations(sae, model.model, batches, options.contexts, metadata.max_norm_multiple)
     if not activations.tokens_evaluated:

@@ -14,6 +14,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from saelens_cosine.models import of_head
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.training.norm_filter import HighNormFilter
 
@@ -207,8 +208,7 @@ def _at_hook(sae: SAE[Any], model: Any, tokens: torch.Tensor) -> torch.Tensor:
     hook, head = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index
     stop = extract_stop_at_layer_from_tlens_hook_name(hook)
     _, cache = model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)
-    activations = cache[hook] if head is None else cache[hook][:, :, head]
-    return activations.flatten(2).flatten(0, 1).to(sae.device)
+    return of_head(cache[hook], head).flatten(0, 1).to(sae.device)
 
 
 def _active_codes(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from saelens_cosine.evaluation.sample import TokenSample
+from saelens_cosine.models import of_head
 from saelens_cosine.training.norm_filter import HighNormFilter
 
 TOKENS_AT_ONCE = 4096
@@ -52,15 +53,16 @@ class ResumedModel:
     Args:
         model (Any): HookedTransformer, TransformerBridge, or SAELens' wrapper of a Hugging Face model.
         hook_name (str): A hook point of it.
+        head (int | None): The attention head whose activations are given, the others staying what they are; None for all.
 
     Raises:
         ValueError: no such hook point.
     """
 
-    def __init__(self, model: Any, hook_name: str):
+    def __init__(self, model: Any, hook_name: str, head: int | None = None):
         if hook_name not in model.hook_dict:
             raise ValueError(f"{type(model).__name__} has no hook point {hook_name!r}.")
-        self.model, self.hook_name = model, hook_name
+        self.model, self.hook_name, self.head = model, hook_name, head
         self.start_at_layer = _first_layer_after(model, hook_name)
         self._unembedding = model.unembed if hasattr(model, "unembed") else model.model.get_output_embeddings()
 
@@ -74,14 +76,14 @@ class ResumedModel:
         """The model as it is, on `tokens [n, length]`.
 
         Returns:
-            Activations at the hook `[n, length, d_in]`, heads flattened, in the model's dtype, and log-probabilities
+            Activations at the hook `[n, length, d_in]`, of the head or heads flattened, in the model's dtype, and log-probabilities
             `[n, vocabulary]` after the token at position `read [n]`; on the model's device.
         """
         with self._reading(read):
             logits, cache = self.model.run_with_cache(
                 tokens.to(self.device), names_filter=[self.hook_name], prepend_bos=False
             )
-        return cache[self.hook_name].flatten(2), _log_softmax(logits).squeeze(1)
+        return of_head(cache[self.hook_name], self.head), _log_softmax(logits).squeeze(1)
 
     @torch.no_grad()
     def log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor, read: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,10 +104,17 @@ class ResumedModel:
             else:
                 logits = self.model.run_with_hooks(
                     tokens.to(self.device),
-                    fwd_hooks=[(self.hook_name, lambda activations, hook: hidden.reshape(activations.shape))],  # noqa: ARG005
+                    fwd_hooks=[(self.hook_name, lambda activations, hook: self._replaced(activations, hidden))],  # noqa: ARG005
                     prepend_bos=False,
                 )
         return _log_softmax(logits if read is None else logits.squeeze(1))
+
+    def _replaced(self, activations: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        if self.head is None:
+            return hidden.reshape(activations.shape)
+        edited = activations.clone()
+        edited[:, :, self.head] = hidden
+        return edited
 
     @contextmanager
     def _reading(self, read: torch.Tensor | None) -> Generator[None]:
@@ -134,7 +143,7 @@ class CleanRun:
         resumed (ResumedModel): The model and the hook.
         tokens (torch.Tensor): `[contexts, length]` int64.
         read (torch.Tensor): `[contexts]` int64, the position of each context whose prediction is compared: its last token.
-        hidden (torch.Tensor): `[contexts, length, d_in]`, activations at the hook in the model's dtype, heads flattened.
+        hidden (torch.Tensor): `[contexts, length, d_in]`, activations at the hook in the model's dtype, of the head or heads flattened.
         log_probs (torch.Tensor): `[contexts, vocabulary]` float32, the clean prediction.
     """
 
@@ -255,8 +264,9 @@ class CleanRun:
         parts = [
             self.resumed.log_probs(self.hidden[rows], self.tokens[rows], self.read[rows]).cpu()
             for rows in torch.arange(len(self.tokens)).split(self._contexts_at_once(1))
+            if len(rows)  # not every model takes no contexts
         ]
-        return replace(self, log_probs=torch.cat(parts))
+        return replace(self, log_probs=torch.cat([self.log_probs[:0], *parts]))
 
 
 def clean_run(
@@ -265,6 +275,7 @@ def clean_run(
     tokens: torch.Tensor,
     read: torch.Tensor | None = None,
     on_progress: Progress | None = None,
+    head: int | None = None,
 ) -> CleanRun:
     """Run a hooked model over contexts once and keep its activations at a hook and its predictions.
 
@@ -274,6 +285,7 @@ def clean_run(
         tokens: `[contexts, length]` int64. Shorter texts are padded on the right, with any token.
         read: `[contexts]`, the position of each text's last token; None: the contexts' end.
         on_progress: called after each batch.
+        head: the attention head that is edited; None for all of them.
 
     Raises:
         ValueError: no such hook point, tokens of another shape, or read positions outside of them.
@@ -284,7 +296,7 @@ def clean_run(
     read = torch.full((n,), length - 1) if read is None else read.cpu().long()
     if read.shape != (n,) or int(read.min()) < 0 or int(read.max()) >= length:
         raise ValueError(f"read must hold {n} positions from 0 to {length - 1}, one for each context.")
-    resumed, tokens = ResumedModel(model, hook_name), tokens.cpu().long()
+    resumed, tokens = ResumedModel(model, hook_name, head), tokens.cpu().long()
     hidden: list[torch.Tensor] = []
     log_probs: list[torch.Tensor] = []
     for rows in torch.arange(n).split(max(1, TOKENS_AT_ONCE // length)):

@@ -208,6 +208,10 @@ def _hook(takes_model: bool, sae: PreparedSAE, hook: str, model: Any, name: str)
             f"It reads blocks.<layer>.hook_resid_post whatever the SAE's hook; {hook} would be scored on another stream.",
             "",
         )
+    head = sae.cfg.metadata.hook_head_index
+    if head is not None and name != "meta_structure" and not (name == "core" and re.search("hook_[qkvz]", hook)):
+        yield (f"It reads all of {hook}; this SAE is of head {head} alone.", "")
+        return
     if sae.cfg.reshape_activations == "hook_z" and name not in ("core", "meta_structure"):
         yield (f"It cannot read {hook}, where activations are split by head.", "")
         return
@@ -216,7 +220,7 @@ def _hook(takes_model: bool, sae: PreparedSAE, hook: str, model: Any, name: str)
     if hook not in model.hook_dict:
         yield (f"{model.cfg.model_name} has no hook {hook}.", "prepare(sae, hook_name=...) gives another.")
         return
-    size = size_at_hook(model, hook)
+    size = size_at_hook(model, hook, head)
     if size != sae.cfg.d_in:
         yield (f"The SAE has d_in={sae.cfg.d_in}, and {hook} of {model.cfg.model_name} has size {size}.", "")
 

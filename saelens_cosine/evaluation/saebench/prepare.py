@@ -20,9 +20,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.loading.saelens import inference_copy
-
-BLOCK_OUTPUT = re.compile(r"^(?:model|transformer|gpt_neox|language_model|decoder|layers|h|\.)+\.(\d+)$")
-"""Paths of a Hugging Face model's decoder blocks: `model.layers.18`, `transformer.h.5`, `gpt_neox.layers.3`."""
+from saelens_cosine.models import BLOCK_OUTPUT
 
 _FROM_METADATA = (
     *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens"),
@@ -191,7 +189,8 @@ def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
     """Twelve hexadecimal digits of what decides an SAE's scores: weights, settings, model and hook."""
     digest = hashlib.sha256()
     settings = {k: v for k, v in sae.cfg.to_dict().items() if k not in ("metadata", "device")}
-    where = [sae.cfg.metadata.get(key) for key in ("model_name", "hook_name", "prepend_bos")]
+    keys = ("model_name", "model_from_pretrained_kwargs", "hook_name", "hook_head_index", "prepend_bos")
+    where = [sae.cfg.metadata.get(key) for key in keys]
     digest.update(json.dumps([settings, where, silence_padding], sort_keys=True, default=str).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -207,9 +206,8 @@ def lens_hook(hook_name: str | None) -> str:
     """
     if not hook_name:
         raise ValueError("The SAE's metadata name no hook; say which with hook_name='blocks.<layer>.hook_resid_post'.")
-    block = BLOCK_OUTPUT.match(hook_name)
-    if block:
-        return f"blocks.{block[1]}.hook_resid_post"
+    if path := BLOCK_OUTPUT.fullmatch(hook_name):
+        return f"blocks.{path[1]}.hook_resid_post"
     if not re.match(r"blocks\.\d+\.", hook_name):
         raise ValueError(
             f"{hook_name!r} is no hook of a block in TransformerLens, which SAEBench needs. Give its name there, such as "

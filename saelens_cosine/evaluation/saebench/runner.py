@@ -25,7 +25,6 @@ from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-from saelens_cosine.bundled import BUNDLED, load_bundled_model
 from saelens_cosine.evaluation.fve import explained_variance
 from saelens_cosine.evaluation.saebench.evals import EVALS, Call, Eval, Judge, text_folder
 from saelens_cosine.evaluation.saebench.preflight import check_data, check_environment, check_saes, versions
@@ -43,6 +42,7 @@ from saelens_cosine.evaluation.saebench.results import (
 )
 from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.training.norm_filter import HighNormFilter
 
 FVE_TOKENS = 100_000
@@ -101,6 +101,10 @@ def run(
     models = sorted({sae.cfg.metadata.model_name for sae in prepared})
     if len(models) != 1:
         raise ValueError(f"A run is on one language model; these SAEs are of {', '.join(models) or 'none'}.")
+    how, *others = [_how_loaded(sae) for sae in prepared]
+    if any(other != how for other in others):
+        ways = ", ".join(str(one.kwargs) for one in (how, *others))
+        raise ValueError(f"A run is on one language model, and these SAEs name {models[0]} loaded with {ways}.")
     dtype = dtype or _dtype_of(model, device)
     problems = check_environment(evals, models[0], judge=judge)
     able = _without(evals, problems)
@@ -115,7 +119,7 @@ def run(
         raise SAEBenchError(problems)
     able = _without(able, problems)
     if model is None and any(EVALS[name].takes_model for name in able):
-        model = _load(models[0], device, dtype)
+        model = _load(models[0], how, device, dtype)
     runner = _Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet)
     problems += check_saes(able, prepared, model, configs)
     problems += check_data([name for name in able if not runner.is_warm(EVALS[name], configs[name], prepared)], configs)
@@ -295,7 +299,8 @@ class _Runner:
         store.shuffle_input_dataset(seed=42)  # as core does
         batches = min(config["n_eval_sparsity_variance_batches"], -(-FVE_TOKENS // (context * prompts)))
         tokens = [store.get_batch_tokens(prompts) for _ in range(batches)]
-        sample = sample_tokens(model, sae.cfg.metadata.hook_name, tokens, self.max_norm_multiple)
+        metadata = sae.cfg.metadata
+        sample = sample_tokens(model, metadata.hook_name, tokens, self.max_norm_multiple, head=metadata.hook_head_index)
         tokenizer = model.tokenizer
         special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
         sample = sample.where(~torch.isin(sample.tokens, torch.tensor(sorted(special))))
@@ -315,18 +320,26 @@ class _Runner:
 def _throwaway(sae: PreparedSAE, config: Any) -> PreparedSAE:
     """A small SAE for the same hook, with as many latents as the configuration asks probes for."""
     wanted = [*getattr(config, "k_values", []), *getattr(config, "n_values", []), 8]
-    metadata = {key: sae.cfg.metadata.get(key) for key in ("model_name", "hook_name", "prepend_bos")}
+    keys = ("model_name", "model_from_pretrained_kwargs", "hook_name", "prepend_bos")
+    metadata = {key: sae.cfg.metadata.get(key) for key in keys}
     made = StandardSAEConfig(d_in=sae.cfg.d_in, d_sae=max(wanted), metadata=SAEMetadata(**metadata))
     return prepare(StandardSAE(made))
 
 
-def _load(name: str, device: str, dtype: str) -> Any:
-    if name == BUNDLED:
-        bundled: Any = load_bundled_model(device)
-        return bundled.to(getattr(torch, dtype), print_details=False)
-    from transformer_lens import HookedTransformer
+def _how_loaded(sae: PreparedSAE) -> ModelChoice:
+    """As its metadata say, but for the dtype, which is the run's."""
+    metadata = sae.cfg.metadata
+    given = metadata.model_from_pretrained_kwargs or {}
+    kwargs = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype")}
+    return choose_model(metadata.model_name, metadata.hook_name, TRANSFORMER_LENS, kwargs)
 
-    return HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=getattr(torch, dtype))
+
+def _load(name: str, how: ModelChoice, device: str, dtype: str) -> Any:
+    if how.class_name != TRANSFORMER_LENS:
+        raise ValueError(
+            f"SAEBench runs HookedTransformers, and TransformerLens knows no {name}. Pass one with model=."
+        )
+    return load_hooked_model(name, device, class_name=TRANSFORMER_LENS, kwargs={**how.kwargs, "dtype": dtype}).model
 
 
 def _dtype_of(model: Any, device: str) -> str:
