@@ -63,7 +63,7 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     monkeypatch.setitem(EVALS, "remember", Eval(lambda subject: seen.append(subject) or {}, "sae", ""))
     evaluate(sources[:1], with_evals("remember"), folder / "again")
     (subject,) = seen
-    tokens = torch.cat(subject.text.token_batches)
+    tokens = subject.text.contexts.tokens
     assert tokens.shape == (32, 32)  # whole batches of 16 contexts: the first that reach 600 tokens
     with torch.no_grad():
         x = load_bundled_model().run_with_cache(tokens, prepend_bos=False)[1][HOOK].flatten(0, 1)

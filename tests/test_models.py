@@ -166,7 +166,7 @@ def test_evaluate_sees_the_activations_of_the_model_that_the_sae_was_trained_on(
     centred = save(tmp_path / "centred", model_from_pretrained_kwargs={"center_writing_weights": True})
     half = save(tmp_path / "half", model_from_pretrained_kwargs={"dtype": "bfloat16"})
     one, same, other, narrow = subjects(tmp_path, plain, asked, centred, half)
-    x, _ = by_hand(torch.cat(one.text.token_batches))
+    x, _ = by_hand(one.text.contexts.tokens)
     assert len(x) >= 500
     torch.testing.assert_close(one.text.sample.activations, x, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(other.text.sample.activations, x - x.mean(dim=-1, keepdim=True), rtol=1e-4, atol=1e-3)
@@ -190,11 +190,11 @@ def test_a_hook_of_hugging_face_and_a_model_of_hugging_face_are_evaluated_and_sh
     assert document["texts"][0]["hook"] == "transformer.h.1"
     (subject,) = subjects(tmp_path, folder)
     assert isinstance(subject.text.model, HookedProxyLM)
-    x, logits = by_hand(torch.cat(subject.text.token_batches))
+    x, logits = by_hand(subject.text.contexts.tokens)
     results = document["saes"][0]["results"]
     found = results["reconstruction"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
     assert (found["tokens"], found["fve"]) == (len(x), pytest.approx(fve(SAE.load_from_disk(folder), x), abs=1e-4))
-    clean = cross_entropy(logits, torch.cat(subject.text.token_batches))
+    clean = cross_entropy(logits, subject.text.contexts.tokens)
     overall = results["loss"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
     assert overall["ce_loss_without_sae"] == pytest.approx(clean, rel=1e-4)
     share = [
@@ -308,7 +308,7 @@ def test_an_sae_of_one_head_is_evaluated_on_that_head(head_sae, tmp_path):
     assert document["texts"][0]["head"] == 1
     assert not [name for name, result in entry["results"].items() if "not_applicable" in result]
     (subject,) = subjects(tmp_path, head_sae)
-    tokens, sae = torch.cat(subject.text.token_batches), SAE.load_from_disk(head_sae)
+    tokens, sae = subject.text.contexts.tokens, SAE.load_from_disk(head_sae)
     z, _ = heads_by_hand(tokens)
     x = z[:, :, 1].flatten(0, 1)
     found = entry["results"]["reconstruction"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
@@ -335,7 +335,7 @@ def train(place, output, **changes):
 def test_a_head_that_train_was_given_is_evaluated(place, tmp_path):
     assert train(place, tmp_path / "sae") == 0
     (subject,) = subjects(tmp_path, str(tmp_path / "sae"), dataset="text.jsonl")
-    z, _ = heads_by_hand(torch.cat(subject.text.token_batches))
+    z, _ = heads_by_hand(subject.text.contexts.tokens)
     torch.testing.assert_close(subject.text.sample.activations, z[:, :, 1].flatten(0, 1), rtol=1e-4, atol=1e-4)
 
 
@@ -384,7 +384,7 @@ def test_two_heads_are_two_texts_of_one_model(tmp_path):
     second = save(tmp_path / "1", d_in=8, hook_name=HEAD_HOOK, hook_head_index=1)
     zero, one = subjects(tmp_path, first, second)
     assert zero.text.model is one.text.model
-    z, _ = heads_by_hand(torch.cat(zero.text.token_batches))
+    z, _ = heads_by_hand(zero.text.contexts.tokens)
     for head, subject in enumerate((zero, one)):
         torch.testing.assert_close(subject.text.sample.activations, z[:, :, head].flatten(0, 1), rtol=1e-4, atol=1e-4)
 

@@ -84,7 +84,7 @@ def _tokens(text: Text) -> Any:
 
 
 def _patching(text: Text) -> Any:
-    sample = text.run.sample(text.settings.max_norm_multiple)
+    sample = text.sample_of(text.run)
     return {
         name: {
             context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
@@ -113,12 +113,7 @@ def _loss(subject: Subject) -> Any:
         raise NotApplicable(
             f"SAELens' loss replaces one head at hook_q, hook_k, hook_v and hook_z, not at {text.hook}."
         )
-    batches, tokens = [], 0
-    for batch in text.token_batches:
-        if tokens >= settings.loss_tokens:
-            break
-        batches.append(batch)
-        tokens += batch.numel()
+    batches = text.contexts.at_even_steps(max(1, settings.loss_tokens // text.form.context_size)).batches
     bounds = {"with_sinks": None, "without_sinks": settings.max_norm_multiple}
     return {name: loss_recovered(subject.sae, text.model, batches, bounds[name]) for name in settings.treatments}
 
@@ -195,7 +190,7 @@ def _score_swap(subject: Subject) -> Any:
 
 def _causal(subject: Subject) -> Any:
     run, sae, settings = subject.text.run, subject.sae, subject.settings
-    sample = run.sample(settings.max_norm_multiple)
+    sample = subject.text.sample_of(run)
     concepts = subject.text.concepts
 
     def of(name: str) -> dict[str, Any]:
@@ -204,7 +199,7 @@ def _causal(subject: Subject) -> Any:
             protocol: win_rate(run, sae, tokens, replace(row, features=min(row.features, settings.causal_features)))
             for protocol, row in PROTOCOLS.items()
         }
-        texts = subject.text.treated(concepts.run.sample(settings.max_norm_multiple), name)
+        texts = subject.text.treated(subject.text.sample_of(concepts.run), name)
         return {
             "win_rate": rates,
             "steering": steering(run, sae, tokens),
@@ -218,7 +213,11 @@ def _causal(subject: Subject) -> Any:
 def _features(subject: Subject) -> Any:
     text = subject.text
     found = features_for_report(
-        subject.sae, text.model, text.token_batches, subject.source.arm, max_features=subject.settings.browser_features
+        subject.sae,
+        text.model,
+        text.contexts.batches,
+        subject.source.arm,
+        max_features=subject.settings.browser_features,
     )
     return {"features": found}
 

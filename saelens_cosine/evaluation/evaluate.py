@@ -148,7 +148,7 @@ class _Measured:
         results: dict[str, Any] = {}
         seconds: dict[str, float] = {}
         text = of if isinstance(of, Text) else of.text
-        shape = [list(batch.shape) for batch in text.token_batches[:1]]
+        shape = list(text.contexts.tokens.shape)
         settings = self.settings.to_dict()
         for chosen in self.settings.evals:
             row = EVALS[chosen]

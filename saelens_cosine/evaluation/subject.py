@@ -10,11 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
+from saelens_cosine.activations.contexts import ContextForm, Contexts, heldout_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.causal import CleanRun, clean_run
@@ -57,8 +56,10 @@ class Text:
         hook (str): Hook point.
         dataset (str): Where the text is from.
         planted (bool): Whether sinks were planted.
-        token_batches (tuple[torch.Tensor, ...]): `[contexts, length]` each.
-        sample (TokenSample): Their activations at the hook.
+        form (ContextForm): What its contexts are like: as the SAE was trained.
+        rule (str): Which documents are held out, see `data.TextSplits`.
+        contexts (Contexts): From all held-out documents.
+        sample (TokenSample): Activations at the hook of those of their tokens that the SAE sees.
         settings (EvaluationSettings): What to measure.
         head (int | None): The attention head whose activations they are; None for all of the hook.
     """
@@ -68,7 +69,9 @@ class Text:
     hook: str
     dataset: str
     planted: bool
-    token_batches: tuple[torch.Tensor, ...]
+    form: ContextForm
+    rule: str
+    contexts: Contexts
     sample: TokenSample
     settings: EvaluationSettings
     head: int | None = None
@@ -80,15 +83,22 @@ class Text:
         return tuple(
             (
                 task,
-                sample_task(self.model, self.hook, task, max_norm_multiple=settings.max_norm_multiple, head=self.head),
+                sample_task(
+                    self.model,
+                    self.hook,
+                    task,
+                    max_norm_multiple=settings.max_norm_multiple,
+                    head=self.head,
+                    form=self.form,
+                ),
             )
             for task in load_tasks(settings.tasks_for(self.dataset), settings.task_texts)
         )
 
     @cached_property
     def run(self) -> CleanRun:
-        """The first contexts, from which causal diagnostics start."""
-        tokens = torch.cat(self.token_batches)[: self.settings.causal_contexts]
+        """The contexts from which causal diagnostics start, from all documents."""
+        tokens = self.contexts.at_even_steps(self.settings.causal_contexts).tokens
         return clean_run(self.model, self.hook, tokens, head=self.head)
 
     @cached_property
@@ -96,11 +106,17 @@ class Text:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
             texts, labels, names = bundled_concepts(self.settings.concept_texts)
-            return Concepts(concept_run(self.model, self.hook, texts, head=self.head), labels, names)
-        tokens = torch.cat(self.token_batches)
+            run = concept_run(self.model, self.hook, texts, head=self.head, form=self.form)
+            return Concepts(run, labels, names)
+        tokens = self.contexts.tokens
         found = token_concepts(tokens, per_token=self.settings.concept_texts)
         run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions, head=self.head)
         return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
+
+    def sample_of(self, run: CleanRun) -> TokenSample:
+        """The tokens of a clean run that the SAE sees."""
+        sample = run.sample(self.settings.max_norm_multiple)
+        return sample.where(self.form.seen(self.model, run.tokens)[sample.contexts, sample.positions])
 
     def treated(self, sample: TokenSample, treatment: str) -> TokenSample:
         """A sample with or without its sinks."""
@@ -133,6 +149,12 @@ class Subject:
     @cached_property
     def sha256(self) -> str:
         return fingerprint(self.sae)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is known that the SAE was not trained on the text."""
+        metadata = self.sae.cfg.metadata
+        return (metadata.dataset_path, metadata.heldout_rule) == (self.text.dataset, self.text.rule)
 
     @cached_property
     def codes(self) -> sparse.csr_array:
@@ -206,13 +228,29 @@ class Loader(ExitStack):
         hook = metadata.hook_name = hooked.hook_name  # as this model calls it
         head = metadata.hook_head_index
         _check_size(source.name, sae, hooked, head)
-        context = settings.context_size or metadata.context_size or 128
-        context = min(context, hooked.context_size or context)
-        key = (id(hooked.model), hook, head, dataset, planted, context)
+        form = ContextForm.of(metadata, settings.context_size, hooked.context_size)
+        key = (id(hooked.model), hook, head, dataset, planted, form)
         if key not in self._texts:
-            batches = _token_batches(hooked, hook, dataset, context, settings)
-            sample = sample_tokens(hooked.model, hook, batches, settings.max_norm_multiple, head=head)
-            self._texts[key] = Text(model_name, hooked.model, hook, dataset, planted, batches, sample, settings, head)
+            splits = load_text(dataset)
+            store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
+            contexts = heldout_contexts(store, settings.tokens)
+            seen = form.seen(hooked.model, contexts.tokens)
+            sample = sample_tokens(
+                hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
+            )
+            self._texts[key] = Text(
+                model_name,
+                hooked.model,
+                hook,
+                dataset,
+                planted,
+                form,
+                splits.rule,
+                contexts,
+                sample,
+                settings,
+                head,
+            )
         return self._texts[key]
 
     def _model(self, name: str, hook: str, planted: bool, metadata: Any) -> HookedModel:
@@ -236,26 +274,3 @@ def _check_size(name: str, sae: SAE[Any], hooked: HookedModel, head: int | None)
             f"{name} has d_in={sae.cfg.d_in}, and the activations of {hooked.name} at {hooked.hook_name}{of} have size {size}. "
             "Name the hook point that it was trained on with --hook, or its model with --model."
         )
-
-
-def _token_batches(
-    hooked: Any, hook: str, dataset: str, context: int, settings: EvaluationSettings
-) -> tuple[torch.Tensor, ...]:
-    store = ActivationsStore.from_config_multi_hook(
-        hooked.model,
-        dataset=load_text(dataset).heldout,
-        hook_names=[hook],
-        hook_d_ins={hook: hooked.d_in},
-        context_size=context,
-        store_batch_size_prompts=16,
-        device=settings.device,
-    )
-    batches: list[torch.Tensor] = []
-    while sum(batch.numel() for batch in batches) < settings.tokens:
-        try:
-            batches.append(store.get_batch_tokens(raise_at_epoch_end=True))
-        except StopIteration:
-            break
-    if not batches:
-        raise ValueError(f"Dataset {dataset!r} holds out less than 16 contexts of {context} tokens; name another.")
-    return tuple(batches)

@@ -1,7 +1,7 @@
 """Labelled texts: binary tasks to probe for, and concepts to ablate.
 
 Texts become contexts as in training (SAELens' ActivationsStore): without the tokenizer's own special tokens, after the
-tokenizer's beginning-of-sequence token if it has one. A text that is too long loses its beginning, as in sae-probes.
+tokenizer's beginning-of-sequence token if it has one and the SAE was trained with it. A text that is too long loses its beginning, as in sae-probes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.evaluation.causal.forward import CleanRun, clean_run
 from saelens_cosine.evaluation.code_concepts import CONCEPTS, NEXT_TOKENS, SHORTEST_WINDOW, windows
@@ -120,6 +121,7 @@ def sample_task(
     max_tokens: int = 128,
     max_norm_multiple: float | None = 10.0,
     head: int | None = None,
+    form: ContextForm | None = None,
 ) -> TokenSample:
     """Run a hooked model over a task's texts and keep its activations at a hook. Nothing is padded.
 
@@ -129,6 +131,7 @@ def sample_task(
         task: labelled texts.
         max_tokens: tokens of a text at most, with the beginning-of-sequence token; not more than the model's context.
         max_norm_multiple, head: as in `sample_tokens`.
+        form: whether the beginning-of-sequence token begins each text, and which tokens are kept; SAELens' defaults if None.
 
     Returns:
         Text after text; `contexts` are indices of `task.texts` and `task.labels`.
@@ -136,7 +139,8 @@ def sample_task(
     Raises:
         ValueError: a text without tokens.
     """
-    texts = _tokenize(model, task.texts, max_tokens, f"task {task.name!r}")
+    form = form or ContextForm()
+    texts = _tokenize(model, task.texts, max_tokens, f"task {task.name!r}", form.prepend_bos)
     by_length: dict[int, list[int]] = {}
     for i, tokens in enumerate(texts):
         by_length.setdefault(len(tokens), []).append(i)
@@ -150,11 +154,17 @@ def sample_task(
     sample = sample_tokens(model, hook_name, stacked, max_norm_multiple, head=head)
     contexts = torch.tensor([i for rows in batches for i in rows])[sample.contexts]
     order = contexts.argsort(stable=True)
-    return replace(sample.where(order), contexts=contexts[order])
+    sample = replace(sample.where(order), contexts=contexts[order], documents=contexts[order])
+    return sample.where(torch.cat([form.seen(model, tokens.unsqueeze(0))[0] for tokens in texts]))
 
 
 def concept_run(
-    model: Any, hook_name: str, texts: Sequence[str], max_tokens: int = 64, head: int | None = None
+    model: Any,
+    hook_name: str,
+    texts: Sequence[str],
+    max_tokens: int = 64,
+    head: int | None = None,
+    form: ContextForm | None = None,
 ) -> CleanRun:
     """The clean run that `ablation_precision` starts from: texts as contexts, each read at its last token.
 
@@ -164,11 +174,12 @@ def concept_run(
         texts: such as those of `bundled_concepts`.
         max_tokens: as in `sample_task`.
         head: as in `clean_run`.
+        form: as in `sample_task`.
 
     Raises:
         ValueError: a text without tokens.
     """
-    contexts = _tokenize(model, texts, max_tokens, "the concepts")
+    contexts = _tokenize(model, texts, max_tokens, "the concepts", (form or ContextForm()).prepend_bos)
     read = torch.tensor([len(tokens) - 1 for tokens in contexts])
     padded = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
     return clean_run(model, hook_name, padded, read, head=head)
@@ -220,11 +231,11 @@ def token_concepts(tokens: torch.Tensor, n_tokens: int = 8, per_token: int = 40,
     return TokenConcepts(order, positions[order], labels, [int(read[found[0]]) for found in rows])
 
 
-def _tokenize(model: Any, texts: Sequence[str], max_tokens: int, whose: str) -> list[torch.Tensor]:
+def _tokenize(model: Any, texts: Sequence[str], max_tokens: int, whose: str, prepend_bos: bool) -> list[torch.Tensor]:
     if not texts:
         raise ValueError(f"There are no texts in {whose}.")
     bos = model.tokenizer.bos_token_id
-    begin = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    begin = torch.tensor([bos] if prepend_bos and bos is not None else [], dtype=torch.int64)
     room = max_tokens - len(begin)
     if room < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no room for a text after {len(begin)} tokens that begin it.")

@@ -14,6 +14,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.models import of_head
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.training.norm_filter import HighNormFilter
@@ -104,7 +105,7 @@ class TopActivations:
 
     @property
     def high_norm_share_dropped(self) -> float:
-        """Share of the tokens that the filter (and the SAE's range of positions) left out."""
+        """Share of the tokens that the filter left out, and those that the SAE was not trained on."""
         return 1 - self.tokens_evaluated / self.tokens_seen if self.tokens_seen else 0.0
 
     def add(self, tokens: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, values: torch.Tensor) -> None:
@@ -183,15 +184,14 @@ def top_activations(
             None keeps every token. SAEs trained with the filter name theirs in `sae.cfg.metadata.max_norm_multiple`.
     """
     found, norm_filter = TopActivations(sae.cfg.d_sae, n_contexts), HighNormFilter(max_norm_multiple)
+    form = ContextForm.of(sae.cfg.metadata)
     reshaping = sae.hook_z_reshaping_mode
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
     try:
         for tokens in token_batches:
             activations = _at_hook(sae, model, tokens)
             keep = norm_filter.keep(activations).view(tokens.shape)
-            inside = torch.zeros_like(keep)
-            inside[:, slice(*(sae.cfg.metadata.seqpos_slice or (None,)))] = True
-            evaluated = (keep & inside).flatten()
+            evaluated = (keep & form.seen(model, tokens).to(keep.device)).flatten()
             found.tokens_seen += evaluated.numel()
             found.tokens_evaluated += int(evaluated.sum())
             rows = evaluated.nonzero().squeeze(1)
