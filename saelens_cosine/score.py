@@ -45,6 +45,20 @@ def centred_norm(x_centered: torch.Tensor) -> torch.Tensor:
     return x_centered.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
 
+def multiplies_in_float16(weights: torch.Tensor) -> bool:
+    """Whether a product with these weights is made in float16, by their own dtype or by autocast.
+
+    There the product of an activation of norm 1,000 and a column of length 1,000 is out of range (65,504), so inputs are
+    divided by their norms before it instead of after. bfloat16 has float32's range.
+    """
+    device = weights.device.type
+    if (
+        device != "meta" and weights.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    ):  # leaves float64 alone
+        return torch.get_autocast_dtype(device) == torch.float16
+    return weights.dtype == torch.float16
+
+
 def cosine_score(
     x_centered: torch.Tensor,
     W_enc: torch.Tensor,
@@ -82,12 +96,17 @@ def folded_score(
     """The same pre-activations from the inference form, `n^(a_i - 1) * <x_c, W_enc column i> + b_enc_i`.
 
     Here column i of `W_enc` is `exp(b_i) * w_i / ||w_i||` (`fold_scale` makes it), so nothing is normalised at inference
-    and the columns' lengths mean what they mean in any other SAE. At `a = 1` this is the inner-product score, bit for bit.
+    and the columns' lengths mean what they mean in any other SAE. At `a = 1` this is the inner-product score, bit for bit but
+    in float16, where it is `n^a_i * <x_c / n, W_enc column i> + b_enc_i` (`multiplies_in_float16`).
 
     Args and result: as in `cosine_score`; `norm` is `centred_norm(x_centered)`, for a caller that has it already.
     """
-    exponent = (norm_exponent - 1) * (centred_norm(x_centered) if norm is None else norm).log()
-    product = x_centered.to(W_enc.dtype) @ W_enc
+    norm = centred_norm(x_centered) if norm is None else norm
+    if multiplies_in_float16(W_enc):
+        exponent, operand = norm_exponent * norm.log(), x_centered / norm
+    else:
+        exponent, operand = (norm_exponent - 1) * norm.log(), x_centered
+    product = operand.to(W_enc.dtype) @ W_enc
     if not torch.is_grad_enabled() and product.dtype == exponent.dtype == x_centered.dtype == b_enc.dtype:
         return product.mul_(exponent.exp_()).add_(b_enc)  # the same, in place
     gain = torch.exp(exponent)

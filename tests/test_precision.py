@@ -8,6 +8,7 @@ from helpers import (
     BATCHTOPK,
     COSINE,
     EXPONENT,
+    FAST,
     FREE_DECODER,
     OURS,
     TRAINING,
@@ -16,8 +17,11 @@ from helpers import (
     make_sae,
     make_trainer,
     save_inference,
+    train_step,
 )
 from sae_lens import SAE, TrainingSAE
+
+from saelens_cosine.saes.scored_sae import ScoredSAE
 
 U = 2.0**-8
 """Unit roundoff of bfloat16: rounding to 8 significant bits changes a value by at most this share of itself."""
@@ -254,3 +258,51 @@ def test_bfloat16_bound_catches_a_rounded_exponent():
 def test_decoder_norms_in_the_selection_keep_their_dtype(tmp_path):
     sae = make_sae("per_feature_cosine_batchtopk", **FREE_DECODER).to(torch.bfloat16)
     assert sae.encode_with_hidden_pre(make_activations(4, 7))[1].dtype == torch.float32
+
+
+def scored_in_float64(sae, x):
+    """The definition, in float64 from the parameters of a training or an inference form: scores before the selection."""
+    p = {name: tensor.double() for name, tensor in sae.state_dict().items()}
+    x_c = x.double() - p["b_dec"]
+    n = x_c.square().sum(-1, keepdim=True).sqrt()
+    a = p.get("norm_exponent", torch.tensor(0.0 if "magnitude" in sae.cfg.architecture() else 1.0).double())
+    product = x_c / n @ p["W_enc"]
+    if "log_scale" in p or (isinstance(sae, TrainingSAE) and "magnitude" in sae.cfg.architecture()):
+        product = product / p["W_enc"].square().sum(0).sqrt()
+    scale = (a * n.log() + p.get("log_scale", torch.zeros(()).double())).exp()
+    return scale * product + (0 if "gated" in sae.cfg.architecture() else p["b_enc"])
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@torch.no_grad()
+def test_double_is_exact_to_the_formula_in_float64(name, tmp_path):
+    sae = make_sae(name)
+    x = make_activations(6, 7, dtype=torch.float64)
+    for each in (sae, save_inference(sae, tmp_path)):
+        if not isinstance(each, ScoredSAE):  # inner products are saved as SAELens' own
+            continue
+        each.double()
+        assert each.cfg.dtype == "float64"
+        assert each.encode(x).dtype == each(x).dtype == each.W_enc.dtype == each.dtype == torch.float64
+        assert each(x.float()).dtype == torch.float32
+        wanted = scored_in_float64(each, x)
+        torch.testing.assert_close(each.score(each.process_sae_in(x)), wanted, rtol=1e-12, atol=1e-12)
+        codes = each.encode(x)
+        # a selected score is the code, but for what a selector does with it
+        if not any(part in name for part in ("gated", "magnitude", "top_afa")):
+            assert (codes != 0).any()
+            torch.testing.assert_close(codes, torch.where(codes != 0, wanted, 0), rtol=1e-12, atol=1e-12)
+        if not getattr(each.cfg, "rescale_acts_by_decoder_norm", False):
+            torch.testing.assert_close(each(x), codes @ each.W_dec + each.b_dec, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_double_trains_in_float64(name):
+    gradients = []
+    for kernels in ("reference", "fast"):
+        sae = make_sae(name, kernels=kernels).double().train()
+        step = train_step(sae, make_activations(16, 7, dtype=torch.float64), step=1)
+        assert step.loss.dtype == step.sae_out.dtype == torch.float64
+        step.loss.backward()
+        gradients.append(sae.W_enc.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)  # a float32 on the way would leave 1e-7

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.util import dtype_to_str
 from typing_extensions import override
 
 from saelens_cosine.kernels.dispatch import has_hooks, use_fast_path
 from saelens_cosine.kernels.encode import SparseCodes, encode_in_chunks, encode_sparse, fast_encode
 from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
-from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, wide
+from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, multiplies_in_float16, wide
 
 # What a mix-in for training configs derives from. At run time it must bring no fields of its own: a dataclass takes each
 # base's whole list, so a second copy of SAELens' defaults would override what another mix-in has set.
@@ -163,6 +164,9 @@ class ScoredSAE(SAE[Any]):
             # the value before it was rounded, also where SAELens' JumpReLU has widened it again
             if tensor.dtype != dtype or self.W_enc.dtype != wide(self.W_enc.dtype):
                 tensor.data = before[name].to(tensor.device, dtype)
+        # SAELens' `to` notes the new dtype; `double`, `half` and `bfloat16` come by here alone
+        self.dtype = self.W_dec.dtype
+        self.cfg.dtype = dtype_to_str(self.dtype)
         return result
 
     @override
@@ -217,6 +221,8 @@ class InnerProductScore(ScoredSAE):
 
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
+        if multiplies_in_float16(self.W_enc):
+            return folded_score(x_centered, self.W_enc, self.encoder_bias(), self.score_parameters().norm_exponent)
         return (x_centered.to(self.W_enc.dtype) @ self.W_enc + self.encoder_bias()).to(x_centered.dtype)
 
     @override
