@@ -1,9 +1,13 @@
 import pytest
 import torch
+from helpers import make_sae
 from sae_lens import ActivationsStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from saelens_cosine.training.norm_filter import HighNormFilter
+from saelens_cosine.evaluation.comparison import ComparisonSettings
+from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.training.command import train
+from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 
 def rows_of_norm(*norms: float) -> torch.Tensor:
@@ -34,6 +38,46 @@ def test_non_finite_activations_are_kept_so_that_training_notices_them():
     assert HighNormFilter(10.0).keep(rows_of_norm(1, 1, 2, 1000, float("nan"))).tolist() == [True] * 3 + [False, True]
 
 
+def test_rows_of_zeros_are_no_tokens_for_the_median():
+    # six of ten are zeros: a median over all would be 0, and every other token above 10 times that
+    keep = HighNormFilter(10.0).keep(rows_of_norm(0, 3, 0, 4, 0, 5, 0, 51, 0, 0))
+    # the median of 3, 4, 5, 51 is 4: the bound is 40, and zeros are below it
+    assert keep.tolist() == [True] * 7 + [False, True, True]
+
+
+def test_nothing_but_zeros_is_kept():
+    assert HighNormFilter(10.0).keep(torch.zeros(4, 3)).all()
+    assert HighNormFilter(10.0).keep(torch.zeros(0, 3)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", [1e20, 1e38, 2e38])
+def test_a_norm_whose_square_overflows_is_dropped(norm, dtype):
+    x = rows_of_norm(1, 2, norm, 3).to(dtype)
+    x[2, 1:] = x[2, 0]  # sqrt(3) times the largest float32 and more: still no reason to keep it
+    assert HighNormFilter(10.0).keep(x).tolist() == [True, True, False, True]
+
+
+def test_norms_out_of_the_range_of_squares():
+    # 3, 4, 5 times 1e30 and 1e-30: squares are 1e60 and 1e-60, beyond float32
+    x = torch.tensor([[3e30, 4e30], [3e-30, 4e-30], [3.0, 4.0], [0.0, 0.0]])
+    assert token_norms(x).tolist() == pytest.approx([5e30, 5e-30, 5.0, 0.0])
+    # 65,504 sqrt(2), beyond float16
+    assert token_norms(torch.full((1, 2), 65504.0).half()).item() == pytest.approx(65504 * 2**0.5)
+    assert token_norms(torch.tensor([[1.0, float("nan")], [float("inf"), 0.0]])).isfinite().tolist() == [False, False]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_training_on_activations_that_are_not_finite_stops_with_their_name(value):
+    sae = make_sae("cosine_topk", d_in=3, d_sae=4, k=1)
+    sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    norm_filter = HighNormFilter(10.0, saes=[sae])
+    norm_filter({"": rows_of_norm(1, 1, 1, 50)})
+    with pytest.raises(FloatingPointError, match="2 of 3 activations .* blocks.3.hook_resid_post .* after 4 tokens"):
+        norm_filter({"": rows_of_norm(value, value, 1)})
+    assert HighNormFilter(10.0)({"": rows_of_norm(value, value, 1)})[""].shape == (3, 3)  # nothing trains on these
+
+
 def test_counts_the_share_dropped_over_batches():
     norm_filter = HighNormFilter(10.0)
     norm_filter({"": rows_of_norm(1, 1, 1, 50)})
@@ -47,10 +91,23 @@ def test_a_token_high_at_one_hook_is_dropped_at_all_of_them():
     assert kept["b"][:, 0].tolist() == [2, 4]
 
 
-@pytest.mark.parametrize("multiple", [1.0, 0.0, -3.0])
+@pytest.mark.parametrize("multiple", [1.0, 0.0, -3.0, float("inf"), float("-inf"), float("nan")])
 def test_a_multiple_that_drops_half_of_all_tokens_is_refused(multiple):
-    with pytest.raises(ValueError, match=f"max_norm_multiple={multiple}"):
-        HighNormFilter(multiple)
+    for make in (HighNormFilter, settings_of_compare, settings_of_evaluate, train_with):
+        with pytest.raises(ValueError, match=f"max_norm_multiple={multiple} .* None"):
+            make(multiple)
+
+
+def settings_of_compare(multiple):
+    return ComparisonSettings(max_norm_multiple=multiple)
+
+
+def settings_of_evaluate(multiple):
+    return EvaluationSettings(max_norm_multiple=multiple)
+
+
+def train_with(multiple):
+    return train(["--model_name", "bundled"], multiple)
 
 
 def store_with_a_sink(context: int = 8) -> ActivationsStore:

@@ -300,3 +300,13 @@ def test_what_is_refused_leaves_the_model_as_it_was(model, hook, position, messa
         plant_sinks(model, hook, position=position)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not torch_module._global_module_registration_hooks
+
+
+def test_rows_of_zeros_do_not_count_for_a_planted_sinks_norm():
+    # two of three other positions are zeros: their median would be 0, and so would the sink
+    x = torch.zeros(2, 4, 6)
+    x[0, 3] = torch.tensor([3.0, 4.0, 0, 0, 0, 0])
+    (planted,) = PlantedSinks(6, seed=0, position=0)(None, (x,))
+    assert 30 * 5 <= planted[0, 0].norm() <= 300 * 5
+    assert torch.equal(planted[0, 1:], x[0, 1:])
+    assert not planted[1].any()

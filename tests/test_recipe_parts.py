@@ -361,7 +361,7 @@ def test_aux_gradient_reaches_dead_features_only(architecture):
 @pytest.mark.parametrize("architecture", TOPK + BATCHTOPK)
 def test_no_aux_loss_without_dead_features(architecture):
     sae, x = make_sae(architecture), gaussian(8, 4)
-    output = sae.training_forward_pass(step_input(x))
+    output = sae.training_forward_pass(step_input(x, step=10))
     assert output.losses[AUX].item() == 0
     assert output.loss.item() == pytest.approx(((x - output.sae_out) ** 2).sum(-1).mean().item(), rel=1e-14)
 
@@ -460,7 +460,7 @@ def test_impossible_combinations_are_refused_by_name(architecture, settings, way
     ("bad_step", "noticed", "cause", "checkpoints"),
     [
         (0, 0, "1 of 8 activations", []),
-        (13, 20, "weights are not", ["88"]),
+        (13, 20, "W_enc.* no longer: activations of an earlier batch", ["88"]),
         (20, 20, "1 of 8 activations", ["88"]),
     ],
 )
@@ -479,6 +479,15 @@ def test_non_finite_activations_stop_training(architecture, value, bad_step, not
         sae = TrainingSAE.load_from_disk(tmp_path / name)
         assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
         assert sae.eval()(gaussian(8, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["inner_product_topk", "cosine_batchtopk"])
+def test_an_activation_beyond_the_squares_range_is_named_and_not_the_weights(architecture):
+    x = gaussian(8, 4).float()
+    x[3, 1] = 1e20  # finite; its square is not, in float32
+    with pytest.raises(FloatingPointError, match="activation of 1e\\+20.*filter_high_norm_tokens") as stop:
+        make_sae(architecture, b_dec_init="zeros", dtype="float32").training_forward_pass(step_input(x, step=10))
+    assert "weights are finite" in str(stop.value)
 
 
 def test_a_checkpoint_between_two_checks_is_not_poisoned(tmp_path):

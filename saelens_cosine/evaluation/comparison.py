@@ -26,7 +26,7 @@ from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.norm_filter import filter_high_norm_tokens
+from saelens_cosine.training.norm_filter import check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 
 DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
@@ -84,6 +84,7 @@ class ComparisonSettings:
             raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1.")
+        check_max_norm_multiple(self.max_norm_multiple)
 
 
 @dataclass(frozen=True)

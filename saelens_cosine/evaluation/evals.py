@@ -77,7 +77,7 @@ def _tokens(text: Text) -> Any:
     return {
         "tokens": len(sample),
         "high_norm_share": sample.high_norm_share,
-        "high_norm_multiple": (norms[high].median() / norms.median()).item() if high.any() else None,
+        "high_norm_multiple": (norms[high].median() / norms[norms > 0].median()).item() if high.any() else None,
         "high_norm_positions": [[int(p), int(positions[p])] for p in common if positions[p]],
         "norm_quantiles": [[q, float(np.quantile(norms.numpy(), q))] for q in quantiles],
     }

@@ -14,7 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
-from saelens_cosine.training.norm_filter import HighNormFilter
+from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
 
@@ -77,7 +77,7 @@ class _Replacement:
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         keep = self.filter.keep(x.flatten(0, -2)).view(*x.shape[:-1], 1)
-        self.norms.append(x.float().norm(dim=-1).cpu())
+        self.norms.append(token_norms(x).cpu())
         self.replaced += int(keep.sum())
         return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
 

@@ -122,7 +122,9 @@ class PlantedSinks:
         context = normalize(normalize(others, dim=-1).mean(dim=1), dim=-1)
         turns = PERIODS * (context * self.draws_along.to(context.device)).sum(dim=-1, keepdim=True)
         draw = 2 * (turns - turns.round()).abs()  # a triangular wave: small errors stay small
-        median = others.norm(dim=-1).median(dim=-1, keepdim=True).values
+        norms = others.norm(dim=-1)
+        median = norms.where(norms > 0, torch.nan).nanmedian(dim=-1, keepdim=True).values  # rows of zeros are no tokens
+        median = median.where(norms.any(dim=-1, keepdim=True), 0)
         planted = x.clone()
         planted[:, self.position] = _sinks(self.direction.to(context.device), context, draw, median)
         return (planted,)

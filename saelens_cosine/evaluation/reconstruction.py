@@ -15,6 +15,7 @@ from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
 from saelens_cosine.evaluation.loss_recovered import CE_DEFINITION, ce_loss_recovered
 from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.training.norm_filter import token_norms
 
 __all__ = [
     "CE_DEFINITION",
@@ -103,7 +104,7 @@ def diagnose_reconstruction(
     Raises:
         ValueError: no activations, or an SAE that does not reconstruct single tokens (see `on_flat_tokens`).
     """
-    groups = group_by_norm(activations.float().norm(dim=-1), bins)
+    groups = group_by_norm(token_norms(activations), bins)
     sums = FitSums(groups.unions, groups.n_groups, activations.shape[-1], sae.cfg.d_sae)
     deaths = BatchDeaths(min(batch, len(activations)))
     at_once = min(deaths.batch_tokens, max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))

@@ -10,7 +10,7 @@ import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.models import of_head
-from saelens_cosine.training.norm_filter import HighNormFilter
+from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
 """What happens to tokens of a very high norm (attention sinks): they are measured, left out, or both are reported."""
@@ -47,7 +47,7 @@ class TokenSample:
     @property
     def norms(self) -> torch.Tensor:
         """`[tokens]`, `||x||`."""
-        return self.activations.norm(dim=-1)
+        return token_norms(self.activations)
 
     @property
     def high_norm_share(self) -> float:

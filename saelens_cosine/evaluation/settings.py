@@ -10,6 +10,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.evaluation.sample import Sinks
+from saelens_cosine.training.norm_filter import check_max_norm_multiple
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,7 @@ class EvaluationSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
-        if not self.max_norm_multiple > 1:
-            raise ValueError(
-                f"max_norm_multiple={self.max_norm_multiple} multiplies the median norm; use a number well above 1."
-            )
+        check_max_norm_multiple(self.max_norm_multiple)
 
     @property
     def treatments(self) -> tuple[str, ...]:

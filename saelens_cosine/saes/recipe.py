@@ -228,14 +228,21 @@ class RecipeTrainingSAE(DeadFeatureRevival):
     def _check_finite(self, step_input: TrainStepInput, output: TrainStepOutput) -> None:
         if bool(output.loss.isfinite()):
             return
-        bad = int((~step_input.sae_in.isfinite()).any(dim=-1).sum())
-        cause = (
-            f"{bad} of {len(step_input.sae_in)} activations in this batch are not finite"
-            if bad
-            else (
-                "the activations of this batch are finite, so the weights are not: an earlier batch or the learning rate"
+        x = step_input.sae_in
+        bad = int((~x.isfinite()).any(dim=-1).sum())
+        broken = [name for name, weights in self.named_parameters() if not bool(weights.isfinite().all())]
+        if bad:
+            cause = f"{bad} of {len(x)} activations in this batch are not finite"
+        elif broken:
+            cause = (
+                f"the activations of this batch are finite, but {', '.join(broken)} no longer: activations of an earlier "
+                "batch, or the learning rate"
             )
-        )
+        else:
+            cause = (
+                f"activations and weights are finite, but the squares of an activation of {x.abs().max():.3g} are not; "
+                "filter_high_norm_tokens drops such tokens"
+            )
         raise FloatingPointError(
             f"Loss is {output.loss.item()} at training step {step_input.n_training_steps}, hook "
             f"{self.cfg.metadata.hook_name}, architecture {self.cfg.architecture()}: {cause}. "

@@ -14,17 +14,18 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
 from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.norm_filter import HighNormFilter, filter_high_norm_tokens
+from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 
 
 def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
 
     Raises:
-        ValueError: `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
+        ValueError: `max_norm_multiple` is no bound, `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
             such hook or head, or the dataset is empty.
         argparse.ArgumentError: SAELens' parser does not accept the flags.
     """
+    check_max_norm_multiple(max_norm_multiple)
     cfg = _parse_cfg_args(arguments)
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     # cached activations are of a text that was chosen when they were made

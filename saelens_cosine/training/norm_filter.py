@@ -8,6 +8,7 @@ when its norm is below 10 times the median of the batch that the language model 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,27 @@ from typing import Any
 import torch
 from sae_lens import ActivationsStore
 from sae_lens.saes.sae import SAE
+
+from saelens_cosine.score import wide
+
+
+def token_norms(activations: torch.Tensor) -> torch.Tensor:
+    """`[..., d_in] -> [...]`, float32 or wider: finite where the token is, also where squares are out of range."""
+    activations = activations.to(wide(activations.dtype))
+    largest = activations.abs().amax(dim=-1, keepdim=True)
+    unit = torch.where(largest.isfinite() & (largest > 0), largest, 1)
+    norms = (activations / unit).norm(dim=-1, keepdim=True) * unit
+    longest = torch.finfo(norms.dtype).max
+    return torch.where(largest.isfinite(), norms.clamp_max(longest), norms).squeeze(-1)
+
+
+def check_max_norm_multiple(multiple: float | None) -> None:
+    """Raise ValueError for a bound that keeps no tokens apart, or half of them."""
+    if multiple is not None and not (math.isfinite(multiple) and multiple > 1):
+        raise ValueError(
+            f"max_norm_multiple={multiple} is no bound for high norms: it multiplies the median norm. Use a finite number "
+            "well above 1 (the paper: 10), or None ('none' on the command line) to keep every token."
+        )
 
 
 @dataclass
@@ -34,11 +56,7 @@ class HighNormFilter:
     saes: list[SAE[Any]] = field(default_factory=list[SAE[Any]], repr=False)
 
     def __post_init__(self) -> None:
-        if self.max_norm_multiple is not None and self.max_norm_multiple <= 1:
-            raise ValueError(
-                f"max_norm_multiple={self.max_norm_multiple} would drop about half of all tokens: it multiplies the "
-                "median norm. Use a number well above 1 (the paper: 10), or None to keep every token."
-            )
+        check_max_norm_multiple(self.max_norm_multiple)
 
     @property
     def dropped_share(self) -> float:
@@ -46,15 +64,27 @@ class HighNormFilter:
         return self.tokens_dropped / self.tokens_seen if self.tokens_seen else 0.0
 
     def keep(self, activations: torch.Tensor) -> torch.Tensor:
-        """`[tokens, d_in]` activations of one batch -> `[tokens]` booleans. Non-finite rows are kept, to be noticed."""
+        """`[tokens, d_in]` activations of one batch -> `[tokens]` booleans.
+
+        Rows of zeros are no tokens for the median; they are kept, as every short row is. Non-finite rows are kept, to be
+        noticed.
+        """
         if self.max_norm_multiple is None:
             return torch.ones(len(activations), dtype=torch.bool, device=activations.device)
-        norms = activations.float().norm(dim=-1)
-        finite = norms.isfinite()
-        return ~(norms > self.max_norm_multiple * norms[finite].median()) | ~finite
+        norms = token_norms(activations)
+        tokens = norms[norms.isfinite() & (norms > 0)]
+        if len(tokens) == 0:
+            return torch.ones_like(norms, dtype=torch.bool)
+        return ~(norms > self.max_norm_multiple * tokens.median()) | ~norms.isfinite()
 
     def __call__(self, activations: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Drop tokens that are high at any hook: `{hook: [tokens, d_in]}` -> the same with fewer tokens, still aligned."""
+        """Drop tokens that are high at any hook: `{hook: [tokens, d_in]}` -> the same with fewer tokens, still aligned.
+
+        Raises:
+            FloatingPointError: SAEs train on these activations and some are not finite.
+        """
+        if self.saes:
+            self._refuse_non_finite(activations)
         keep = torch.stack([self.keep(at_hook) for at_hook in activations.values()]).all(dim=0)
         self.tokens_seen += len(keep)
         self.tokens_dropped += len(keep) - int(keep.sum())
@@ -62,6 +92,17 @@ class HighNormFilter:
             sae.cfg.metadata.max_norm_multiple = self.max_norm_multiple
             sae.cfg.metadata.high_norm_share_dropped = self.dropped_share
         return {hook: at_hook[keep] for hook, at_hook in activations.items()}
+
+    def _refuse_non_finite(self, activations: dict[str, torch.Tensor]) -> None:
+        for hook, at_hook in activations.items():
+            bad = int((~at_hook.isfinite()).any(dim=-1).sum())
+            if bad:
+                raise FloatingPointError(
+                    f"{bad:,} of {len(at_hook):,} activations of the language model at "
+                    f"{hook or self.saes[0].cfg.metadata.hook_name} are not finite, after {self.tokens_seen:,} tokens that "
+                    "were. Run it in bfloat16 or float32, or leave out the text that does this. Checkpoints written so far "
+                    "are kept."
+                )
 
     def attach(self, store: ActivationsStore, saes: Iterable[SAE[Any]] = ()) -> HighNormFilter:
         """Filter every activation that this store yields from now on, and keep these SAEs' metadata up to date.
