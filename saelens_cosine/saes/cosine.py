@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,11 +14,18 @@ from typing_extensions import override
 
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE, ScoredTrainingSAE
 from saelens_cosine.score import ScoreParameters, cosine_score, fold_scale, folded_score, wide
+from saelens_cosine.training.norm_filter import token_norms
 
 PLUGIN_NOTE = (
     "pip install saelens-cosine, then `import saelens_cosine` before SAE.load_from_disk or SAE.from_pretrained"
 )
 """Saved in each cosine SAE's metadata: without the import, SAELens answers with a bare `KeyError: '<architecture>'`."""
+
+SAME = 1e-5
+"""Share of the mean norm below which a token's distance from the centre is float32's rounding, over many additions."""
+
+OUTLYING = 10.0
+"""Multiple of the median norm that no mean norm of ordinary tokens comes near; attention sinks take it to two or three."""
 
 _REFUSED_NORMALISATIONS = {
     "covariance_whitening": (
@@ -144,9 +152,17 @@ class CosineScore(ScoredTrainingSAE):
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         super().initialize_from_data(batch)  # first b_dec, which the norm is measured from
         if self.cfg.log_scale_from_data:
-            mean_norm = self.process_sae_in(batch).norm(dim=-1).mean()
+            mean_norm = typical_norm(batch, token_norms(self.process_sae_in(batch)))
+            if mean_norm is None:
+                warnings.warn(
+                    f"log_scale_from_data: the first batch at {self.cfg.metadata.hook_name}, of {len(batch):,} tokens, has no "
+                    "norm to start from: they are all the same, or a few of them are far longer than the rest. log_scale "
+                    f"starts at log sqrt(d_in) = {math.log(math.sqrt(self.cfg.d_in)):.3f} instead.",
+                    stacklevel=2,
+                )
+                return
             # a share norm_exponent_init of the norm is in the score already
-            log_scale = (1 - self.cfg.norm_exponent_init) * mean_norm.log()
+            log_scale = (1 - self.cfg.norm_exponent_init) * math.log(mean_norm)
             self.log_scale.fill_(log_scale / self.cfg.log_scale_lr_multiplier)
 
     @override
@@ -266,6 +282,17 @@ class FoldedCosineScore(ScoredSAE):
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> None:
         refuse_whitening(self)
+
+
+def typical_norm(batch: torch.Tensor, norms: torch.Tensor) -> float | None:
+    """Mean of the centred `norms [tokens]` of a batch `[tokens, d_in]`; None where it says nothing about other batches.
+
+    That is where tokens are equal, so that only the rounding of their own centre is left, and where the mean is above
+    `OUTLYING` times the median: one token's norm then.
+    """
+    mean, apart = norms.mean().item(), norms[norms > SAME * token_norms(batch).mean()]
+    usable = math.isfinite(mean) and len(apart) > 0 and mean <= OUTLYING * apart.median().item()
+    return mean if usable else None
 
 
 def parameter(sae: ScoredSAE, shape: tuple[int, ...], value: float, learn: bool) -> nn.Parameter:

@@ -7,6 +7,7 @@ experiment 40 (the dictionary_learning recipe), which all published checkpoints 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from saelens_cosine.saes.dead_features import DeadFeatureRevival
 from saelens_cosine.saes.losses import ReconstructionLoss
 from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
+from saelens_cosine.training.norm_filter import token_norms
 from saelens_cosine.training.optimizer import fuse_adam_of
 
 PROJECTION_BLOCK = 2**18
@@ -233,16 +235,18 @@ class RecipeTrainingSAE(DeadFeatureRevival):
         broken = [name for name, weights in self.named_parameters() if not bool(weights.isfinite().all())]
         if bad:
             cause = f"{bad} of {len(x)} activations in this batch are not finite"
+        elif not bool(x.to(wide(self.dtype)).square().sum().isfinite()):
+            cause = (
+                f"the activations of this batch are finite, but reach {x.abs().max():.3g}, whose square is not; "
+                "filter_high_norm_tokens drops such tokens"
+            )
         elif broken:
             cause = (
                 f"the activations of this batch are finite, but {', '.join(broken)} no longer: activations of an earlier "
                 "batch, or the learning rate"
             )
         else:
-            cause = (
-                f"activations and weights are finite, but the squares of an activation of {x.abs().max():.3g} are not; "
-                "filter_high_norm_tokens drops such tokens"
-            )
+            cause = "activations and weights are finite, but reconstructions are out of range: the learning rate"
         raise FloatingPointError(
             f"Loss is {output.loss.item()} at training step {step_input.n_training_steps}, hook "
             f"{self.cfg.metadata.hook_name}, architecture {self.cfg.architecture()}: {cause}. "
@@ -287,6 +291,17 @@ class RecipeTrainingSAE(DeadFeatureRevival):
         if self.cfg.unit_decoder:
             state_dict["W_dec"] = state_dict["W_dec"] / self.get_W_dec_norm().unsqueeze(-1)
         super().process_state_dict_for_saving_inference(state_dict)
+        self._warn_if_dead(state_dict)
+
+    def _warn_if_dead(self, state_dict: dict[str, Any]) -> None:
+        silent = int(self.tokens_since_fired.min())
+        if silent > 0 or not state_dict["W_enc"].any():
+            cause = f"no feature has fired for {silent:,} training tokens" if silent > 0 else "its encoder is 0"
+            warnings.warn(
+                f"{self.cfg.architecture()} at {self.cfg.metadata.hook_name} is saved dead: {cause}. Look at the norms of the "
+                "first batches, the scale, the thresholds and the learning rate.",
+                stacklevel=2,
+            )
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -301,7 +316,7 @@ def geometric_median(points: torch.Tensor, max_steps: int = 100, tolerance: floa
     """The point with the smallest sum of distances to `points` `[n, d]`, by Weiszfeld's iteration from the mean."""
     median = points.mean(dim=0)
     for _ in range(max_steps):
-        weights = 1 / (points - median).norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        weights = 1 / token_norms(points - median).unsqueeze(-1).clamp_min(1e-8)
         previous, median = median, (weights * points).sum(dim=0) / weights.sum()
         if (median - previous).norm() < tolerance:
             break
