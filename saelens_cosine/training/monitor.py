@@ -16,10 +16,10 @@ from saelens_cosine.evaluation.reconstruction import explained_variance
 @dataclass(frozen=True)
 class TrainingLogEntry:
     """
-    One SAE at one moment of its training, measured on a batch that it has not been trained on yet.
+    One SAE at one moment of its training, measured on a batch that it has not been trained on yet, scaled as it trains on it.
 
     Args:
-        training_tokens (int): Tokens trained on so far.
+        training_tokens (int): Tokens trained on so far; those that a scale is estimated from before training don't count.
         fve (float): Fraction of variance explained on up to 1024 tokens of the coming batch.
         l0 (float): Active features per token there.
         metrics (dict[str, float]): What the architecture logs: exponents, scale, threshold, dead features in tokens.
@@ -54,35 +54,51 @@ class TrainingMonitor:
     _current: str | None = field(default=None, init=False, repr=False)
     _lap_start: float = field(default=0.0, init=False, repr=False)
     _source: Iterator[dict[str, torch.Tensor]] | None = field(default=None, init=False, repr=False)
-    _tokens: int = field(default=0, init=False, repr=False)
+    _steps: dict[str, int] = field(default_factory=dict[str, int], init=False, repr=False)
+    _tokens: dict[str, int] = field(default_factory=dict[str, int], init=False, repr=False)
 
     def attach(self, runner: Any) -> None:
         """Watch a `MultiSAETrainingRunner` that has been built but not run.
 
         Its batches come from its store's `get_multi_hook_data_loader`, which is wrapped. SAEs are trained one after the
-        other on each batch, so the time from one's forward pass to the next one's is its step.
+        other on each batch, so the time from one's forward pass to the next one's is its step. What a forward pass gets is
+        the batch as the trainer has scaled it.
         """
         store = runner.activations_store
         batches = store.get_multi_hook_data_loader
         store.get_multi_hook_data_loader = lambda: self._watch(batches())
         for name, sae in self.saes.items():
             self.log[name], self.seconds[name] = [], 0.0
+            self._steps[name] = self._tokens[name] = 0
             vars(sae)["training_forward_pass"] = self._timed(name, sae.training_forward_pass)
 
     def finish(self) -> None:
         """Add the entry of the end of training, and give each SAE its own `training_forward_pass` back."""
         self._lap(None)
         if self._source is not None:
-            self.record(next(self._source), self._tokens)
+            batch = next(self._source)
+            for name in self.saes:  # the trainer has folded its scale into them
+                self.record(name, batch[self.hook_names[name]], self._tokens[name])
         for sae in self.saes.values():
             vars(sae).pop("training_forward_pass", None)
 
     def _timed(self, name: str, forward: Callable[..., TrainStepOutput]) -> Callable[[TrainStepInput], TrainStepOutput]:
         def timed(step_input: TrainStepInput) -> TrainStepOutput:
-            self._lap(name)
+            if self._current != name:  # else a forward pass within its own
+                self._lap(None)
+                self._before_step(name, step_input.sae_in)
+                self._lap(name)
             return forward(step_input=step_input)
 
         return timed
+
+    def _before_step(self, name: str, x: torch.Tensor) -> None:
+        if self._steps[name] % self.every_steps == 0:
+            self.record(name, x, self._tokens[name])
+        self._steps[name] += 1
+        self._tokens[name] += len(x)
+        if self.on_step is not None and name == next(iter(self.saes)):
+            self.on_step(self._tokens[name])
 
     def _lap(self, name: str | None) -> None:
         if next(iter(self.saes.values())).device.type == "cuda":
@@ -94,27 +110,24 @@ class TrainingMonitor:
 
     def _watch(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         self._source = batches
-        for step, batch in enumerate(batches):
-            if step % self.every_steps == 0:
-                self.record(batch, self._tokens)
-            self._tokens += len(next(iter(batch.values())))
-            if self.on_step is not None:
-                self.on_step(self._tokens)
+        for batch in batches:
             yield batch
             self._lap(None)
 
     @torch.no_grad()
-    def record(self, batch: dict[str, torch.Tensor], training_tokens: int) -> None:
-        """Add an entry for every SAE, measured on `{hook: [tokens, d_in]}`."""
-        for name, sae in self.saes.items():
-            x = batch[self.hook_names[name]][:1024].to(sae.device)
+    def record(self, name: str, x: torch.Tensor, training_tokens: int) -> None:
+        """Add an entry for an SAE, measured on activations `[tokens, d_in]` as it takes them."""
+        sae = self.saes[name]
+        x = x[:1024].to(sae.device)
+        with torch.autocast(x.device.type, enabled=False):
             codes = sae.encode(x)
-            metrics: dict[str, torch.Tensor] = getattr(sae, "training_metrics", dict)()
-            self.log[name].append(
-                TrainingLogEntry(
-                    training_tokens=training_tokens,
-                    fve=explained_variance(x, sae.decode(codes)),
-                    l0=(codes.to_dense() != 0).sum(dim=-1).float().mean().item(),
-                    metrics={key: value.item() for key, value in metrics.items()},
-                )
+            fve = explained_variance(x, sae.decode(codes))
+        metrics: dict[str, torch.Tensor] = getattr(sae, "training_metrics", dict)()
+        self.log[name].append(
+            TrainingLogEntry(
+                training_tokens=training_tokens,
+                fve=fve,
+                l0=(codes.to_dense() != 0).sum(dim=-1).float().mean().item(),
+                metrics={key: value.item() for key, value in metrics.items()},
             )
+        )
