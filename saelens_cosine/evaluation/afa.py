@@ -16,8 +16,9 @@ makes it 0 for any SAE. It says nothing of an SAE that is trained to match norms
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from sae_lens.saes.sae import SAE
 
 from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
+from saelens_cosine.evaluation.not_finite import finite_rows
 from saelens_cosine.score import wide
 
 Reference = Literal["input", "reconstruction"]
@@ -53,6 +55,7 @@ class AFATokens:
         l1 (torch.Tensor): `[tokens]`, `||f||_1`.
         active (torch.Tensor): `[tokens]`, K: entries of f that are not 0.
         normalized_mse (torch.Tensor): `[tokens]`, `||x - x_hat||^2 / ||x||^2`; NaN where x is 0.
+        finite (torch.Tensor): `[tokens]` booleans, False where the token, its codes or its reconstruction are NaN or infinite.
         d_sae (int): h.
         bias_norm (float): `||b_dec||`. With `bias="augment"` no feature norm is below it.
         reference (Reference): What z is.
@@ -64,6 +67,7 @@ class AFATokens:
     l1: torch.Tensor
     active: torch.Tensor
     normalized_mse: torch.Tensor
+    finite: torch.Tensor
     d_sae: int
     bias_norm: float
     reference: Reference
@@ -128,6 +132,7 @@ class AFADistributions:
 
     Args:
         tokens (int): Tokens measured.
+        not_finite (int): Of these, with codes, a reconstruction or an activation that are not finite. With any, nothing below is known, and all is NaN.
         d_sae (int): h.
         reference (str): What z is: "input" (the paper) or "reconstruction".
         bias (str): What b_dec is: "augment" (the paper), "center" or "ignore".
@@ -145,6 +150,7 @@ class AFADistributions:
     """
 
     tokens: int
+    not_finite: int
     d_sae: int
     reference: str
     bias: str
@@ -202,27 +208,33 @@ def measure_afa(
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z
             mse = (x - x_hat).square().sum(dim=-1) / x.square().sum(dim=-1)
-            parts.append(torch.cat([z.norm(dim=-1, keepdim=True), f, mse.unsqueeze(-1)], dim=-1))
+            finite = finite_rows(x, x_hat, f).double()
+            parts.append(torch.cat([z.norm(dim=-1, keepdim=True), f, torch.stack([mse, finite], dim=-1)], dim=-1))
             done += len(chunk)
     if on_progress is not None:
         on_progress("Comparing norms", done, len(activations))
-    z_norm, squares, l1, active, mse = torch.cat(parts).T
+    z_norm, squares, l1, active, mse, finite = torch.cat(parts).T
     if bias == "augment" and bias_norm > 0:
         squares, l1, active = squares + bias_norm**2, l1 + bias_norm, active + 1
     mse = torch.where(mse.isfinite(), mse, torch.nan)
-    return AFATokens(z_norm, squares.sqrt(), l1, active, mse, sae.cfg.d_sae, bias_norm, reference, bias)
+    return AFATokens(z_norm, squares.sqrt(), l1, active, mse, finite > 0, sae.cfg.d_sae, bias_norm, reference, bias)
 
 
 def summarize_afa(tokens: AFATokens) -> AFADistributions:
     """Distributions of `measure_afa`'s values."""
+    not_finite = int((~tokens.finite).sum())
+    if not_finite:  # quantiles of the rest would be those of another SAE
+        nothing = torch.full_like(tokens.afa, torch.nan)
+        tokens = replace(tokens, afa=nothing, feature_norm=nothing, l1=nothing, normalized_mse=nothing)
     return AFADistributions(
         tokens=len(tokens.afa),
+        not_finite=not_finite,
         d_sae=tokens.d_sae,
         reference=tokens.reference,
         bias=tokens.bias,
         bias_norm=tokens.bias_norm,
         without_features=int((tokens.feature_norm == 0).sum()),
-        share_below=(tokens.feature_norm < tokens.afa).double().mean().item(),
+        share_below=math.nan if not_finite else (tokens.feature_norm < tokens.afa).double().mean().item(),
         afa=distribution(tokens.afa),
         feature_norm=distribution(tokens.feature_norm),
         signed_gap=distribution(tokens.signed_gap),

@@ -11,6 +11,8 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from scipy import sparse
 from scipy.sparse import get_index_dtype
 
+from saelens_cosine.evaluation.not_finite import NotFiniteError
+
 TOKENS_AT_ONCE = 2**25
 """Dense codes that are held at a time, for classes that make no others: 128 MiB in float32."""
 
@@ -25,6 +27,7 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
 
     Raises:
         ValueError: a training form in training mode, whose selection may depend on the batch.
+        NotFiniteError: a code is NaN or infinite.
     """
     if isinstance(sae, TrainingSAE) and sae.training:
         raise ValueError(
@@ -32,11 +35,13 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
             "saved."
         )
     parts = [_entries(sae, x) for x in activations.split(max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))]
-    counts = np.concatenate([counts for counts, _, _ in parts])
+    if bad := sum(bad for *_, bad in parts):
+        raise NotFiniteError(f"Codes of {type(sae).__name__}", bad, len(activations))
+    counts = np.concatenate([counts for counts, *_ in parts])
     # scipy widens the indices of the entries to the type of this one
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(get_index_dtype(maxval=int(counts.sum())))
-    features = np.concatenate([features for _, features, _ in parts])
-    values = np.concatenate([values for _, _, values in parts])
+    features = np.concatenate([features for _, features, _, _ in parts])
+    values = np.concatenate([values for _, _, values, _ in parts])
     return sparse.csr_array((values, features, indptr), shape=(len(activations), sae.cfg.d_sae))
 
 
@@ -47,8 +52,11 @@ def dense_batches(codes: sparse.csr_array, batch: int = 4096) -> Iterator[torch.
         yield torch.from_numpy(rows[start : start + batch].toarray())
 
 
-def _entries(sae: SAE[Any], x: torch.Tensor) -> tuple[np.ndarray[Any, Any], ...]:
+def _entries(sae: SAE[Any], x: torch.Tensor) -> tuple[Any, Any, Any, int]:
+    """Codes of each token, their features, themselves, and the tokens where one is not finite."""
     codes = sae.encode(x.to(sae.device)).to_dense()
     tokens, features = codes.nonzero(as_tuple=True)
     counts = torch.bincount(tokens, minlength=len(x))
-    return counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), codes[tokens, features].float().cpu().numpy()
+    values = codes[tokens, features].float()
+    bad = len(tokens[~values.isfinite()].unique())
+    return counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), values.cpu().numpy(), bad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.html_report import write_report
+from saelens_cosine.evaluation.not_finite import not_finite, shown_number
 from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.evaluation.saebench import Judge
 from saelens_cosine.evaluation.settings import EvaluationSettings
@@ -132,7 +133,7 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
 
 def as_tables(document: Mapping[str, Any]) -> list[Table]:
     """The figures that one looks at first, sinks in and out side by side; differences; and what did not apply."""
-    tables = [_results(document)]
+    tables = [*_not_finite(document), _results(document)]
     if document["differences"] or document["unpaired"]:
         tables.append(_differences(document))
     reasons = {
@@ -146,6 +147,21 @@ def as_tables(document: Mapping[str, Any]) -> list[Table]:
         for (name, reason), arm in reasons.items():
             tables[-1].add_row(arm, name, reason)
     return tables
+
+
+def _not_finite(document: Mapping[str, Any]) -> Iterator[Table]:
+    """What is NaN or infinite, in red, where anything is."""
+    found = [
+        (entry["arm"], str(entry["seed"]), name, f"{count:,}")
+        for entry in document["saes"]
+        for name, count in not_finite(entry["results"]).items()
+    ]
+    if found:
+        table = _table("Not finite: figures of these are NaN", "arm", "seed", "eval", "not finite")
+        table.style = table.title_style = "red"
+        for row in found:
+            table.add_row(*row)
+        yield table
 
 
 def _results(document: Mapping[str, Any]) -> Table:
@@ -166,7 +182,7 @@ def _results(document: Mapping[str, Any]) -> Table:
         for sinks in TREATMENTS.values():
             cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in shown]
             if any(found for _, found in cells):
-                values = ["-" if found is None else form.format(found[0]) for form, found in cells]
+                values = ["-" if found is None else shown_number(found[0], form) for form, found in cells]
                 table.add_row(arm, str(counts[arm]), sinks, *values)
     return table
 

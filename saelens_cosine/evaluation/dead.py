@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +54,14 @@ class BatchDeaths:
     def __init__(self, batch_tokens: int):
         self.batch_tokens = batch_tokens
         self._fired: torch.Tensor | None = None
+        self._defined = True
         self._tokens = 0
         self._shares: list[float] = []
 
-    def add(self, active: torch.Tensor) -> None:
-        """Take in `active [tokens, d_sae]` booleans; no piece may reach over the end of its batch."""
+    def add(self, codes: torch.Tensor) -> None:
+        """Take in `codes [tokens, d_sae]`; no piece may reach over the end of its batch."""
+        active = codes != 0
+        self._defined &= bool(codes.isfinite().all())
         here = active.any(dim=0)
         self._fired = here if self._fired is None else self._fired | here
         self._tokens += len(active)
@@ -66,8 +70,8 @@ class BatchDeaths:
             self._fired, self._tokens = None, 0
 
     def mean(self) -> float:
-        """Over whole batches: a shorter one at the end has more dead features for being shorter."""
-        return sum(self._shares) / len(self._shares)
+        """Over whole batches: a shorter one at the end has more dead features for being shorter. NaN if a code is not finite."""
+        return sum(self._shares) / len(self._shares) if self._defined else math.nan
 
 
 def dead_in_training(sae: SAE[Any], metrics: Mapping[str, float] | None = None) -> tuple[float, int] | None:

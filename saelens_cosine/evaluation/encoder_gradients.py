@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import FoldedCosineScore
 
 FLOOR = 1e-10
@@ -82,6 +83,7 @@ def encoder_gradients(
 
     Raises:
         ValueError: fewer than four tokens.
+        NotFiniteError: a gradient is NaN or infinite, as one bad token makes it.
     """
     if min(batch, len(activations)) < 4:
         raise ValueError(f"{len(activations)} tokens in batches of {batch} cannot be split into quartiles.")
@@ -98,6 +100,7 @@ def encoder_gradients(
     finally:
         sae.W_enc.requires_grad_(learns)
         torch.nn.Module.train(sae, training)
+    NotFiniteError.check("Encoder gradients", means.T, "features")
     norms = torch.cat(batches).double().norm(dim=-1)
     return EncoderGradients(
         tokens=len(norms),

@@ -33,6 +33,7 @@ from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
 from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
 from saelens_cosine.evaluation.sample import TokenSample
@@ -182,6 +183,8 @@ def _score_swap(subject: Subject) -> Any:
         fit_on = sample.contexts % 2 == 0
         try:
             return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
+        except NotFiniteError:
+            raise
         except ValueError as error:
             raise NotApplicable(str(error)) from error
 

@@ -15,6 +15,7 @@ from typing import Any
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import digest, plain, versions, write_json
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
@@ -187,6 +188,8 @@ def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:
         result = plain(measure(of))
     except NotApplicable as reason:
         result = {"not_applicable": str(reason)}
+    except NotFiniteError as reason:
+        result = {"not_applicable": str(reason), "not_finite": reason.bad}
     return {"result": result, "seconds": time.perf_counter() - start}
 
 

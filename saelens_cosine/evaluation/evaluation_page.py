@@ -25,6 +25,7 @@ from saelens_cosine.evaluation.html_report.data import (
     ReportData,
     ZFPoints,
 )
+from saelens_cosine.evaluation.not_finite import not_finite
 from saelens_cosine.sharing.features import Context, TokenValue
 
 IN_TABLE = (
@@ -47,9 +48,14 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
     """The sections of a report that an `evaluation.json` has figures for."""
     arms = by_arm(document["saes"])
     preferred = "without_sinks" if document["settings"]["sinks"] != "keep" else "with_sinks"
-    return ReportData(
+    data = ReportData(
         title="Evaluation of sparse autoencoders",
         facts=_facts(document),
+        not_finite=tuple(
+            f"{entry['arm']}, seed {entry['seed']}, {name}: {count:,} not finite"
+            for entry in document["saes"]
+            for name, count in not_finite(entry["results"]).items()
+        ),
         arms=tuple(_arm(name, entries) for name, entries in arms.items()),
         differences=tuple(_differences(document["differences"])),
         quartiles=tuple(part for name, entries in arms.items() for part in _quartiles(name, entries)),
@@ -59,6 +65,7 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries[0], arms, preferred)),
         features=tuple(feature for name, entries in arms.items() for feature in _features(name, entries[0])),
     )
+    return ReportData.from_dict(data.to_dict())  # null, as JSON holds what is not finite, becomes NaN
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from scipy import stats
 
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import CosineScore, FoldedCosineScore
 from saelens_cosine.saes.magnitude_bypass_sae import NormRestore
 
@@ -96,6 +97,7 @@ def exponent_distribution(sae: SAE[Any], firing_rate: torch.Tensor | None = None
     exponents = norm_exponents(sae)
     if exponents is None:
         return None
+    NotFiniteError.check("Norm exponents", exponents.reshape(-1), "of them")
     a = exponents.cpu().double().reshape(-1).numpy()
     shared, alive, correlation = exponents.ndim == 0, None, None
     if firing_rate is not None:

@@ -14,6 +14,7 @@ Fraction of variance explained, for errors e = x - x_hat over the tokens that ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 
 from saelens_cosine.evaluation.dead import never_fired, rarely_fired
+from saelens_cosine.evaluation.not_finite import finite_rows
 
 FVE_DEFINITION = "1 - Var(x - x_hat) / Var(x), each summed over dimensions, over all evaluated tokens"
 
@@ -35,6 +37,7 @@ class Fit:
 
     Args:
         tokens (int): How many tokens.
+        not_finite (int): Tokens whose reconstruction, codes or activation are NaN or infinite. With any, what is measured on them is NaN, or infinite, too.
         fve (float): `1 - Var(x - x_hat) / Var(x)` over these tokens, the authors' by norm; 0 where tokens do not vary.
         fve_in_batches (float): `1 - sum of Var(x - x_hat) / sum of Var(x)`, each within a batch and by its share of the tokens; the authors' headline, in batches of 2,048. 0 where tokens do not vary.
         fve_squared_error (float): `1 - mean ||x - x_hat||^2 / Var(x)`, the authors' in their article; 0 where tokens do not vary.
@@ -48,6 +51,7 @@ class Fit:
     """
 
     tokens: int
+    not_finite: int
     fve: float
     fve_in_batches: float
     fve_squared_error: float
@@ -72,38 +76,42 @@ class FitSums:
 
     def __init__(self, unions: Sequence[Sequence[int]], groups: int, d_in: int, d_sae: int):
         self._vectors = torch.zeros(groups, 2 * d_in, dtype=torch.float64)
-        self._scalars = torch.zeros(groups, 8, dtype=torch.float64)
+        self._scalars = torch.zeros(groups, 10, dtype=torch.float64)
         self._fired = torch.zeros(groups, d_sae, dtype=torch.int64)
         self._batch_vectors, self._batch_scalars = self._vectors.clone(), self._scalars.clone()
         self._within = {tuple(union): (0.0, 0.0) for union in unions}
 
-    def add(self, x: torch.Tensor, x_hat: torch.Tensor, active: torch.Tensor, group: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, x_hat: torch.Tensor, codes: torch.Tensor, group: torch.Tensor) -> None:
         """Take in tokens.
 
         Args:
             x: `[tokens, d_in]`.
             x_hat: the same.
-            active: `[tokens, d_sae]` booleans, on any device.
+            codes: `[tokens, d_sae]`, on any device.
             group: `[tokens]` int64.
         """
         x, x_hat = x.cpu().double(), x_hat.cpu().double()
         error = x - x_hat
         norm, norm_hat, dot = x.norm(dim=-1), x_hat.norm(dim=-1), (x * x_hat).sum(dim=-1)
-        there, product = norm > 0, norm * norm_hat
+        # what is NaN is not 0, and stays NaN
+        there, product = norm != 0, norm * norm_hat
+        defined = finite_rows(codes)
         scalars = [
             torch.ones_like(norm),
             norm.square(),
             error.square().sum(dim=-1),
-            torch.where(product > 0, dot / product, 0),
+            torch.where(product == 0, 0, dot / product),
             torch.where(there, norm_hat / norm, 0),
             there.double(),
             norm,
             norm_hat,
+            (~(finite_rows(x, x_hat) & defined)).double(),
+            (~defined).double(),
         ]
         self._batch_scalars.index_add_(0, group, torch.stack(scalars, dim=-1))
         self._batch_vectors.index_add_(0, group, torch.cat([x, error], dim=-1))
         groups, d_sae = self._fired.shape
-        token, feature = active.nonzero(as_tuple=True)
+        token, feature = codes.nonzero(as_tuple=True)
         place = group.to(feature.device)[token] * d_sae + feature
         self._fired += torch.bincount(place, minlength=groups * d_sae).view(groups, d_sae).cpu()
 
@@ -123,7 +131,8 @@ class FitSums:
 
     def fit(self, groups: Sequence[int]) -> Fit:
         """Measure the tokens of a union, of which there must be one at least, after the last batch has ended."""
-        tokens, squares, squared_error, cosine, ratio, there, norm, norm_hat = self._scalars[groups].sum(dim=0).tolist()
+        sums = self._scalars[groups].sum(dim=0).tolist()
+        tokens, squares, squared_error, cosine, ratio, there, norm, norm_hat, not_finite, undefined = sums
         sum_x, sum_error = self._vectors[groups].sum(dim=0).chunk(2)
         fired = self._fired[groups].sum(dim=0)
         variance = _variance(tokens, squares, sum_x)
@@ -133,23 +142,31 @@ class FitSums:
         saelens.sum_squared_residual, saelens.num_samples = squared_error, int(tokens)
         return Fit(
             tokens=int(tokens),
-            fve=1 - _variance(tokens, squared_error, sum_error) / variance if variance > 0 else 0.0,
-            fve_in_batches=1 - within_error / within if within > 0 else 0.0,
-            fve_squared_error=1 - squared_error / tokens / variance if variance > 0 else 0.0,
+            not_finite=int(not_finite),
+            fve=_explained(_variance(tokens, squared_error, sum_error), variance),
+            fve_in_batches=_explained(within_error, within),
+            fve_squared_error=_explained(squared_error / tokens, variance),
             explained_variance=saelens.compute(),
             cosine=cosine / tokens,
             norm_ratio=ratio / there if there else float("nan"),
             ratio_of_mean_norms=norm_hat / norm if there else float("nan"),
-            l0=fired.sum().item() / tokens,
-            never_fired=never_fired(fired),
-            rarely_fired=rarely_fired(fired, int(tokens)),
+            l0=math.nan if undefined else fired.sum().item() / tokens,
+            never_fired=math.nan if undefined else never_fired(fired),
+            rarely_fired=math.nan if undefined else rarely_fired(fired, int(tokens)),
         )
+
+
+def _explained(error: float, variance: float) -> float:
+    """`1 - error / variance`, and 0 where tokens do not vary; NaN or -inf where the error is not finite."""
+    if variance == 0:
+        return 0.0 if math.isfinite(error) else math.nan
+    return 1 - error / variance
 
 
 def _variance(tokens: float, squares: float, total: torch.Tensor) -> float:
     """Summed over dimensions, from the sum of squared norms and the sum of vectors."""
     variance = squares / tokens - (total / tokens).square().sum().item()
-    return variance if variance > ROUNDING * squares / tokens else 0.0
+    return 0.0 if variance <= ROUNDING * squares / tokens else variance  # NaN is neither
 
 
 def explained_variance(x: torch.Tensor, x_hat: torch.Tensor) -> float:
@@ -157,4 +174,4 @@ def explained_variance(x: torch.Tensor, x_hat: torch.Tensor) -> float:
     x, x_hat = x.cpu().double(), x_hat.cpu().double()
     variance = x.var(dim=0, correction=0).sum()
     residual = (x - x_hat).var(dim=0, correction=0).sum()
-    return (1 - residual / variance).item() if variance > 0 else 0.0
+    return _explained(residual.item(), variance.item())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.score import wide
 
 BLOCK_ROWS = 1024
@@ -87,8 +88,12 @@ def decoder_geometry(
         features: indices, such as the alive ones (the paper measures those); all if None.
         neighbour_cosines: bounds for `Neighbours`.
         on_progress: called with what is being done, how much of it, and out of how much.
+
+    Raises:
+        NotFiniteError: a decoder row or encoder column is NaN or infinite.
     """
     chosen = torch.arange(sae.cfg.d_sae) if features is None else torch.as_tensor(features, dtype=torch.int64)
+    NotFiniteError.check("Decoder rows", sae.W_dec[chosen.to(sae.W_dec.device)], "rows")
     rows = _unit(sae.W_dec[chosen.to(sae.W_dec.device)])
     directed = rows.any(dim=-1)
     zero_rows, rows = len(rows) - int(directed.sum()), rows[directed]
@@ -99,6 +104,7 @@ def decoder_geometry(
     alignment = None
     if sae.W_enc.shape[0] == rows.shape[1]:
         columns = sae.W_enc.T[chosen.to(sae.W_enc.device)][directed.to(sae.W_enc.device)]
+        NotFiniteError.check("Encoder columns", columns, "columns")
         alignment = (_unit(columns).to(rows) * rows).sum(dim=-1).double()
     return DecoderGeometry(
         features=n,

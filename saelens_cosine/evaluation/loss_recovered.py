@@ -26,6 +26,7 @@ class PredictionLoss:
 
     Args:
         tokens (int): Tokens predicted from. A context's last one has no cross-entropy but counts for the KL divergence.
+        not_finite (int): Of these, with a cross-entropy or KL divergence that is NaN or infinite. With any, the means are so too.
         ce_loss_without_sae (float): Cross-entropy of the model as it is, nats per token.
         ce_loss_with_sae (float): With reconstructions.
         ce_loss_with_ablation (float): With zeros in place of all activations.
@@ -36,6 +37,7 @@ class PredictionLoss:
     """
 
     tokens: int
+    not_finite: int
     ce_loss_without_sae: float
     ce_loss_with_sae: float
     ce_loss_with_ablation: float
@@ -121,15 +123,25 @@ def loss_recovered(
             per_token = get_recons_loss(
                 replacement, model, ActivationScaler(), tokens, compute_kl=compute_kl, compute_ce_loss=True
             )
-            losses.append({name: _to_length(values, tokens.shape[1]) for name, values in per_token.items()})
+            losses.append({name: values.cpu() for name, values in per_token.items()})
     if on_progress is not None:
         on_progress("Predicting from reconstructions", len(batches), len(batches))
     groups = group_by_norm(torch.cat([norms.flatten() for norms in replacement.norms]), bins)
-    per_token = {name: torch.cat([batch[name] for batch in losses]) for name in losses[0]}
+
+    def joined(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.cat([_to_length(of(batch[name]), t.shape[1]) for batch, t in zip(losses, batches, strict=True)])
+            for name in losses[0]
+        }
+
+    per_token, exists = joined(torch.Tensor.double), joined(lambda values: torch.ones_like(values, dtype=torch.bool))
 
     def measure(which: list[int]) -> PredictionLoss:
         rows = torch.isin(groups.group, torch.tensor(which))
-        return _prediction_loss({name: values[rows] for name, values in per_token.items()})
+        return _prediction_loss(
+            {name: values[rows] for name, values in per_token.items()},
+            {name: there[rows] for name, there in exists.items()},
+        )
 
     return LossRecovered(groups.measure(measure), replacement.replaced / len(groups.group), max_norm_multiple)
 
@@ -143,17 +155,18 @@ def ce_loss_recovered(
 
 
 def _to_length(values: torch.Tensor, length: int) -> torch.Tensor:
-    """`[contexts, length or length - 1]` losses as `[contexts * length]` float64, NaN where there is none."""
-    values = values.cpu().double()
-    return torch.nn.functional.pad(values, (0, length - values.shape[1]), value=math.nan).flatten()
+    """`[contexts, length or length - 1]` losses as `[contexts * length]`, 0 or False where there is none."""
+    return torch.nn.functional.pad(values, (0, length - values.shape[1])).flatten()
 
 
-def _prediction_loss(losses: dict[str, torch.Tensor]) -> PredictionLoss:
-    mean = {name: values.nanmean().item() for name, values in losses.items()}
+def _prediction_loss(losses: dict[str, torch.Tensor], exists: dict[str, torch.Tensor]) -> PredictionLoss:
+    mean = {name: values[exists[name]].mean().item() for name, values in losses.items()}
+    finite = torch.stack([values.isfinite() for values in losses.values()]).all(dim=0)
     ablated = mean["ce_loss_with_ablation"]
     kl, kl_ablated = mean.get("kl_div_with_sae"), mean.get("kl_div_with_ablation")
     return PredictionLoss(
-        tokens=len(losses["ce_loss_with_sae"]),
+        tokens=len(finite),
+        not_finite=int((~finite).sum()),
         ce_loss_without_sae=mean["ce_loss_without_sae"],
         ce_loss_with_sae=mean["ce_loss_with_sae"],
         ce_loss_with_ablation=ablated,
@@ -165,4 +178,4 @@ def _prediction_loss(losses: dict[str, torch.Tensor]) -> PredictionLoss:
 
 
 def _share(part: float, whole: float) -> float:
-    return part / whole if whole != 0 else math.nan
+    return part / whole if whole != 0 else math.nan  # NaN and infinities stay what they are

@@ -110,7 +110,7 @@ class NormGroups(NamedTuple):
 
 
 def group_by_norm(norms: torch.Tensor, bins: int = 4) -> NormGroups:
-    """Equally filled ranges of `norms [tokens]`, and the tokens above the 99th percentile.
+    """Equally filled ranges of `norms [tokens]`, and the tokens above the 99th percentile, with those of no finite norm.
 
     Raises:
         ValueError: no tokens, or so many bins that one of them is shorter than the longest 1 %.
@@ -120,7 +120,8 @@ def group_by_norm(norms: torch.Tensor, bins: int = 4) -> NormGroups:
     if not 1 <= bins <= 1 / TOP_SHARE:
         raise ValueError(f"bins={bins} must be between 1 and {1 / TOP_SHARE:g}.")
     norms = norms.cpu().double()
-    edges = torch.quantile(norms, torch.linspace(0, 1, bins + 1, dtype=torch.float64))
-    top_norm = torch.quantile(norms, 1 - TOP_SHARE).item()
+    finite = norms[norms.isfinite()] if norms.isfinite().any() else norms
+    edges = torch.quantile(finite, torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+    top_norm = torch.quantile(finite, 1 - TOP_SHARE).item()
     group = torch.bucketize(norms, edges[1:-1], right=True)
-    return NormGroups(edges, top_norm, torch.where(norms > top_norm, bins, group))
+    return NormGroups(edges, top_norm, torch.where(norms <= top_norm, group, bins))

@@ -17,6 +17,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 
 from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
+from saelens_cosine.evaluation.not_finite import finite_rows
 from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
 from saelens_cosine.rescore import Threshold, fit_threshold
 
@@ -63,6 +64,7 @@ class NormResponse:
 
     Args:
         tokens (int): Tokens measured.
+        not_finite (int): Of these, with codes that are NaN or infinite at some scale. With any, that scale's figures are NaN.
         about (str): What stays in place: "zero", for `s * x`, or "b_dec", for `b_dec + s * (x - b_dec)`.
         l0 (float): Active features per token at `x`.
         mean_code (float): Mean size of an active code at `x`, in the SAE's units; NaN if there are none.
@@ -70,6 +72,7 @@ class NormResponse:
     """
 
     tokens: int
+    not_finite: int
     about: str
     l0: float
     mean_code: float
@@ -127,8 +130,9 @@ def norm_response(
         on_progress("Scaling activations", done, len(activations))
     return NormResponse(
         tokens=len(activations),
+        not_finite=max(scaled.not_finite for scaled in (base, *at_scales)),
         about=about,
-        l0=base.active / len(activations),
+        l0=base.defined(base.active / len(activations)),
         mean_code=base.mean_code,
         at_scales=tuple(scaled.response(base.mean_code) for scaled in at_scales),
     )
@@ -157,7 +161,7 @@ class _ScaledCodes:
     def __init__(self, scale: float, sae: SAE[Any]):
         self.scale = scale
         self.gain = scale ** code_exponents(sae)
-        self.tokens, self.with_codes, self.active = 0, 0, 0
+        self.tokens, self.with_codes, self.active, self.not_finite = 0, 0, 0, 0
         self.total = self.joint = self.joint_before = self.joint_expected = 0.0
         self.identical = self.overlap = self.cosine = 0.0
 
@@ -166,6 +170,7 @@ class _ScaledCodes:
         both = on_before & on_after
         shared, either = both.sum(dim=-1), (on_before | on_after).sum(dim=-1)
         self.tokens += len(after)
+        self.not_finite += int((~finite_rows(before, after)).sum())
         self.active += int(on_after.sum())
         self.total += after.sum(dim=-1).cpu().double().sum().item()
         self.joint += (after * both).sum(dim=-1).cpu().double().sum().item()
@@ -179,18 +184,22 @@ class _ScaledCodes:
 
     @property
     def mean_code(self) -> float:
-        return _ratio(self.total, self.active)
+        return self.defined(_ratio(self.total, self.active))
+
+    def defined(self, value: float) -> float:
+        """The value, NaN where codes are not finite: sets of active features would be those of NaN."""
+        return math.nan if self.not_finite else value
 
     def response(self, mean_code_before: float) -> ResponseAtScale:
         return ResponseAtScale(
             scale=self.scale,
             code_ratio=_ratio(self.mean_code, mean_code_before),
-            joint_code_ratio=_ratio(self.joint, self.joint_before),
-            expected_ratio=_ratio(self.joint_expected, self.joint_before),
-            identical_sets=self.identical / self.tokens,
-            overlap=self.overlap / self.tokens,
-            cosine=_ratio(self.cosine, self.with_codes),
-            l0=self.active / self.tokens,
+            joint_code_ratio=self.defined(_ratio(self.joint, self.joint_before)),
+            expected_ratio=self.defined(_ratio(self.joint_expected, self.joint_before)),
+            identical_sets=self.defined(self.identical / self.tokens),
+            overlap=self.defined(self.overlap / self.tokens),
+            cosine=self.defined(_ratio(self.cosine, self.with_codes)),
+            l0=self.defined(self.active / self.tokens),
         )
 
 
@@ -206,10 +215,12 @@ class NoiseFit:
     Args:
         fve (float): Fraction of variance explained, the authors' `fve`.
         l0 (float): Active features per token.
+        not_finite (int): Tokens with a reconstruction or codes that are not finite; then both are NaN.
     """
 
     fve: float
     l0: float
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,7 +289,8 @@ def norm_noise(
         measured.append(_fit(sae, x))
     clean, noisy = measured
     refitted: list[NoiseFit] = []
-    for name, x in kinds.items() if refits and 0 < clean.l0 < sae.cfg.d_sae else ():
+    fits = 0 < clean.l0 < sae.cfg.d_sae and not clean.not_finite and not noisy.not_finite
+    for name, x in kinds.items() if refits and fits else ():
         _report(on_progress, f"Fitting the threshold to {name} activations", 2 + len(refitted), total)
         refitted.append(_fit(with_threshold_for(sae, x, clean.l0)[0], x))
     _report(on_progress, "Reconstructing noisy activations", total, total)
@@ -306,7 +318,7 @@ def with_threshold_for(sae: SAE[Any], activations: torch.Tensor, target_l0: floa
 
 def _fit(sae: SAE[Any], activations: torch.Tensor) -> NoiseFit:
     measured = evaluate_reconstruction(sae, activations)
-    return NoiseFit(measured.fve, measured.l0)
+    return NoiseFit(measured.fve, measured.l0, measured.not_finite)
 
 
 def _report(on_progress: Callable[[str, int, int], None] | None, what: str, done: int, total: int) -> None:

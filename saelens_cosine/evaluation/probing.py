@@ -20,6 +20,7 @@ from sae_lens.saes.sae import SAE
 from scipy import sparse
 
 from saelens_cosine.evaluation.codes import sparse_codes
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.sample import TokenSample
 
 Pooling = Literal["mean", "last"]
@@ -119,6 +120,7 @@ def probe_activations(
 ) -> KProbe:
     """The same probe on the activations themselves, all dimensions: what a dictionary can be measured against."""
     truth = _check_labels(labels, splits)
+    NotFiniteError.check("Activations", sample.activations)
     pooled = pool(sparse.csr_array(sample.activations.numpy()), sample.contexts, len(truth), pooling)
     return probe(pooled, truth, (None,), "canonical", splits, seed)[0]
 

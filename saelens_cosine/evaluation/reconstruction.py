@@ -55,6 +55,7 @@ class Reconstruction:
 
     Args:
         tokens (int): Tokens evaluated, after the filter that the caller applied.
+        not_finite (int): Of these, with a reconstruction, codes or an activation that are not finite; the figures then are NaN.
         fve (float): Fraction of variance explained, the authors'.
         l0 (float): Active features per token.
         dead_fraction (float): Share of features that fire on none of these tokens: the window is `tokens`.
@@ -62,6 +63,7 @@ class Reconstruction:
     """
 
     tokens: int
+    not_finite: int
     fve: float
     l0: float
     dead_fraction: float
@@ -118,9 +120,9 @@ def diagnose_reconstruction(
             for x, group in zip(in_batch.split(at_once), group_of.split(at_once), strict=True):
                 codes = sae.encode(x.to(sae.device))
                 x_hat = sae.decode(codes)  # next to encode: SAELens keeps a normalisation from one to the other
-                active = codes.to_dense() != 0
-                sums.add(x, x_hat, active, group)
-                deaths.add(active)
+                codes = codes.to_dense()
+                sums.add(x, x_hat, codes, group)
+                deaths.add(codes)
             sums.end_batch()
             done += len(in_batch)
     if on_progress is not None:
@@ -147,6 +149,7 @@ def evaluate_reconstruction(
     measured = diagnose_reconstruction(sae, activations, bins, batch).by_norm.all_norms
     return Reconstruction(
         tokens=measured.overall.tokens,
+        not_finite=measured.overall.not_finite,
         fve=measured.overall.fve,
         l0=measured.overall.l0,
         dead_fraction=measured.overall.never_fired,

@@ -6,17 +6,20 @@ import json
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
 from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison
+from saelens_cosine.evaluation.not_finite import shown_number
+from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
 
 SCHEMA = "saelens-cosine/comparison/1"
@@ -28,7 +31,7 @@ PACKAGES = ("saelens-cosine", "sae-lens", "transformer-lens", "torch", "transfor
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The content of `comparison.json`."""
     settings = comparison.settings
-    return {
+    document = {
         "schema": SCHEMA,
         "arms": [_arm_as_json(arm, comparison) for arm in comparison.arms],
         "settings": {
@@ -50,6 +53,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+    return plain(document)
 
 
 def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
@@ -62,6 +66,7 @@ def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
         "k": comparison.settings.k,
         "d_sae": comparison.settings.d_sae,
         "tokens": comparison.settings.tokens,
+        "not_finite": measured.not_finite,
         "fve": measured.fve,
         "l0": measured.l0,
         "dead_fraction": measured.dead_fraction,
@@ -102,10 +107,22 @@ _TRAINING_METRICS = {
 
 def as_tables(comparison: Comparison) -> list[Table]:
     """Results, FVE by norm, the score's parameters, and with several seeds the paired differences to the first arm."""
-    tables = [_results(comparison), _by_norm(comparison), _score_parameters(comparison)]
+    tables = [*_not_finite(comparison), _results(comparison), _by_norm(comparison), _score_parameters(comparison)]
     if comparison.settings.seeds > 1 and len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
         tables.append(_differences(comparison))
     return tables
+
+
+def _not_finite(comparison: Comparison) -> Iterator[Table]:
+    """What is NaN or infinite, in red, where anything is."""
+    found = [arm for arm in comparison.arms if arm.reconstruction.not_finite]
+    if found:
+        table = _table("Not finite: figures of these are NaN", ["seed", "tokens", "of"])
+        table.style = table.title_style = "red"
+        for arm in found:
+            counts = (arm.reconstruction.not_finite, arm.reconstruction.tokens)
+            table.add_row(arm.architecture, str(arm.seed), *(f"{count:,}" for count in counts))
+        yield table
 
 
 def _results(comparison: Comparison) -> Table:
@@ -164,6 +181,9 @@ def _differences(comparison: Comparison) -> Table:
     for arm in comparison.settings.arms[1:]:
         for measure in ("fve", "ce", "dead"):
             heading, _, get = _MEASURES[measure]
+            if not all(math.isfinite(get(result)) for result in (*by_arm[arm], *by_arm[first])):
+                table.add_row(arm, heading, "[red]nan[/red]", "", "")
+                continue
             d = paired_difference(list(map(get, by_arm[arm])), list(map(get, by_arm[first])))
             found.append(d)
             verdict = "" if d.seen else NO_DIFFERENCE
@@ -192,7 +212,9 @@ def _n_seeds(comparison: Comparison) -> int:
 
 def _mean_and_spread(values: Iterable[float], form: str) -> str:
     values = list(values)
-    mean = form.format(statistics.mean(values))
+    mean = shown_number(statistics.mean(values), form)
+    if not all(map(math.isfinite, values)):
+        return mean
     return f"{mean}±{form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
@@ -222,19 +244,21 @@ def draw(comparison: Comparison, path: Path) -> None:
             exponents.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
     for i, arm in enumerate(arms):
         results = [result.reconstruction.by_norm for result in comparison.arms if result.architecture == arm]
-        means = [statistics.mean(bins[q].fve for bins in results) for q in range(len(results[0]))]
-        spread = [statistics.stdev(b[q].fve for b in results) for q in range(len(means))] if len(results) > 1 else None
+        fves = np.array([[part.fve for part in bins] for bins in results])
+        means, spread = fves.mean(axis=0), fves.std(axis=0, ddof=1) if len(results) > 1 else None
         places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]
         quartiles.bar(places, means, width, yerr=spread, color=colours[arm], label=arm, capsize=3)
     curves.set(xlabel="training tokens (millions)", ylabel="FVE of the coming batch", title="Training")
-    reached = [max(entry.fve for entry in result.log) for result in comparison.arms]
-    curves.set_ylim(max(0.0, min(reached) - 0.4), max(reached) + 0.02)
+    logs = [[entry.fve for entry in result.log if math.isfinite(entry.fve)] for result in comparison.arms]
+    if reached := [max(values) for values in logs if values]:
+        curves.set_ylim(max(0.0, min(reached) - 0.4), max(reached) + 0.02)
     exponents.set(xlabel="training tokens (millions)", ylabel="norm exponent a", title="Exponents: mean, min to max")
     if not exponents.lines:
         exponents.text(0.5, 0.5, "no arm has an exponent", ha="center", va="center", transform=exponents.transAxes)
     bins = comparison.arms[0].reconstruction.by_norm
     quartiles.set_xticks(range(len(bins)), [f"Q{q + 1}\n{b.low:.0f} to {b.high:.0f}" for q, b in enumerate(bins)])
-    lowest = min(b.fve for result in comparison.arms for b in result.reconstruction.by_norm)
+    heights = [b.fve for result in comparison.arms for b in result.reconstruction.by_norm if math.isfinite(b.fve)]
+    lowest = min(heights, default=0.0)
     quartiles.set_ylim(max(0.0, lowest - 0.15) if lowest > 0 else None, None)
     quartiles.set(xlabel="norm of the activation, quartiles", ylabel="FVE, held out", title="By norm (axis is cut)")
     figure.legend(*quartiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))

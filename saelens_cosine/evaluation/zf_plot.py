@@ -92,7 +92,7 @@ def zf_figure(saes: Sequence[ZFPoints]) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    values = [v for points in saes for v in (*points.afa, *points.feature_norm)]
+    values = [v for points in saes for v in (*points.afa, *points.feature_norm) if math.isfinite(v)]
     if not values:
         raise ValueError("There are no points to draw.")
     kinds = {(points.reference, points.bias) for points in saes}

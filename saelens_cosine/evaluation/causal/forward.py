@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.models import of_head
 from saelens_cosine.training.norm_filter import HighNormFilter
@@ -236,10 +237,15 @@ class CleanRun:
         """KL(clean || edited) of the token read, in nats: `[edits]` float64, 0 for edits that change nothing.
 
         Args: as for `predictions`.
+
+        Raises:
+            NotFiniteError: a divergence is NaN, as activations that are not finite make it.
         """
         kl = torch.zeros(len(contexts), dtype=torch.float64)
         for rows, log_p, log_q in self.predictions(contexts, edit, what, on_progress):
             kl[rows] = kl_divergence(log_p, log_q).cpu().double()
+        if bad := int(kl.isnan().sum()):
+            raise NotFiniteError("Predictions after an edit", bad, len(kl), "edits")
         return kl
 
     def kl_everywhere(self, contexts: torch.Tensor, edit: Edit, on_progress: Progress | None = None) -> torch.Tensor:

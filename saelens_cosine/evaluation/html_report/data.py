@@ -219,6 +219,7 @@ class ReportData:
     Args:
         title (str): Heading of the page.
         facts (dict[str, str]): What a reader must know to judge the numbers: model, hook, tokens, what happened to sinks, versions.
+        not_finite (tuple[str, ...]): What was NaN or infinite, shown above everything, in red; none where all was finite.
         arms (tuple[Arm, ...]): The comparison, the baseline first.
         differences (tuple[Difference, ...]): Paired differences.
         quartiles (tuple[NormQuartiles, ...]): FVE by norm, with and without sinks.
@@ -231,6 +232,7 @@ class ReportData:
 
     title: str
     facts: dict[str, str] = field(default_factory=dict[str, str])
+    not_finite: tuple[str, ...] = ()
     arms: tuple[Arm, ...] = ()
     differences: tuple[Difference, ...] = ()
     quartiles: tuple[NormQuartiles, ...] = ()

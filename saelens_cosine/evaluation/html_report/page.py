@@ -48,13 +48,19 @@ def render(data: ReportData) -> str:
         for section in sections
     )
     facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in data.facts.items())
+    lines = "".join(f"<li>{escape(line)}</li>" for line in data.not_finite)
+    warning = (
+        f'<div class="warning" role="alert">Not finite: figures of these are missing.<ul>{lines}</ul></div>'
+        if lines
+        else ""
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(data.title)}</title>'
         f"<style>{css}{_hiding(data)}</style></head><body>"
-        f'<header><h1>{escape(data.title)}</h1><dl class="facts">{facts}</dl></header>'
+        f'<header><h1>{escape(data.title)}</h1>{warning}<dl class="facts">{facts}</dl></header>'
         f'<nav aria-label="Sections">{links}</nav>{_legend(data)}<main>{body}</main>'
         f'<div id="tip" role="tooltip" hidden></div>{_browser_data(data)}<script>{script}</script></body></html>\n'
     )
