@@ -55,19 +55,19 @@ class Reconstruction:
 
     Args:
         tokens (int): Tokens evaluated, after the filter that the caller applied.
-        not_finite (int): Of these, with a reconstruction, codes or an activation that are not finite; the figures then are NaN.
         fve (float): Fraction of variance explained, the authors'.
         l0 (float): Active features per token.
         dead_fraction (float): Share of features that fire on none of these tokens: the window is `tokens`.
         by_norm (tuple[NormBin, ...]): The same by quartile of ||x||, ascending; without quartiles that no token is in.
+        not_finite (int): Tokens with a reconstruction, codes or an activation that are NaN or infinite; the figures then are NaN.
     """
 
     tokens: int
-    not_finite: int
     fve: float
     l0: float
     dead_fraction: float
     by_norm: tuple[NormBin, ...]
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
