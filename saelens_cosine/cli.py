@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args[:1] == ["train"]:  # everything behind it is SAELens' own
         return _train(args[1:])
     options = parser.parse_args(args)
+    options.command_line = (parser.prog, *args)
     try:
         return options.run(options)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, SAEBenchError) as error:
@@ -221,7 +222,7 @@ def _compare(options: Any) -> int:
 
 @contextmanager
 def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
-    """A progress bar per thing that is done; the next one completes those before."""
+    """A progress bar per thing that is done; the next one completes those before. Warnings stand above it, each once."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -239,7 +240,16 @@ def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
             tasks[what] = bar.add_task(what, total=total)
         bar.update(tasks[what], completed=done, total=total)
 
-    with bar:
+    told: set[str] = set()
+
+    def tell(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        first_line = f"{category.__name__}: {str(message).strip()}".splitlines()[0]
+        if first_line not in told:
+            told.add(first_line)
+            bar.console.print(first_line, markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings(), bar:
+        warnings.showwarning = tell
         yield progress
 
 

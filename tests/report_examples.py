@@ -12,6 +12,8 @@ from saelens_cosine.evaluation.html_report.data import (
     Difference,
     Estimate,
     Feature,
+    LeftOut,
+    Listed,
     MatchedFeatures,
     MatchedPair,
     NormQuartiles,
@@ -33,6 +35,11 @@ SECTIONS = {
         "precision": (PrecisionCurve("one", (1, 10), (Estimate(3.0), Estimate(2.0)), (0.1, 0.2), (0.01, 0.03)),)
     },
     "matches": {"matches": (MatchedFeatures("two", "one", (MatchedPair(3, 5, 0.9, 0.8, 0.25),)),)},
+    "saes": {"saes": ({"arm": "one", "learning rate": "0.005"}, {"arm": "two", "place": "runs/two"})},
+    "figures": {
+        "listed": (Listed("loss", "KL, nats", {"one": 0.25, "two": 0.5}),),
+        "left_out": (LeftOut("decomposition", "two", "No feature has a match."),),
+    },
     "features": {
         "features": (Feature("one", 4, 0.01, 0.3, (Context((" a", "b"), (0.0, 2.0)),), (TokenValue("x", 1.5),)),)
     },

@@ -15,7 +15,9 @@ from torch.nn.modules import module
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
+from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.loading import from_pretrained
 
 TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
 ARMS = ["inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk"]
@@ -94,6 +96,9 @@ def test_the_saved_saes_load_in_saelens_and_are_what_was_measured(run):
         assert sae.cfg.metadata.training_architecture == arm["architecture"]
         assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
         assert sae.cfg.metadata.max_norm_multiple == 10.0
+        assert (sae.cfg.metadata.training_tokens, sae.cfg.metadata.recipe) == (40_000, "paper")
+        assert sae.cfg.metadata.lr == 5e-3  # the recipe's largest
+        assert arm["weights_sha256"] == weights_sha256(from_pretrained(folder / arm["path"]))  # as `evaluate` loads it
         exponent = getattr(sae, "norm_exponent", None)
         if exponent is not None:
             assert exponent.mean().item() == pytest.approx(arm["norm_exponent"]["mean"], rel=1e-6)

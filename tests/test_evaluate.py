@@ -1,23 +1,30 @@
 """`saelens-cosine evaluate`: what it measures, that it goes on where it ended, and the files it writes."""
 
+import copy
 import dataclasses
+import html
+import io
 import json
+import warnings
+from datetime import datetime
 
 import pytest
 import torch
 from helpers import make_sae
+from rich.console import Console
 from sae_lens import SAE
 
 from saelens_cosine.bundled import load_bundled_model
-from saelens_cosine.cli import main
+from saelens_cosine.cli import _progress, main
 from saelens_cosine.evaluation import evaluate as module
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.differences import measures
+from saelens_cosine.evaluation.differences import figures_by_eval, measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.html_report import write_report
+from saelens_cosine.evaluation.figures import means
+from saelens_cosine.evaluation.html_report import render, write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain
 from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
 from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
@@ -64,7 +71,7 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     evaluate(sources[:1], with_evals("remember"), folder / "again")
     (subject,) = seen
     tokens = subject.text.contexts.tokens
-    assert tokens.shape == (32, 32)  # whole batches of 16 contexts: the first that reach 600 tokens
+    assert tokens.shape == (19, 32)  # whole contexts: the fewest that reach 600 tokens
     with torch.no_grad():
         x = load_bundled_model().run_with_cache(tokens, prepend_bos=False)[1][HOOK].flatten(0, 1)
         error = x - subject.sae(x)
@@ -93,7 +100,7 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
             assert results["fve_by_document"][treatment][part] == pytest.approx(sums, rel=1e-3)
     (text,) = document["texts"]
     assert text["results"]["tokens"]["high_norm_share"] == pytest.approx(1 - ordinary.double().mean().item())
-    assert text["results"]["tokens"]["high_norm_positions"][0] == [0, 32]
+    assert text["results"]["tokens"]["high_norm_positions"][0] == [0, 19]
 
 
 @pytest.mark.parametrize(("sinks", "expected"), [("keep", {"in"}), ("drop", {"out"}), ("both", {"in", "out"})])
@@ -114,11 +121,12 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
 
     for name in SETTINGS.evals:
         monkeypatch.setitem(EVALS, name, dataclasses.replace(EVALS[name], measure=fails))
-    assert evaluate(sources, SETTINGS, folder / "out") == document
+    again = evaluate(sources, SETTINGS, folder / "out")
+    assert {**again, "date": document["date"]} == document
     # a setting that no chosen eval uses
     assert evaluate(sources, dataclasses.replace(SETTINGS, loss_tokens=5), folder / "out")["saes"] == document["saes"]
     with pytest.raises(AssertionError):
-        evaluate(sources, dataclasses.replace(SETTINGS, tokens=700), folder / "out")
+        evaluate(sources, dataclasses.replace(SETTINGS, tokens=1100), folder / "out")
     with pytest.raises(AssertionError):  # matched with another SAE
         evaluate(sources[::-1], with_evals("matching"), folder / "out")
 
@@ -173,7 +181,7 @@ def test_page_has_both_saes_and_both_treatments(run):
     }
     assert data.arms[0].exponents == pytest.approx((0.7,))  # `randomize` sets one for all features
     (with_sinks, *_) = (part for part in data.quartiles if part.sinks == "in")
-    assert sum(with_sinks.tokens) == 1024
+    assert sum(with_sinks.tokens) == 19 * 32
     assert list(with_sinks.edges) == sorted(with_sinks.edges)
     assert [(pairs.arm, pairs.other) for pairs in data.matches] == [("two", "one")]
     n = len(run[2]["saes"][0]["results"]["reconstruction"]["fve_by_document"]["documents"])
@@ -238,23 +246,79 @@ def test_a_gap_in_one_task_is_divided_over_its_splits(run, tmp_path):
     assert {tuple(part["gap"]["shape"]) for part in parts} == {(5,)}
 
 
-def test_every_diagnostic_runs_and_shows_on_the_page(run, tmp_path):
-    folder, sources, _ = run
-    names = [name for name in EVALS if not name.startswith("autointerp")]
-    ours = tuple(name for name in names if name in EVALS and not EVALS[name].about.startswith("SAEBench"))
+DIAGNOSTICS = tuple(name for name in EVALS if not EVALS[name].about.startswith("SAEBench"))
+
+
+@pytest.fixture(scope="module")
+def everything(run, tmp_path_factory):
+    """All diagnostics of two random SAEs, from one run."""
     settings = with_evals(
-        *ours, task_texts=24, causal_contexts=12, causal_features=3, concept_texts=4, loss_tokens=512, tasks=TASKS
+        *DIAGNOSTICS,
+        task_texts=24,
+        causal_contexts=12,
+        causal_features=3,
+        concept_texts=4,
+        loss_tokens=512,
+        tasks=TASKS,
     )
-    document = evaluate(sources, settings, tmp_path)
-    data = report_data(document)
+    return evaluate(run[1], settings, tmp_path_factory.mktemp("everything"))
+
+
+def test_every_diagnostic_runs_and_shows_on_the_page(everything, tmp_path):
+    data = report_data(everything)
     for section in ("differences", "quartiles", "zf", "probing", "precision", "matches", "features"):
         assert getattr(data, section), section
-    for entry in document["saes"]:
+    for entry in everything["saes"]:
         left_out = {name for name, result in entry["results"].items() if "not_applicable" in result}
         assert left_out <= {"decomposition"}  # random dictionaries have no feature in common
         assert set(entry["seconds"]) == set(entry["results"])
-    assert set(document["texts"][0]["results"]) == {"tokens", "patching", "probing_baseline"}
+    assert set(everything["texts"][0]["results"]) == {"tokens", "patching", "probing_baseline"}
     assert write_report(data, tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+PART = {"k": 2, "gap": {"mean": 0.0625}, "matched_gap": {"mean": 0.03125}, "separability": 0.5}
+BY_HAND = {"decomposition": {"with_sinks": [PART]}}
+"""Results of evals that random dictionaries have none of, or that take long."""
+VALUES = {"decomposition": ("probing gap to the first arm k=2, sinks in", "0.0625")}
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_what_an_eval_found_is_in_the_json_in_the_terminal_and_on_the_page(name, everything):
+    document = copy.deepcopy(everything)
+    if name not in DIAGNOSTICS or name in BY_HAND:
+        for entry in document["saes"]:
+            entry["results"] = {name: BY_HAND.get(name, {"metrics": {"part.score": 0.125}})}
+            entry["figures"] = figures_by_eval(entry["results"])
+        document["settings"]["evals"] = [name]
+    named = [name_of for entry in document["texts"] + document["saes"] for name_of in entry["figures"].get(name, {})]
+    assert named
+    console = Console(width=400, file=io.StringIO())
+    for table in as_tables(document):
+        assert table.row_count
+        console.print(table)
+    page = html.unescape(render(report_data(document)).replace("<wbr>", ""))
+    for figure in named:
+        assert figure in page
+        assert figure.removesuffix(", sinks in").removesuffix(", sinks out") in console.file.getvalue()
+    figure, value = VALUES.get(name, (named[0], None if name in DIAGNOSTICS else "0.125"))
+    if value:
+        (line,) = (line for line in console.file.getvalue().splitlines() if figure in line)
+        assert line.split()[-2:] == [value] * 2  # of both arms
+        assert f"{figure}</td><td>{value}</td><td>{value}</td>" in page
+
+
+def test_no_table_is_empty_and_the_reason_is_told_where_an_eval_does_not_apply(run, tmp_path):
+    document = evaluate(run[1], with_evals("decomposition", tasks=TASKS[:1], task_texts=20), tmp_path)
+    tables = as_tables(document)
+    assert [table.title for table in tables] == ["Left out"]
+    reason = "No feature has a mutual match in the SAE that it is compared with."
+    assert [list(column.cells) for column in tables[0].columns] == [["two"], ["decomposition"], [reason]]
+    assert reason in render(report_data(document))
+
+
+def test_means_over_seeds_are_by_hand_and_what_is_not_finite_stays_so():
+    entries = [{"figures": {"loss": {"KL": 1.0, "CE": 0.5}}}, {"figures": {"loss": {"KL": 2.0, "CE": None}}}, {}]
+    assert means(entries) == {"loss": {"KL": 1.5, "CE": None}}
 
 
 def test_saebench_is_run_and_paired(run, tmp_path):
@@ -327,6 +391,63 @@ def test_command_writes_its_files(run, tmp_path, capsys):
     assert "2 intervals leave out zero" in " ".join(out.split())
     assert (tmp_path / "evaluation.json").exists()
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()[:200].lower()
+
+
+def test_warnings_stand_above_the_bar_once_and_on_one_line(capsys):
+    with _progress(quiet=False) as progress:
+        progress("Probing", 0, 2)
+        for _ in range(2):
+            warnings.warn("lbfgs failed to converge [status=1]:\nINCREASE the number of iterations", stacklevel=1)
+        progress("Probing", 2, 2)
+    told, bar = capsys.readouterr().err.splitlines()[:2]
+    assert told == "UserWarning: lbfgs failed to converge [status=1]:"
+    assert bar.startswith("Probing")
+
+
+def test_the_page_says_what_each_sae_is(run, tmp_path):
+    sae = SAE.load_from_disk(run[1][0])
+    metadata = sae.cfg.metadata
+    metadata.training_tokens, metadata.lr, metadata.recipe = 300_000, 5e-3, "paper"
+    metadata.max_norm_multiple, metadata.high_norm_share_dropped = 10.0, 0.0123
+    sae.save_model(tmp_path / "told")
+    del sae.cfg.metadata.training_tokens, metadata.lr, metadata.recipe, metadata.max_norm_multiple
+    sae.save_model(tmp_path / "untold")
+    document = evaluate([str(tmp_path / "told"), str(tmp_path / "untold")], with_evals("tokens"), tmp_path / "out")
+    told, untold = report_data(document).saes
+    known = {
+        "arm": "told",
+        "seed": "0",
+        "architecture": "cosine_topk",
+        "trained as": "cosine_topk",
+        "features": "64",
+        "selector": "k = 3",
+        "training tokens": "300,000",
+        "learning rate": "0.005",
+        "recipe": "paper",
+        "norm filter in training": "above 10 times the median: 1.23% of the tokens dropped",
+        "place": str(tmp_path / "told"),
+        "sha256": document["saes"][0]["sha256"][:12],
+    }
+    assert told == known
+    unknown = dict.fromkeys(("training tokens", "learning rate", "recipe", "norm filter in training"), "-")
+    names = {"arm": "untold", "place": str(tmp_path / "untold"), "sha256": document["saes"][1]["sha256"][:12]}
+    assert untold == known | unknown | names
+    page = render(report_data(document)).replace("<wbr>", "")
+    assert all(f">{value}<" in page for value in known.values())
+    assert datetime.fromisoformat(document["date"]).tzinfo is not None
+    assert document["date"] in page
+
+
+def test_the_command_is_told_without_secrets(run, tmp_path):
+    flags = ["--tokens", "600", "--context-size", "32", "--evals", "tokens", "--output", str(tmp_path), "--quiet"]
+    url = "https://me:pass@word@judge:8000/v1?key=secret#part"
+    assert main(["evaluate", f"an arm={run[1][0]}", *flags, "--judge-url", url]) == 0
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    told = f"saelens-cosine evaluate 'an arm={run[1][0]}' {' '.join(flags)} --judge-url https://judge:8000/v1"
+    assert document["command"] == told
+    assert told in html.unescape((tmp_path / "report.html").read_text())
+    for secret in ("pass", "word@", "secret"):
+        assert not [path for path in tmp_path.rglob("*.*") if path.is_file() and secret in path.read_text()], secret
 
 
 def test_refusals(tmp_path, capsys):

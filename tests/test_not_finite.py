@@ -14,6 +14,7 @@ from saelens_cosine.evaluation.causal import clean_run, substitution_kl
 from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.command import as_tables
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.evaluation.differences import compared
 from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.exponents import exponent_distribution
@@ -33,6 +34,7 @@ from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.zf_plot import zf_figure, zf_points
 from saelens_cosine.training.monitor import TrainingLogEntry
+from saelens_cosine.training.recorded import trained
 
 BAD = [math.nan, math.inf]
 TOKENS = 200
@@ -232,17 +234,28 @@ def document(tmp_path, sae):
     tokens = measure_afa(sae, x)
     afa = {f"{bias}, to the input": summarize_afa(tokens) for bias in ("augment", "center")}
     fit = diagnose_reconstruction(sae, x)
+    documents = {"text": "t", "documents": [0, 1], "without_sinks": {"residual": [math.nan, 0.5], "total": [1.0, 1.0]}}
     results = {
-        "reconstruction": {"without_sinks": fit, "fve_by_block": {"without_sinks": [math.nan, 0.5]}},
+        "reconstruction": {"without_sinks": fit, "fve_by_document": documents},
         "afa": {"without_sinks": afa, "zf_points": zf_points(tokens, "cos")},
         "dictionary": {"not_applicable": "Codes are not finite", "not_finite": 3},
         "norm_response": {"without_sinks": {"response": norm_response(sae, x), "noise": norm_noise(sae, x)}},
     }
     entry = {"arm": "cos", "seed": 0, "architecture": "cosine_topk", "results": results}
     entry["training"] = {"training_tokens": [0, 100], "fve": [math.nan, 0.2], "l0": [3.0, math.inf]}
-    text = {"model": "tiny", "hook": HOOK, "dataset": "tiny", "planted_sinks": False, "results": {}}
-    found = {"settings": EvaluationSettings().to_dict(), "versions": {}, "texts": [text], "saes": [entry]}
-    return json.loads(json.dumps(plain({**found, "differences": []}), allow_nan=False))
+    entry |= {"place": "cos", "sha256": "0" * 64, "metadata": {}, "trained": trained(sae), "figures": {}}
+    text = {"model": "tiny", "hook": HOOK, "dataset": "tiny", "planted_sinks": False, "results": {}, "figures": {}}
+    found = plain(
+        {
+            "date": None,
+            "command": None,
+            "settings": EvaluationSettings().to_dict(),
+            "versions": {},
+            "texts": [text],
+            "saes": [entry],
+        }
+    )
+    return json.loads(json.dumps(found | plain(compared(found["saes"])), allow_nan=False))
 
 
 def printed(tables):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -156,18 +157,35 @@ def test_all_features_agree_with_an_independent_fit():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(80, 4))
     truth = x @ [1, -1, 0.5, 0] + rng.normal(size=80) > 0
+    x = x * [1, 10, 0.1, 1] + [0, 0, 0, 3]
     (full,) = probe(sparse.csr_array(x), truth, (None,), splits=2)
     right = 0.0
     for part in full_parts(truth):
         sign = np.where(truth[part[0]], 1, -1)
+        train, test = (x[rows] / x[part[0]].std(axis=0) for rows in part)  # the penalty weighs all features alike
 
-        def loss(w, x=x[part[0]], sign=sign):
+        def loss(w, x=train, sign=sign):
             return 0.5 * w[:4] @ w[:4] + np.logaddexp(0, -sign * (x @ w[:4] + w[4])).sum()
 
         w = optimize.minimize(loss, np.zeros(5)).x
-        right += ((x[part[1]] @ w[:4] + w[4] > 0) == truth[part[1]]).mean() / 2
+        right += ((test @ w[:4] + w[4] > 0) == truth[part[1]]).mean() / 2
     assert full.accuracy == pytest.approx(right)
     assert full.features == ((), ())
+
+
+def test_probes_converge_whatever_the_units_and_all_features_read_the_same_in_any():
+    rng = np.random.default_rng(3)
+    codes = rng.exponential(size=(200, 50)) * (rng.random((200, 50)) < 0.3)
+    truth = codes[:, 0] > codes[:, 1] + rng.normal(size=200)
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # scikit-learn's on convergence among them
+        for gains in (1.0, 1e3, np.exp(5 * rng.normal(size=50))):
+            found += [
+                probe(sparse.csr_array(codes * gains), truth, (None,), units) for units in ("canonical", "scale_free")
+            ]
+    for (one,) in found[1:]:
+        assert one.aucs == pytest.approx(found[0][0].aucs, abs=2e-3)
 
 
 def full_parts(truth):

@@ -25,6 +25,9 @@ def test_saelens_flags_and_ours_train_an_sae_that_saelens_loads(tmp_path, capsys
     metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert metadata["max_norm_multiple"] == 10.0
     assert metadata["training_architecture"] == "cosine_batchtopk"
+    assert (metadata["training_tokens"], metadata["train_batch_size_tokens"]) == (8192, 1024)
+    assert metadata["lr"] == 3e-4  # SAELens' default
+    assert "recipe" not in metadata
     assert "High-norm tokens dropped" in capsys.readouterr().err
 
 

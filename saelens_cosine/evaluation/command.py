@@ -16,6 +16,7 @@ from saelens_cosine.evaluation.differences import TREATMENTS, about_differences,
 from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
+from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows
 from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.not_finite import not_finite, shown_number
 from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
@@ -114,7 +115,9 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         saebench=_saebench_settings(options.saebench_settings),
         judge=Judge(options.judge_model, options.judge_url),
     )
-    document = evaluate(options.saes, settings, options.output, progress, options.baseline)
+    document = evaluate(
+        options.saes, settings, options.output, progress, options.baseline, command=options.command_line
+    )
     write_report(report_data(document), options.output / "report.html")
     return as_tables(document)
 
@@ -132,21 +135,33 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def as_tables(document: Mapping[str, Any]) -> list[Table]:
-    """The figures that one looks at first, sinks in and out side by side; differences; and what did not apply."""
-    tables = [*_not_finite(document), _results(document)]
+    """The figures that one looks at first, sinks in and out side by side; all others by eval; differences; what did not apply."""
+    texts, arms = by_column(document)
+    tables = [
+        *_not_finite(document),
+        _results(document),
+        _listed("Figures of the text", texts, document),
+        _listed("Other figures, mean over seeds", arms, document),
+    ]
     if document["differences"] or document["unpaired"]:
         tables.append(_differences(document))
-    reasons = {
-        (name, result["not_applicable"]): entry["arm"]
-        for entry in document["saes"]
-        for name, result in entry["results"].items()
-        if "not_applicable" in result
-    }
-    if reasons:
-        tables.append(_table("Left out", "arm", "eval", "reason"))
-        for (name, reason), arm in reasons.items():
-            tables[-1].add_row(arm, name, reason)
-    return tables
+    tables.append(_table("Left out", "arm", "eval", "reason"))
+    for (name, reason), whose in left_out(document).items():
+        tables[-1].add_row(", ".join(whose), name, reason)
+    return [table for table in tables if table.row_count or table.caption]
+
+
+def _listed(title: str, columns: Mapping[str, Figures], document: Mapping[str, Any]) -> Table:
+    """Figures that have no column in the first table."""
+    table = _table(title, "eval", "figure", *columns)
+    shown = {f"{name}, {sinks}" for name, _ in COLUMNS for sinks in TREATMENTS.values()}
+    before = None
+    for name, figure, values in rows(columns, document["settings"]["evals"]):
+        if figure not in shown:
+            cells = ["-" if value is None else f"{value:.4g}" for value in values]
+            table.add_row(name if name != before else "", figure, *cells)
+            before = name
+    return table
 
 
 def _not_finite(document: Mapping[str, Any]) -> Iterator[Table]:

@@ -18,6 +18,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from saelens_cosine.activations.contexts import ContextForm, heldout_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
+from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
 from saelens_cosine.evaluation.sample import sample_tokens
@@ -28,6 +29,7 @@ from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
+from saelens_cosine.training.recorded import record_training
 
 DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
 
@@ -101,6 +103,7 @@ class ArmResult:
         norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
         seconds (float): Training time of this SAE alone.
         log (tuple[TrainingLogEntry, ...]): The course of its training.
+        weights_sha256 (str): Hash of the saved tensors, which tells it from another SAE that is put in its place.
     """
 
     architecture: str
@@ -111,6 +114,7 @@ class ArmResult:
     norm_exponent: tuple[float, float, float] | None
     seconds: float
     log: tuple[TrainingLogEntry, ...] = field(repr=False)
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,7 @@ def _run_seed(
         if settings.plant_sinks:
             saes[name].cfg.metadata.planted_sinks = True
         saes[name].cfg.metadata.heldout_rule = text.rule
+        record_training(saes[name], config, settings.recipe)
     runner = MultiSAETrainingRunner(
         config,
         override_dataset=text.train,
@@ -312,6 +317,7 @@ def _run_seed(
                 else (exponent.mean().item(), exponent.min().item(), exponent.max().item()),
                 seconds=monitor.seconds[arm],
                 log=tuple(monitor.log[arm]),
+                weights_sha256=weights_sha256(saved),
             )
         )
     progress("Evaluating on held-out text", len(saes), len(saes))

@@ -19,6 +19,12 @@ from saelens_cosine.evaluation.bootstrap import (
     difference_over_documents,
     paired_difference,
 )
+from saelens_cosine.evaluation.figures import (
+    further_measures,
+    measures_of_weights,
+    not_compared,
+    without_treatment,
+)
 from saelens_cosine.evaluation.sources import pair_seeds
 
 TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
@@ -192,6 +198,8 @@ def measures(entry: Entry) -> dict[str, Measure]:
 
     for treatment, sinks in TREATMENTS.items():
         take(_measures(results, treatment), f", {sinks}")
+        take(further_measures(results, treatment), f", {sinks}")
+    take(measures_of_weights(results))
     take(_saebench(results))
     return found
 
@@ -251,3 +259,15 @@ def _saebench(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for treatment, field in (("", "metrics"), (", sinks out", "metrics_without_high_norm")):
             for metric, value in ((result or {}).get(field) or {}).items():
                 yield f"SAEBench {name}: {metric}{treatment}", value
+
+
+def figures_by_eval(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """What each eval of an SAE or of a text found, by name: its measures, and figures that arms are not compared in."""
+    found: dict[str, dict[str, float | None]] = {}
+    for name, result in results.items():
+        own = {} if "not_applicable" in (result or {}) else {name: result}
+        figures = {figure: measure.value for figure, measure in measures({"results": own}).items()}
+        for treatment, sinks in TREATMENTS.items():
+            figures |= {f"{figure}, {sinks}": value for figure, value in not_compared(own, treatment)}
+        found[name] = {**figures, **dict(without_treatment(own))}
+    return found

@@ -34,11 +34,13 @@ from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
 from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
 from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
 from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
+from saelens_cosine.evaluation.tasks import bundled_concepts
 from saelens_cosine.evaluation.token_gram import firings
 from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
 from saelens_cosine.models import TRANSFORMER_LENS, choose_model
@@ -59,14 +61,25 @@ class Eval:
     Args:
         measure (Callable): Its result, of plain values and dataclasses.
         of (Literal["text", "sae", "arm", "pair"]): A text alone, an SAE, the first SAE of an arm, or an SAE and its baseline.
-        uses (tuple[str, ...]): Settings that change its result, beyond those that say what the tokens are.
         about (str): One line for `--help`.
+        uses (tuple[str, ...]): Settings that change its result, beyond those that say what the tokens are.
+        reads (Callable): The content of what else its result depends on, such as files that settings name.
     """
 
     measure: Callable[[Any], Any]
     of: Literal["text", "sae", "arm", "pair"]
     about: str
     uses: tuple[str, ...] = ()
+    reads: Callable[[Any], Any] = lambda _: ()
+
+
+def _task_texts(of: Text | Subject) -> Any:
+    return (of if isinstance(of, Text) else of.text).labelled
+
+
+def _concept_texts(subject: Subject) -> Any:
+    """Of other corpora they are the tokens measured."""
+    return bundled_concepts(subject.settings.concept_texts) if subject.text.dataset == BUNDLED else None
 
 
 def _tokens(text: Text) -> Any:
@@ -298,11 +311,27 @@ def _saebench(name: str) -> Callable[[Subject], Any]:
             max_norm_multiple=None if settings.sinks == "keep" else settings.max_norm_multiple,
             judge=settings.judge,
             quiet=True,
+            model_identity=_hooked_model(subject),
         )
         (result,) = report.results
         return {**asdict(result), "file": None, "file_without_high_norm": None}
 
     return measure
+
+
+def _hooked_model(subject: Subject) -> str:
+    """The model with the sinks that are planted in it."""
+    text = subject.text
+    return digest([text.model_sha256, text.hook if text.planted else None])
+
+
+def _saebench_data(name: str) -> Callable[[Subject], Any]:
+    def reads(subject: Subject) -> Any:
+        configured = saebench_settings(name, subject.text.dataset, subject.settings.saebench)
+        config = saebench.EVALS[name].make_config(subject.text.model_name, "float32", 1, configured)
+        return [configured, saebench.data_contents(name, config), saebench.versions()]
+
+    return reads
 
 
 def saebench_settings(name: str, dataset: str, given: Any) -> dict[str, Any]:
@@ -334,27 +363,28 @@ EVALS: dict[str, Eval] = {
     "patching": Eval(
         _patching, "text", "direction against norm of activations in the model's predictions", ("causal_contexts",)
     ),
-    "probing_baseline": Eval(_probing_baseline, "text", "probes on the activations", ("tasks", "task_texts")),
+    "probing_baseline": Eval(_probing_baseline, "text", "probes on the activations", reads=_task_texts),
     "reconstruction": Eval(_reconstruction, "sae", "FVE in three definitions, L0, four kinds of dead, by norm"),
     "loss": Eval(_loss, "sae", "cross-entropy and KL recovered, by norm", ("loss_tokens",)),
     "norm_response": Eval(_norm_response, "sae", "codes as the input is scaled; FVE under norm noise"),
     "dictionary": Eval(_dictionary, "sae", "norm detectors, co-firing, decoder geometry, exponents"),
     "gradients": Eval(_gradients, "sae", "which tokens' norms train the encoder"),
     "afa": Eval(_afa, "sae", "AFA, epsilon-LBO and the ZF plot"),
-    "probing": Eval(_probing, "sae", "k-sparse probing, canonical and scale-free", ("tasks", "task_texts")),
+    "probing": Eval(_probing, "sae", "k-sparse probing, canonical and scale-free", reads=_task_texts),
     "score_swap": Eval(_score_swap, "sae", "the same dictionary read by the other score"),
     "causal": Eval(
         _causal,
         "sae",
         "win rate of the cosine, ablation precision, steering",
         ("causal_contexts", "causal_features", "concept_texts"),
+        reads=_concept_texts,
     ),
     "features": Eval(
         _features, "arm", "best contexts of an arm's first seed, for the page's browser", ("browser_features",)
     ),
     "matching": Eval(_matching, "pair", "features shared with the first arm"),
     "decomposition": Eval(
-        _decomposition, "pair", "probing gap to the first arm: discovery, separability", ("tasks", "task_texts")
+        _decomposition, "pair", "probing gap to the first arm: discovery, separability", reads=_task_texts
     ),
     **{
         name: Eval(
@@ -362,6 +392,7 @@ EVALS: dict[str, Eval] = {
             "sae",
             f"SAEBench's {name}",
             ("saebench", "judge") if name == "autointerp" else ("saebench",),
+            reads=_saebench_data(name),
         )
         for name in saebench.EVALS
     },

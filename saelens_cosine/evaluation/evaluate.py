@@ -1,7 +1,9 @@
 """`saelens-cosine evaluate`: diagnostics of saved SAEs on held-out text, with and without high-norm tokens.
 
-What one evaluation of one SAE found is a file of its own, named by the SAE's weights and the settings, so that an interrupted
-run goes on where it ended and a second run does nothing twice. `evaluation.json` gathers them.
+What one evaluation of one SAE found is a file of its own, so that an interrupted run goes on where it ended and a second run
+does nothing twice. It is named by a hash of what it is a result of: the content of tokens, labelled texts, language model and
+SAE (weights and config) whatever they are called, the settings that it uses, and the versions of the packages. `evaluation.json`
+gathers them.
 """
 
 from __future__ import annotations
@@ -9,23 +11,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sae_lens.saes.sae import SAE
+
 from saelens_cosine.evaluation import saebench
-from saelens_cosine.evaluation.differences import compared
+from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.not_finite import NotFiniteError
-from saelens_cosine.evaluation.plain import digest, plain, versions, write_json
+from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions, weights_sha256, write_json
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
+from saelens_cosine.training.recorded import trained
 
 SCHEMA = "saelens-cosine-evaluation/2"
 """Name and version of the layout of `evaluation.json`; the number grows when a field changes its meaning or goes."""
 
-WHAT_TOKENS_ARE = ("tokens", "sinks", "max_norm_multiple", "model", "dataset", "context_size")
-"""Settings that every result depends on."""
+ALWAYS_USED = ("sinks", "max_norm_multiple")
+"""Settings that every result depends on. What else the settings say of the tokens, the tokens themselves say."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,6 +42,7 @@ def evaluate(
     output: str | Path,
     on_progress: Progress | None = None,
     baseline: str | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate SAEs, and write `evaluation.json`; what an earlier run with these settings has measured is not measured again.
 
@@ -45,6 +52,7 @@ def evaluate(
         output: folder for `evaluation.json` and, in `measured/`, a file per SAE and evaluation.
         on_progress: called with what is being done, how much of it is done, and how much there is.
         baseline: the arm that others are compared with; chosen by `parse_sources` if None.
+        command: the command line that asked for it, if one did; kept as `as_typed` gives it.
 
     Returns:
         What `evaluation.json` holds.
@@ -63,6 +71,8 @@ def evaluate(
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
     document: dict[str, Any] = {
         "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": as_typed(command) or None,
         "settings": settings.to_dict(),
         "versions": versions(),
         "texts": [],
@@ -110,7 +120,7 @@ class _Measured:
 
     def text(self, text: Text) -> dict[str, Any]:
         """What is true of the text, whatever the SAE."""
-        found = self._results(text, "text", f"{text.model_name} at {text.hook}", [text.dataset])
+        found = self._results(text, "text", f"{text.model_name} at {text.hook}", [text.identity])
         return {
             "model": text.model_name,
             "hook": text.hook,
@@ -123,12 +133,12 @@ class _Measured:
     def sae(self, subject: Subject) -> dict[str, Any]:
         """One SAE's entry."""
         source = subject.source
-        found = self._results(subject, "sae", source.name, [subject.sha256])
+        identity = subject.identity
+        found = self._results(subject, "sae", source.name, identity)
         if source == self.firsts[source.arm]:
-            found = _both(found, self._results(subject, "arm", source.name, [subject.sha256]))
-        if subject.baseline is not None:
-            identity = [subject.sha256, subject.baseline.sha256]
-            found = _both(found, self._results(subject, "pair", source.name, identity))
+            found = _both(found, self._results(subject, "arm", source.name, identity))
+        if (baseline := subject.baseline) is not None:
+            found = _both(found, self._results(subject, "pair", source.name, identity + baseline.identity))
         self.done = min(self.total, self.done + len(self.settings.evals))
         return {
             "arm": source.arm,
@@ -138,7 +148,8 @@ class _Measured:
             "architecture": subject.sae.cfg.architecture(),
             "baseline": subject.baseline and subject.baseline.source.name,
             "metadata": plain(subject.sae.cfg.metadata.to_dict()),
-            "training": _training(source),
+            "trained": trained(subject.sae),
+            "training": _training_log(source, subject.sae),
             **found,
         }
 
@@ -148,25 +159,15 @@ class _Measured:
     def _results(self, of: Text | Subject, kind: str, name: str, identity: list[str]) -> dict[str, dict[str, Any]]:
         results: dict[str, Any] = {}
         seconds: dict[str, float] = {}
-        text = of if isinstance(of, Text) else of.text
-        shape = list(text.contexts.tokens.shape)
         settings = self.settings.to_dict()
         for chosen in self.settings.evals:
             row = EVALS[chosen]
             if row.of != kind:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
-            fixed = {field: settings[field] for field in (*WHAT_TOKENS_ARE, *row.uses)}
-            where = [
-                text.model_name,
-                text.hook,
-                text.dataset,
-                text.planted,
-                shape,
-                versions()["saelens-cosine"],
-                text.head,
-            ]
-            file = self.folder / "measured" / f"{chosen}-{digest([identity, fixed, where])}.json"
+            used = {field: settings[field] for field in (*ALWAYS_USED, *row.uses)}
+            content = digest([identity, used, row.reads(of), versions()])
+            file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"
             if not file.exists():
                 try:
                     write_json(_measure(row.measure, of), file)
@@ -175,7 +176,7 @@ class _Measured:
                     continue
             kept = json.loads(file.read_text())
             results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
-        return {"results": results, "seconds": seconds}
+        return {"results": results, "seconds": seconds, "figures": plain(figures_by_eval(results))}
 
 
 def _both(ones: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -215,15 +216,17 @@ def _check_saebench(subject: Subject) -> None:
         raise saebench.SAEBenchError(problems)
 
 
-def _training(source: Source) -> dict[str, list[float]] | None:
-    """The course of its training, of an SAE that `saelens-cosine compare` has trained."""
+def _training_log(source: Source, sae: SAE[Any]) -> dict[str, list[float]] | None:
+    """The course of its training, of an SAE that `saelens-cosine compare` has trained; not that of another one at its place."""
     place = Path(source.place)
     file = place.parent.parent / "comparison.json"
     if source.sae_id is not None or not file.is_file():
         return None
     try:
         arms: list[Mapping[str, Any]] = json.loads(file.read_text())["arms"]
-        (log,) = [arm["training_log"] for arm in arms if arm["path"] == f"{place.parent.name}/{place.name}"]
+        (arm,) = [arm for arm in arms if arm["path"] == f"{place.parent.name}/{place.name}"]
+        if arm["weights_sha256"] != weights_sha256(sae):
+            return None
+        return {name: [entry[name] for entry in arm["training_log"]] for name in ("training_tokens", "fve", "l0")}
     except (ValueError, KeyError, TypeError):
         return None
-    return {name: [entry[name] for entry in log] for name in ("training_tokens", "fve", "l0")}

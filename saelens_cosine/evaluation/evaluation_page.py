@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from saelens_cosine.evaluation.bootstrap import paired_difference
 from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
+from saelens_cosine.evaluation.figures import by_column, left_out, rows
 from saelens_cosine.evaluation.html_report.data import (
     Arm,
     Curve,
     Difference,
     Estimate,
     Feature,
+    LeftOut,
+    Listed,
     MatchedFeatures,
     MatchedPair,
     NormQuartiles,
@@ -64,8 +67,43 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         precision=tuple(curve for name, entries in arms.items() for curve in _precision(name, entries, preferred)),
         matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries[0], arms, preferred)),
         features=tuple(feature for name, entries in arms.items() for feature in _features(name, entries[0])),
+        saes=tuple(_sae(entry) for entry in document["saes"]),
+        listed=tuple(_listed(document)),
+        left_out=tuple(LeftOut(name, ", ".join(whose), why) for (name, why), whose in left_out(document).items()),
     )
     return ReportData.from_dict(data.to_dict())  # null, as JSON holds what is not finite, becomes NaN
+
+
+def _sae(entry: Entry) -> dict[str, str]:
+    """What an SAE is; a dash for what is not known."""
+    found = entry["trained"]
+    filtered = "-"
+    if found["filtered"]:
+        multiple, share = found["max_norm_multiple"], found["high_norm_share_dropped"]
+        dropped = "" if share is None else f": {share:.2%} of the tokens dropped"
+        filtered = "none" if multiple is None else f"above {multiple:g} times the median{dropped}"
+    trained_as = found["training_architecture"]
+    return {
+        "arm": entry["arm"],
+        "seed": str(entry["seed"]),
+        "architecture": entry["architecture"],
+        "trained as": trained_as or "-",
+        "features": f"{found['d_sae']:,}",
+        "selector": ", ".join(f"{name} = {value:g}" for name, value in found["selector"].items()) or "-",
+        "training tokens": "-" if found["tokens"] is None else f"{found['tokens']:,}",
+        "learning rate": "-" if found["lr"] is None else f"{found['lr']:g}",
+        "recipe": found["recipe"] or "-",
+        "norm filter in training": filtered,
+        "place": entry["place"],
+        "sha256": entry["sha256"][:12],
+    }
+
+
+def _listed(document: Mapping[str, Any]) -> Iterator[Listed]:
+    for columns in by_column(document):
+        for name, figure, values in rows(columns, document["settings"]["evals"]):
+            known = (float("nan") if value is None else value for value in values)
+            yield Listed(name, figure, dict(zip(columns, known, strict=True)))
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, str]:
@@ -89,7 +127,8 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
     if "probing" in settings["evals"] or "causal" in settings["evals"]:
         preferred = "out" if settings["sinks"] != "keep" else "in"
         facts["probing, precision and matches"] = f"sinks {preferred}"
-    return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}}
+    made = {"made": document["date"], "by": document["command"] or "saelens_cosine.evaluation.evaluate, from Python"}
+    return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}, **made}
 
 
 def _arm(name: str, entries: Sequence[Entry]) -> Arm:

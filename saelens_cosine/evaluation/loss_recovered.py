@@ -12,6 +12,7 @@ from sae_lens.evals import get_recons_loss
 from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
 from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
@@ -66,7 +67,13 @@ class LossRecovered:
 
 
 class _Replacement:
-    """Reconstructs like an SAE but passes high-norm tokens through, as `get_recons_loss` calls an SAE; keeps the norms."""
+    """Reconstructs like an SAE but passes through high-norm tokens and those it was not trained to see, as `get_recons_loss` calls an SAE; keeps the norms.
+
+    Args:
+        seen: the coming batch's, `[contexts, length]` booleans.
+    """
+
+    seen: torch.Tensor
 
     def __init__(self, sae: SAE[Any], max_norm_multiple: float | None):
         self.sae, self.filter = sae, HighNormFilter(max_norm_multiple)
@@ -78,7 +85,10 @@ class _Replacement:
         return x
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        keep = self.filter.keep(x.flatten(0, -2)).view(*x.shape[:-1], 1)
+        seen = self.seen.to(x.device)
+        keep = seen.clone()
+        keep[seen] = self.filter.keep(x[seen])
+        keep = keep.unsqueeze(-1)
         self.norms.append(token_norms(x).cpu())
         self.replaced += int(keep.sum())
         return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
@@ -103,7 +113,8 @@ def loss_recovered(
         sae: an inference form, or a training form in eval mode; `cfg.metadata.hook_name` says where it goes.
         model: the hooked model that the SAE was trained on.
         token_batches: `[contexts, length]` tokens each.
-        max_norm_multiple: tokens above this multiple of their batch's median norm are passed through, not replaced.
+        max_norm_multiple: tokens above this multiple of their batch's median norm are passed through, not replaced; so are those
+            that the SAE's metadata leave out (`seqpos_slice`, `exclude_special_tokens`).
         bins: number of equally filled ranges of the norm.
         compute_kl: whether to compute KL divergences, from softmaxes in the dtype of the model's logits.
         on_progress: called with what is being done, batches done, and batches in all.
@@ -115,11 +126,13 @@ def loss_recovered(
     if not batches:
         raise ValueError("There are no token batches to predict from.")
     replacement: Any = _Replacement(sae, max_norm_multiple)
+    form = ContextForm.of(sae.cfg.metadata)
     losses: list[dict[str, torch.Tensor]] = []
     with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
         for i, tokens in enumerate(batches):
             if on_progress is not None:
                 on_progress("Predicting from reconstructions", i, len(batches))
+            replacement.seen = form.seen(model, tokens)
             per_token = get_recons_loss(
                 replacement, model, ActivationScaler(), tokens, compute_kl=compute_kl, compute_ce_loss=True
             )

@@ -1,10 +1,12 @@
 """k-sparse probing: how well a few features of an SAE, or all of them, tell two classes of contexts apart.
 
 Features are chosen by the difference of the class means on the training split, and a logistic regression reads them
-(SAEBench's sparse probing, arXiv 2503.09532). That depends on the units of the codes, which a score can change at no gain, so
-two are reported: canonical (what a feature adds to the reconstruction, along a decoder row of length 1; SAEBench's units
+(SAEBench's sparse probing, arXiv 2503.09532). The choice depends on the units of the codes, which a score can change at no gain,
+so two are reported: canonical (what a feature adds to the reconstruction, along a decoder row of length 1; SAEBench's units
 where decoder rows have that length) and scale-free (divided by the feature's mean nonzero size on the training split, as
-sae-probes does, arXiv 2502.16681; nothing changes when a feature's codes are multiplied by a number).
+sae-probes does, arXiv 2502.16681; nothing changes when a feature's codes are multiplied by a number). The regression itself sees
+each feature divided by its standard deviation on the training split, so that its penalty has no units and it converges: with all
+features the two are the same.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ Units = Literal["canonical", "scale_free"]
 
 K_VALUES: tuple[int | None, ...] = (1, 2, 5, None)
 """Numbers of features; None is all of them."""
+
+ITERATIONS = 10_000
+"""Of the regression at most; on scaled inputs tens to hundreds are enough."""
 
 Array = np.ndarray[Any, Any]
 
@@ -175,7 +180,8 @@ def probe(
 ) -> tuple[KProbe, ...]:
     """Probe codes `[contexts, features]` that are pooled already; arguments and errors as in `probe_sae`.
 
-    L2-penalised logistic regression with C = 1, as SAEBench; sae-probes fits C, which this does not.
+    L2-penalised logistic regression with C = 1, as SAEBench; sae-probes fits C, which this does not. Unlike SAEBench's, its inputs
+    are scaled to a standard deviation of 1 on the training split, not centred, so that the penalty weighs all features alike.
     """
     truth = _check_labels(labels, splits)
     n_contexts, n_features = _shape(codes)
@@ -229,9 +235,11 @@ def _fit(x: Any, truth: Array, train: Array, test: Array) -> tuple[float, float]
     """Test accuracy and area under the curve of one probe."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
+    from sklearn.preprocessing import StandardScaler
 
-    model: Any = LogisticRegression(max_iter=1000).fit(x[train], truth[train])
-    margin = model.decision_function(x[test])
+    scaler: Any = StandardScaler(with_mean=False).fit(x[train])  # sparse codes stay sparse
+    model: Any = LogisticRegression(max_iter=ITERATIONS).fit(scaler.transform(x[train]), truth[train])
+    margin = model.decision_function(scaler.transform(x[test]))
     return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
 
 

@@ -63,6 +63,7 @@ def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
         "architecture": arm.architecture,
         "seed": arm.seed,
         "path": arm.path,
+        "weights_sha256": arm.weights_sha256,
         "k": comparison.settings.k,
         "d_sae": comparison.settings.d_sae,
         "tokens": comparison.settings.tokens,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.plain import plain
+from saelens_cosine.evaluation.plain import plain, without_secrets
 from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.evaluation.sample import Sinks
 from saelens_cosine.training.norm_filter import check_max_norm_multiple
@@ -83,8 +83,9 @@ class EvaluationSettings:
         return {"keep": names[:1], "drop": names[1:], "both": names}[self.sinks]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of all fields, for files: without the judge's key."""
-        return plain({**vars(self), "judge": {"model": self.judge.model, "base_url": self.judge.base_url}})
+        """Plain values of all fields, for files: without the judge's key, or a password in its address."""
+        url = self.judge.base_url and without_secrets(self.judge.base_url)
+        return plain({**vars(self), "judge": {"model": self.judge.model, "base_url": url}})
 
     def tasks_for(self, dataset: str) -> tuple[str, ...]:
         """Names of tasks for an SAE of this text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.causal import CleanRun, clean_run
 from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.matching import FeatureMatching, match_codes
-from saelens_cosine.evaluation.plain import fingerprint
+from saelens_cosine.evaluation.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.probing import canonical_codes, pool
 from saelens_cosine.evaluation.sample import TokenSample, sample_tokens
@@ -53,6 +53,7 @@ class Text:
     Args:
         model_name (str): As the SAEs' metadata or the settings call it.
         model (Any): Hooked model.
+        model_sha256 (str): Hash of its weights and config.
         hook (str): Hook point.
         dataset (str): Where the text is from.
         planted (bool): Whether sinks were planted.
@@ -66,6 +67,7 @@ class Text:
 
     model_name: str
     model: Any
+    model_sha256: str
     hook: str
     dataset: str
     planted: bool
@@ -77,9 +79,23 @@ class Text:
     head: int | None = None
 
     @cached_property
+    def identity(self) -> str:
+        """A hash of what is read and how, not of what it is called: the tokens, their documents and places, the model."""
+        names_and_objects = ("model_name", "model", "dataset", "rule", "settings", "contexts", "sample")
+        how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names_and_objects}
+        sample = self.sample
+        tensors = {name: getattr(sample, name) for name in ("tokens", "contexts", "documents", "positions")}
+        tensors |= {f"whole {name}": tensor for name, tensor in self.contexts._asdict().items()}
+        return digest([how, sample.max_norm_multiple], tensors)
+
+    @cached_property
+    def labelled(self) -> tuple[Task, ...]:
+        """Labelled texts."""
+        return load_tasks(self.settings.tasks_for(self.dataset), self.settings.task_texts)
+
+    @cached_property
     def tasks(self) -> tuple[tuple[Task, TokenSample], ...]:
         """Labelled texts with their activations."""
-        settings = self.settings
         return tuple(
             (
                 task,
@@ -87,12 +103,12 @@ class Text:
                     self.model,
                     self.hook,
                     task,
-                    max_norm_multiple=settings.max_norm_multiple,
+                    max_norm_multiple=self.settings.max_norm_multiple,
                     head=self.head,
                     form=self.form,
                 ),
             )
-            for task in load_tasks(settings.tasks_for(self.dataset), settings.task_texts)
+            for task in self.labelled
         )
 
     @cached_property
@@ -156,6 +172,11 @@ class Subject:
         metadata = self.sae.cfg.metadata
         return (metadata.dataset_path, metadata.heldout_rule) == (self.text.dataset, self.text.rule)
 
+    @property
+    def identity(self) -> list[str]:
+        """Hashes of what it is and of what it is measured on."""
+        return [self.sha256, self.text.identity]
+
     @cached_property
     def codes(self) -> sparse.csr_array:
         """Codes of all tokens of the sample."""
@@ -201,6 +222,7 @@ class Loader(ExitStack):
         self.settings, self.folder = settings, folder
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[Any, ...], HookedModel] = {}
+        self._hashes: dict[int, str] = {}
 
     def subject(self, source: Source, baseline: Subject | None = None) -> Subject:
         """An SAE ready to be measured.
@@ -241,6 +263,7 @@ class Loader(ExitStack):
             self._texts[key] = Text(
                 model_name,
                 hooked.model,
+                self._model_sha256(hooked.model),
                 hook,
                 dataset,
                 planted,
@@ -264,6 +287,12 @@ class Loader(ExitStack):
                 self.callback(plant_sinks(hooked.model, hooked.hook_name))
             self._models[key] = hooked
         return self._models[key]
+
+    def _model_sha256(self, model: Any) -> str:
+        """Of a model that is kept, once."""
+        if id(model) not in self._hashes:
+            self._hashes[id(model)] = model_fingerprint(model)
+        return self._hashes[id(model)]
 
 
 def _check_size(name: str, sae: SAE[Any], hooked: HookedModel, head: int | None) -> None:

@@ -15,6 +15,7 @@ from saelens_cosine.data import load_text
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
+from saelens_cosine.training.recorded import record_training
 
 
 def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> HighNormFilter:
@@ -39,6 +40,7 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
         runner.sae.cfg.metadata.heldout_rule = text.rule
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
+    record_training(runner.sae, cfg)
     runner.run()
     return norm_filter
 

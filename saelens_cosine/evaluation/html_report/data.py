@@ -212,6 +212,30 @@ class Feature:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """
+    One figure of one eval.
+
+    Args:
+        eval (str): What found it.
+        name (str): What it is.
+        values (dict[str, float]): By arm, means over its seeds; or by text, of a figure that no SAE has a part in.
+    """
+
+    eval: str
+    name: str
+    values: dict[str, float]
+
+
+class LeftOut(NamedTuple):
+    """An eval that says nothing of some arms or texts, and why."""
+
+    eval: str
+    whose: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ReportData:
     """
     Everything in a report. An empty section is left out.
@@ -228,6 +252,9 @@ class ReportData:
         precision (tuple[PrecisionCurve, ...]): Ablation.
         matches (tuple[MatchedFeatures, ...]): Scatter of matched features.
         features (tuple[Feature, ...]): Feature browser.
+        saes (tuple[dict[str, str], ...]): What each SAE is, by name of the fact: a row of a table.
+        listed (tuple[Listed, ...]): Every figure of every eval, in the order of the evals.
+        left_out (tuple[LeftOut, ...]): Evals that did not apply.
     """
 
     title: str
@@ -241,6 +268,9 @@ class ReportData:
     precision: tuple[PrecisionCurve, ...] = ()
     matches: tuple[MatchedFeatures, ...] = ()
     features: tuple[Feature, ...] = ()
+    saes: tuple[dict[str, str], ...] = ()
+    listed: tuple[Listed, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def arm_names(self) -> tuple[str, ...]:
         """Every arm that is mentioned, each once: those of `arms` first."""

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_cosine.evaluation.html_report import charts
+from saelens_cosine.evaluation.html_report import charts, tables
 from saelens_cosine.evaluation.html_report.data import Difference, Estimate, ReportData
 from saelens_cosine.evaluation.html_report.svg import STYLES, Axis, breakable, key_mark, style
 
@@ -47,7 +47,10 @@ def render(data: ReportData) -> str:
         f"{section.content}</section>"
         for section in sections
     )
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in data.facts.items())
+    facts = "".join(
+        f"<div{tables.is_long(value)}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in data.facts.items()
+    )
     lines = "".join(f"<li>{escape(line)}</li>" for line in data.not_finite)
     warning = (
         f'<div class="warning" role="alert">Not finite: figures of these are missing.<ul>{lines}</ul></div>'
@@ -97,6 +100,12 @@ def _sections(data: ReportData) -> Iterable[_Section]:
         "Paired differences with their intervals. Where an interval contains zero, no difference was seen.",
         _differences(data),
     )
+    yield _Section(
+        "saes",
+        "SAEs",
+        "What each one is, as its metadata say; a dash where they say nothing.",
+        tables.saes(data),
+    )
     yield _charts("curves", "Learning curves", "Measured during training.", charts.learning_curves(data))
     yield _charts(
         "exponents",
@@ -131,6 +140,12 @@ def _sections(data: ReportData) -> Iterable[_Section]:
         "Matched features",
         "Each feature of one arm with the best counterpart in the other. A match has both numbers high.",
         charts.matched(data),
+    )
+    yield _Section(
+        "figures",
+        "All figures",
+        "Every eval that ran, means over an arm's seeds. Those of the text have no arm.",
+        tables.listed(data),
     )
     yield _Section(
         "features",

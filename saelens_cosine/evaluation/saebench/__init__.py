@@ -4,7 +4,13 @@ SAEBench itself is optional and imported when an eval runs.
 """
 
 from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
-from saelens_cosine.evaluation.saebench.preflight import check_data, check_environment, check_saes
+from saelens_cosine.evaluation.saebench.preflight import (
+    check_data,
+    check_environment,
+    check_saes,
+    data_contents,
+    versions,
+)
 from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.evaluation.saebench.results import (
     EvalResult,
@@ -27,6 +33,8 @@ __all__ = [
     "check_data",
     "check_environment",
     "check_saes",
+    "data_contents",
     "prepare",
     "run",
+    "versions",
 ]

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.bundled import BUNDLED, stdlib_corpus
+from saelens_cosine.evaluation.plain import digest, files_fingerprint
 from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
 from saelens_cosine.evaluation.saebench.prepare import PreparedSAE
 from saelens_cosine.evaluation.saebench.results import Failure
@@ -93,6 +94,19 @@ def check_data(evals: Sequence[str], configs: Mapping[str, Any], offline: bool |
     return [Failure(name, None, *why) for name in evals for why in _datasets(name, configs[name], offline)]
 
 
+def data_contents(name: str, config: Any) -> dict[str, str]:
+    """Hashes of the data sets that an eval reads from this machine; those on the Hub count by their names."""
+    contents: dict[str, str] = {}
+    for dataset in _data_names(name, config):
+        if dataset == BUNDLED:
+            contents[dataset] = digest(stdlib_corpus("heldout")["text"][:])
+        elif Path(dataset).exists():
+            contents[dataset] = files_fingerprint(Path(dataset))
+    if name == "unlearning" and UNLEARNING_TEXT.exists():
+        contents[str(UNLEARNING_TEXT)] = files_fingerprint(UNLEARNING_TEXT)
+    return contents
+
+
 def check_saes(
     evals: Sequence[str], saes: Sequence[PreparedSAE], model: Any, configs: Mapping[str, Any]
 ) -> list[Failure]:
@@ -135,15 +149,18 @@ def _major(package: str) -> int:
     return int((_version(package) or "0").split(".")[0])
 
 
-def _datasets(name: str, config: Any, offline: bool) -> Iterable[tuple[str, str]]:
+def _data_names(name: str, config: Any) -> list[str]:
     if name in ("sparse_probing_sae_probes", "unlearning"):
-        return  # the one ships its data, the other's are checked for elsewhere
+        return []  # the one ships its data, the other's are checked for elsewhere
     if name == "core":
         names = [config["dataset"]]
     else:
         names = list(getattr(config, "dataset_names", [])) or [getattr(config, "dataset_name", None)]
-    names = [re.sub(r"_class_set\d|_sentiment$", "", dataset) for dataset in names if dataset]
-    remote = sorted({dataset for dataset in names if dataset != BUNDLED and not Path(dataset).exists()})
+    return sorted({re.sub(r"_class_set\d|_sentiment$", "", dataset) for dataset in names if dataset})
+
+
+def _datasets(name: str, config: Any, offline: bool) -> Iterable[tuple[str, str]]:
+    remote = [dataset for dataset in _data_names(name, config) if dataset != BUNDLED and not Path(dataset).exists()]
     if not remote:
         return
     if offline:

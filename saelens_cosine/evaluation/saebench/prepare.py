@@ -8,8 +8,6 @@ probing and unlearning scores. Here `W_dec_i <- d_i / ||d_i||` and `f_i <- f_i |
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from typing import Any
 
@@ -19,6 +17,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import nn
 from typing_extensions import override
 
+from saelens_cosine.evaluation.plain import digest, fingerprint
 from saelens_cosine.loading.saelens import inference_copy
 from saelens_cosine.models import BLOCK_OUTPUT
 
@@ -27,6 +26,20 @@ _FROM_METADATA = (
     "dataset_trust_remote_code",
 )
 """What SAEBench reads from `cfg` and SAELens has in `cfg.metadata`."""
+
+READ_BY_SAEBENCH = (
+    "model_name",
+    "model_from_pretrained_kwargs",
+    "hook_name",
+    "hook_head_index",
+    "context_size",
+    "prepend_bos",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "exclude_special_tokens",
+    "seqpos_slice",
+)
+"""Metadata that its evals, or SAELens' activation store in them, take from an SAE; a note beside them changes no score."""
 
 _REMEMBERED = {
     "layer_norm": "each token's mean and standard deviation",
@@ -170,8 +183,8 @@ def prepare(
         metadata.prepend_bos = True  # SAELens' default, without which SAEBench's core eval writes nothing
     _name_fields(own.cfg)
     own.turn_off_forward_pass_hook_z_reshaping()
-    digest = content_hash(own, silence_padding)
-    prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{digest}".replace("/", "_"), silence_padding)
+    content = content_hash(own, silence_padding)
+    prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{content}".replace("/", "_"), silence_padding)
     _check(prepared)
     return prepared
 
@@ -186,16 +199,8 @@ def _name_fields(cfg: Any) -> None:
 
 
 def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
-    """Twelve hexadecimal digits of what decides an SAE's scores: weights, settings, model and hook."""
-    digest = hashlib.sha256()
-    settings = {k: v for k, v in sae.cfg.to_dict().items() if k not in ("metadata", "device")}
-    keys = ("model_name", "model_from_pretrained_kwargs", "hook_name", "hook_head_index", "prepend_bos")
-    where = [sae.cfg.metadata.get(key) for key in keys]
-    digest.update(json.dumps([settings, where, silence_padding], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+    """Twelve hexadecimal digits of what decides an SAE's scores: weights, config, and `READ_BY_SAEBENCH`."""
+    return digest([fingerprint(sae, READ_BY_SAEBENCH), silence_padding])[:12]
 
 
 def lens_hook(hook_name: str | None) -> str:

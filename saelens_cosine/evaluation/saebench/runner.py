@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import importlib
 import io
 import json
@@ -26,8 +25,15 @@ from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
 from saelens_cosine.evaluation.fve import explained_variance
+from saelens_cosine.evaluation.plain import digest, model_fingerprint
 from saelens_cosine.evaluation.saebench.evals import EVALS, Call, Eval, Judge, text_folder
-from saelens_cosine.evaluation.saebench.preflight import check_data, check_environment, check_saes, versions
+from saelens_cosine.evaluation.saebench.preflight import (
+    check_data,
+    check_environment,
+    check_saes,
+    data_contents,
+    versions,
+)
 from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.evaluation.saebench.results import (
     EvalResult,
@@ -64,11 +70,13 @@ def run(
     on_problem: Literal["raise", "record"] = "raise",
     on_progress: Progress | None = None,
     quiet: bool = False,
+    model_identity: str | None = None,
 ) -> SAEBenchReport:
     """Score SAEs of one language model.
 
-    What is done is not done again: results and caches lie in `output`, by the content of the SAE, the weights of the model and
-    the configuration, so that a run that was killed goes on where it was. SAEBench's own output goes to `saebench.log` there.
+    What is done is not done again: results and caches lie in `output`, by the content of the SAE, the model, the configuration
+    and local data sets, and by the versions of packages, so that a run that was killed goes on where it was. A data set on the
+    Hub counts by its name. SAEBench's own output goes to `saebench.log` there.
 
     Args:
         saes: any SAELens SAEs, or what `prepare` made of them. A mapping's keys begin their names.
@@ -89,6 +97,8 @@ def run(
             result. "record" lists both in the report's `failures` and does the rest.
         on_progress: called with what is done now, how many steps are done, and how many there are.
         quiet: send SAEBench's progress bars to the log too.
+        model_identity: stands for what the model computes; needed where hooks change that (planted sinks). None is a hash of its
+            weights and config.
 
     Raises:
         ValueError: unknown evals or settings, SAEs of different models, or what `prepare` refuses.
@@ -120,7 +130,7 @@ def run(
     able = _without(able, problems)
     if model is None and any(EVALS[name].takes_model for name in able):
         model = _load(models[0], how, device, dtype)
-    runner = _Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet)
+    runner = _Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet, model_identity)
     problems += check_saes(able, prepared, model, configs)
     problems += check_data([name for name in able if not runner.is_warm(EVALS[name], configs[name], prepared)], configs)
     if problems and on_problem == "raise":
@@ -149,17 +159,27 @@ class _Runner:
     """Where one run's things are, and how one eval of one SAE is done."""
 
     def __init__(
-        self, output: Path, model: Any, device: str, judge: Judge, max_norm_multiple: float | None, quiet: bool
+        self,
+        output: Path,
+        model: Any,
+        device: str,
+        judge: Judge,
+        max_norm_multiple: float | None,
+        quiet: bool,
+        model_identity: str | None = None,
     ):
         self.output, self.model, self.device, self.judge = output, model, device, judge
         self.max_norm_multiple, self.quiet = max_norm_multiple, quiet
-        self.model_hash = "" if model is None else _model_hash(model)
+        self.model_identity = model_identity or (model and model_fingerprint(model))
+        self.data: dict[str, dict[str, str]] = {}
         self.log = output / "saebench.log"
 
     def key(self, row: Eval, config: Any) -> str:
         """Stands for all but the SAE that decides a score."""
         judge = [self.judge.model, self.judge.base_url] if row.name == "autointerp" else None
-        return _digest([row.name, _plain(config), self.model_hash, judge, versions()["sae-bench"]])
+        if row.name not in self.data:
+            self.data[row.name] = data_contents(row.name, config)
+        return digest([row.name, _plain(config), self.model_identity, judge, self.data[row.name], versions()])[:12]
 
     def caches(self, row: Eval, config: Any, multiple: float | None = None) -> Path:
         suffix = "" if multiple is None else f"-without-{multiple:g}"
@@ -348,23 +368,8 @@ def _dtype_of(model: Any, device: str) -> str:
     return "bfloat16" if device.startswith("cuda") else "float32"
 
 
-def _model_hash(model: Any) -> str:
-    """Of every parameter's name, and about a thousand of its values: a model under a borrowed name has caches of its own."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        sampled = values[:: max(1, values.numel() // 1024)].float().cpu().contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sampled.numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _plain(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else asdict(config)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _without(evals: Sequence[str], problems: Sequence[Failure]) -> list[str]:
