@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.synthetic import (
     ActivationGenerator,
     ConstantFiringProbabilityConfig,
     FeatureDictionary,
     OrthogonalizationConfig,
-    SyntheticDataEvalResult,
     SyntheticModel,
     SyntheticModelConfig,
     eval_sae_on_synthetic_data,
@@ -29,6 +29,7 @@ from saelens_cosine.evaluation.ground_truth import (
     write_json,
 )
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
+from saelens_cosine.evaluation.recovery import Recovery, f1_one_to_one
 
 # 12 orthogonal features in 12 dimensions, two of them active
 EASY = SyntheticModelConfig(
@@ -196,7 +197,32 @@ def test_a_model_that_is_not_there_says_what_was_tried(name):
 
 
 def result_of(mcc, dead=0):
-    return SyntheticDataEvalResult(2.0, 2.1, dead, 1.0, 0.9, mcc, 1.0, ClassificationMetrics(0.5, 0.5, mcc / 2, 0.9))
+    return Recovery(2.0, 2.1, dead, 1.0, 0.9, mcc, 1.0, ClassificationMetrics(0.5, 0.5, mcc / 2, 0.9), mcc / 3)
+
+
+class Given:
+    """Features' activations, in the order given."""
+
+    def __init__(self, acts):
+        self.acts, self.at = torch.tensor(acts), 0
+
+    def sample(self, n):
+        self.at += n
+        return self.acts[self.at - n : self.at]
+
+
+def test_f1_where_each_feature_may_be_claimed_once():
+    # three orthogonal features; latents 0 and 1 both fire on the first, whose direction is nearest to both; 2 on the third
+    acts = [[1.0, 0, 0], [2.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0]]
+    dictionary = FeatureDictionary(3, 3, initializer=None)
+    dictionary.feature_vectors.data = torch.eye(3)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=3, d_sae=3))
+    sae.W_dec.data = torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1]])
+    sae.W_enc.data = torch.tensor([[1.0, 1, 0], [0, 0, 0], [0, 0, 1]])
+    saelens = eval_sae_on_synthetic_data(sae, dictionary, Given(acts), 4, batch_size=4)
+    assert saelens.classification.f1_score == 1  # of 1, 1, 1: the second feature is missed, and nothing says so
+    # pairs 0-0, 1-1, 2-2: latent 1 never fires on its own feature
+    assert f1_one_to_one(sae, dictionary, Given(acts), 4, batch=3) == pytest.approx(2 / 3)
 
 
 def test_differences_json_and_table_by_hand(tmp_path):
@@ -216,11 +242,19 @@ def test_differences_json_and_table_by_hand(tmp_path):
     assert read["schema"] == "saelens-cosine/ground-truth/1"
     assert read["settings"]["model"]["firing_probability"]["generator_name"] == "constant"
     assert read["runs"][1]["without_sinks"]["classification"]["f1_score"] == pytest.approx(0.3)
-    assert {d["measure"] for d in read["differences"]} == {"mcc", "f1", "explained_variance", "dead", "l0"}
+    assert read["runs"][1]["without_sinks"]["f1_one_to_one"] == pytest.approx(0.2)
+    assert {d["measure"] for d in read["differences"]} == {
+        "mcc",
+        "f1",
+        "f1_one_to_one",
+        "explained_variance",
+        "dead",
+        "l0",
+    }
     means, differences = as_tables(result)
     assert list(means.columns[2].cells) == ["0.600±0.100", "0.703±0.105"]
     assert next(iter(differences.columns[3].cells)) == "+0.1033 (+0.0890 to +0.1177)"
-    assert "no difference seen" in list(differences.columns[3].cells)[2]  # explained variance: 0.9 everywhere
+    assert "no difference seen" in list(differences.columns[3].cells)[3]  # explained variance: 0.9 everywhere
     with pytest.raises(ValueError, match="sink_share=0"):
         result.values("mcc", "cosine_batchtopk", 0.0, sinks=True)
 

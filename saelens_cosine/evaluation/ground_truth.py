@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from rich.table import Table
 from sae_lens import SAE, LoggingConfig
 from sae_lens.synthetic import (
     FeatureDictionary,
-    SyntheticDataEvalResult,
     SyntheticModel,
     SyntheticModelConfig,
     SyntheticSAERunner,
@@ -35,6 +34,7 @@ from sae_lens.util import temporary_seed
 from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
+from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
@@ -43,6 +43,9 @@ SCHEMA = "saelens-cosine/ground-truth/1"
 
 SYNTH_SAE_BENCH_16K = "decoderesearch/synth-sae-bench-16k-v1"
 """The published benchmark on the Hub. Its authors train 4,096 features on it, with k=25 and 200 million samples."""
+
+AT_ONCE = 4096
+"""Samples that are scored at a time."""
 
 EVALUATION_SEED = 2**31
 """What a run's seed is moved by for the samples that it is scored on."""
@@ -102,15 +105,15 @@ class GroundTruthSettings:
 @dataclass(frozen=True)
 class GroundTruthRun:
     """
-    One SAE, trained, saved and scored by SAELens' own metrics.
+    One SAE, trained, saved and scored.
 
     Args:
         architecture (str): Training architecture.
         norm_spread (float): Spread of the token norms, in training and scoring.
         seed (int): Of the model, the initialisation and the samples.
         k (float): Active features per token that were asked for.
-        without_sinks (SyntheticDataEvalResult): mcc, classification.f1_score, explained_variance, dead_latents, ... on tokens that are none.
-        with_sinks (SyntheticDataEvalResult | None): The same with sinks among the tokens; None if none are planted. mcc and uniqueness are of the decoder alone, so they do not change.
+        without_sinks (Recovery): mcc, classification.f1_score, f1_one_to_one, explained_variance, dead_latents, ... on tokens that are none.
+        with_sinks (Recovery | None): The same with sinks among the tokens; None if none are planted. mcc and uniqueness are of the decoder alone, so they do not change.
         norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
         seconds (float): Training time.
     """
@@ -119,8 +122,8 @@ class GroundTruthRun:
     norm_spread: float
     seed: int
     k: float
-    without_sinks: SyntheticDataEvalResult
-    with_sinks: SyntheticDataEvalResult | None
+    without_sinks: Recovery
+    with_sinks: Recovery | None
     norm_exponent: tuple[float, float, float] | None
     seconds: float
 
@@ -150,15 +153,6 @@ class GroundTruth:
         """An arm minus the first one, paired by seed; needs two seeds."""
         ours, first = (self.values(measure, arm, norm_spread, sinks) for arm in (architecture, self.settings.arms[0]))
         return paired_difference(ours, first)
-
-
-MEASURES: Mapping[str, Callable[[SyntheticDataEvalResult], float]] = {
-    "mcc": lambda result: result.mcc,
-    "f1": lambda result: result.classification.f1_score,
-    "explained_variance": lambda result: result.explained_variance,
-    "dead": lambda result: float(result.dead_latents),
-    "l0": lambda result: result.sae_l0,
-}
 
 
 def ground_truth(
@@ -236,10 +230,13 @@ def _run(
         trained.save_inference_model(folder)
         saved = SAE.load_from_disk(folder, device=settings.device)
 
-    def score(dictionary: FeatureDictionary) -> SyntheticDataEvalResult:
+    def score(dictionary: FeatureDictionary) -> Recovery:
+        generator, samples = model.activation_generator, settings.eval_samples
         with temporary_seed(EVALUATION_SEED + seed):
-            return eval_sae_on_synthetic_data(
-                saved, dictionary, model.activation_generator, settings.eval_samples, batch_size=4096
+            by_saelens = eval_sae_on_synthetic_data(saved, dictionary, generator, samples, batch_size=AT_ONCE)
+        with temporary_seed(EVALUATION_SEED + seed):  # the same samples
+            return Recovery(
+                **vars(by_saelens), f1_one_to_one=f1_one_to_one(saved, dictionary, generator, samples, AT_ONCE)
             )
 
     # as saved, of arms that learn one; the magnitude bypass has it at 0
@@ -322,6 +319,10 @@ def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:
     scored_on = f"{s.eval_samples:,} samples {'with' if sinks else 'without'} sinks"
     seeds = f"mean ± sd over {s.seeds} seeds" if s.seeds > 1 else "1 seed"
     tables = [_table(f"Recovery of known features, {seeds}, saved SAEs on {scored_on}", MEASURES)]
+    tables[
+        0
+    ].caption = "f1: several latents may claim one feature, as in SAELens; f1_one_to_one: one, the pairs of mcc."
+    tables[0].caption_justify = "left"
     for spread, arm in ((spread, arm) for spread in s.norm_spreads for arm in s.arms):
         by_measure = (result.values(measure, arm, spread, sinks) for measure in MEASURES)
         tables[0].add_row(f"{spread:g}", arm, *map(_mean_and_spread, by_measure))
