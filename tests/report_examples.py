@@ -19,6 +19,7 @@ from saelens_cosine.evaluation.html_report.data import (
     NormQuartiles,
     PrecisionCurve,
     Probing,
+    ScaleResponse,
     ZFPoints,
 )
 from saelens_cosine.sharing.features import Context, TokenValue
@@ -29,12 +30,13 @@ SECTIONS = {
     "curves": {"arms": (Arm("one", curves={"FVE": (Curve((0.0, 10.0), (0.1, 0.5)),)}),)},
     "exponents": {"arms": (Arm("one", exponents=(-0.1, 0.2, 0.7)),)},
     "norms": {"quartiles": (NormQuartiles("one", "in", (Estimate(0.5), Estimate(0.6)), (1.0, 2.0, 4.0), (5, 5)),)},
-    "zf": {"zf": (ZFPoints("one", (1.0, 2.0), (0.5, 2.5)),)},
+    "zf": {"zf": (ZFPoints("one", (1.0, 2.0), (0.5, 2.5), "in", 2, 0.875, 0.5),)},
+    "scaling": {"scaling": (ScaleResponse("one", "b_dec", (0.5, 2.0), (Estimate(0.9), Estimate(0.8)), 0.7),)},
     "probing": {"probing": (Probing("task", "one", "1", Estimate(0.8, 0.7, 0.9)),)},
     "precision": {
         "precision": (PrecisionCurve("one", (1, 10), (Estimate(3.0), Estimate(2.0)), (0.1, 0.2), (0.01, 0.03)),)
     },
-    "matches": {"matches": (MatchedFeatures("two", "one", (MatchedPair(3, 5, 0.9, 0.8, 0.25),)),)},
+    "matches": {"matches": (MatchedFeatures("two", "one", (MatchedPair(3, 5, 0.9, 0.8, 0.25),), 4, 2, 1),)},
     "saes": {"saes": ({"arm": "one", "learning rate": "0.005"}, {"arm": "two", "place": "runs/two"})},
     "figures": {
         "listed": (Listed("loss", "KL, nats", {"one": 0.25, "two": 0.5}),),
@@ -105,6 +107,6 @@ def many_features(n: int = 2000) -> ReportData:
     return replace(
         everything(),
         features=tuple(features),
-        matches=(MatchedFeatures("one", "two", pairs),),
-        zf=(ZFPoints("one", tuple(dots[3]), tuple(dots[4])),),
+        matches=(MatchedFeatures("one", "two", pairs, 2500, 2000, 500),),
+        zf=(ZFPoints("one", tuple(dots[3]), tuple(dots[4]), "out", 2000, 1.0, 0.5),),
     )

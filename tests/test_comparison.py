@@ -99,6 +99,9 @@ def test_the_saved_saes_load_in_saelens_and_are_what_was_measured(run):
         assert (sae.cfg.metadata.training_tokens, sae.cfg.metadata.recipe) == (40_000, "paper")
         assert sae.cfg.metadata.lr == 5e-3  # the recipe's largest
         assert arm["weights_sha256"] == weights_sha256(from_pretrained(folder / arm["path"]))  # as `evaluate` loads it
+        last = arm["training_log"][-1]["metrics"]
+        for name in ("dead_features_in_token_window", "dead_feature_window_tokens"):
+            assert sae.cfg.metadata[name] == last[name]
         exponent = getattr(sae, "norm_exponent", None)
         if exponent is not None:
             assert exponent.mean().item() == pytest.approx(arm["norm_exponent"]["mean"], rel=1e-6)

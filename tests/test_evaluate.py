@@ -16,8 +16,8 @@ from sae_lens import SAE
 
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import _progress, main
+from saelens_cosine.evaluation import evals, saebench
 from saelens_cosine.evaluation import evaluate as module
-from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.command import as_tables
 from saelens_cosine.evaluation.differences import figures_by_eval, measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
@@ -25,11 +25,12 @@ from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import means
 from saelens_cosine.evaluation.html_report import render, write_report
-from saelens_cosine.evaluation.plain import fingerprint, plain
+from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
 from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
+from saelens_cosine.evaluation.tokens_measured import tokens_measured
 
 HOOK = "blocks.3.hook_resid_post"
 SETTINGS = EvaluationSettings(
@@ -105,12 +106,67 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
 
 @pytest.mark.parametrize(("sinks", "expected"), [("keep", {"in"}), ("drop", {"out"}), ("both", {"in", "out"})])
 def test_sinks(sinks, expected, run, tmp_path):
-    document = evaluate(run[1], with_evals("reconstruction", "matching", sinks=sinks), tmp_path)
-    assert {name[-3:].strip() for name in measures(document["saes"][1])} == expected
+    document = evaluate(run[1], with_evals("reconstruction", "matching", "afa", sinks=sinks), tmp_path)
+    of_tokens = set(measures(document["saes"][1])) - {"dead in training"}
+    assert {name[-3:].strip() for name in of_tokens} == expected
     assert {item["measure"][-3:].strip() for item in document["differences"]} == expected
     data = report_data(document)
-    assert {part.sinks for part in data.quartiles} == expected
+    assert {part.sinks for part in data.quartiles} == {part.sinks for part in data.zf} == expected
     assert len(data.matches) == 1
+
+
+def test_the_zf_plot_draws_codes_without_b_dec_and_tells_of_all_tokens(run, tmp_path, monkeypatch):
+    sae = SAE.load_from_disk(run[1][0])
+    sae.b_dec.data.fill_(1.0)  # of norm 192 ** 0.5
+    sae.save_model(tmp_path / "sae")
+    monkeypatch.setattr(evals, "POINTS", 50)
+    seen: list[Subject] = []
+    monkeypatch.setitem(EVALS, "remember", Eval(lambda subject: seen.append(subject) or {}, "sae", ""))
+    document = evaluate([str(tmp_path / "sae")], with_evals("afa", "remember"), tmp_path / "out")
+    sample = seen[0].text.sample
+    x = sample.activations[sample.ordinary].double()
+    with torch.no_grad():
+        codes = sae.encode(x.float()).to_dense().double()
+    f = (codes * sae.W_dec.double().norm(dim=-1)).norm(dim=-1).detach()  # rows of the decoder are no unit vectors
+    z = (x - sae.b_dec.double()).norm(dim=-1).detach()
+    without, _ = sorted(report_data(document).zf, key=lambda points: points.sinks, reverse=True)
+    assert (without.sinks, without.tokens, len(without.code_norms)) == ("out", len(x), 50)
+    pairs = {(round(a, 3), round(b, 3)) for a, b in zip(z.tolist(), f.tolist(), strict=True)}
+    drawn = [(round(a, 3), round(b, 3)) for a, b in zip(without.input_norms, without.code_norms, strict=True)]
+    assert sum(pair in pairs for pair in drawn) >= 48  # two may be rounded the other way
+    assert without.median_ratio == pytest.approx((f / z).quantile(0.5).item(), rel=1e-4)
+    assert without.share_below == pytest.approx((f < z).double().mean().item(), abs=2 / len(x))
+    papers = document["saes"][0]["results"]["afa"]["zf_points"]
+    assert (papers["bias"], min(papers["feature_norm"]) >= 192**0.5 - 1e-3) == ("augment", True)
+
+
+def test_dead_in_training_is_what_the_metadata_or_the_comparison_say_and_else_unknown(run, tmp_path):
+    trained = make_sae("cosine_topk", d_in=192, d_sae=64, dead_feature_window_tokens=1000)
+    trained.tokens_since_fired[:16] = 1000
+    metadata = trained.cfg.metadata
+    metadata.model_name, metadata.hook_name, metadata.dataset_path = "bundled", HOOK, "bundled"
+    trained.save_inference_model(tmp_path / "counted")
+    sae = SAE.load_from_disk(tmp_path / "counted")
+    sae.cfg.metadata.dead_features_in_token_window = sae.cfg.metadata.dead_feature_window_tokens = None
+    sae.W_enc.data *= 2
+    sae.save_model(tmp_path / "runs" / "arm" / "seed0")
+    last = {"metrics": {"dead_features_in_token_window": 8.0, "dead_feature_window_tokens": 500.0}}
+    log = [{"training_tokens": 0, "fve": 0.1, "l0": 3.0, **last}]
+    (tmp_path / "runs" / "comparison.json").write_text(
+        json.dumps({"arms": [{"path": "arm/seed0", "weights_sha256": weights_sha256(sae), "training_log": log}]})
+    )
+    sae.W_enc.data *= 2
+    sae.save_model(tmp_path / "unknown")
+    sources = [str(tmp_path / name) for name in ("counted", "runs/arm/seed0", "unknown")]
+    document = evaluate(sources, with_evals("reconstruction"), tmp_path / "out")
+    dead = {entry["arm"]: entry["results"]["reconstruction"]["with_sinks"]["dead"] for entry in document["saes"]}
+    said = {arm: (found["in_training"], found["training_window_tokens"]) for arm, found in dead.items()}
+    assert said == {"counted": (16 / 64, 1000), "arm": (8 / 64, 500), "unknown": (None, None)}
+    data = report_data(document)
+    metrics = {arm.name: arm.metrics for arm in data.arms}
+    assert [metrics[arm]["dead in training"].value for arm in ("counted", "arm")] == [0.25, 0.125]
+    assert "dead in training" not in metrics["unknown"]
+    assert data.facts["dead in training"].startswith("unknown of unknown:")
 
 
 def test_what_is_measured_is_not_measured_again(run, monkeypatch):
@@ -266,7 +322,7 @@ def everything(run, tmp_path_factory):
 
 def test_every_diagnostic_runs_and_shows_on_the_page(everything, tmp_path):
     data = report_data(everything)
-    for section in ("differences", "quartiles", "zf", "probing", "precision", "matches", "features"):
+    for section in ("differences", "quartiles", "zf", "scaling", "probing", "precision", "matches", "features"):
         assert getattr(data, section), section
     for entry in everything["saes"]:
         left_out = {name for name, result in entry["results"].items() if "not_applicable" in result}
@@ -274,6 +330,30 @@ def test_every_diagnostic_runs_and_shows_on_the_page(everything, tmp_path):
         assert set(entry["seconds"]) == set(entry["results"])
     assert set(everything["texts"][0]["results"]) == {"tokens", "patching", "probing_baseline"}
     assert write_report(data, tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_each_eval_says_its_tokens_and_matches_are_of_alive_features(everything):
+    data = report_data(everything)
+    for entry in everything["saes"]:
+        ordinary = entry["results"]["reconstruction"]["without_sinks"]["by_norm"]["all_norms"]["overall"]["tokens"]
+        sample = f"1,024 ({ordinary:,} without sinks)"
+        counts = tokens_measured([entry])
+        assert {
+            name: counts.pop(name) for name in ("reconstruction", "norm_response", "dictionary", "afa")
+        } == dict.fromkeys(("reconstruction", "norm_response", "dictionary", "afa"), sample)
+        assert counts["loss"] == "512"  # one batch of 16 contexts; sinks are passed through
+        assert counts["causal"].startswith(f"{12 * 32} (")
+        assert counts["probing"] == f"{sum(entry['results']['probing']['texts'])} texts"
+        assert "loss 512" in data.facts["tokens, held out"]
+        found = measures(entry)
+        assert found["active-set overlap at half scale, about b_dec, sinks in"].value == pytest.approx(
+            entry["results"]["norm_response"]["with_sinks"]["response_about_b_dec"]["at_scales"][0]["overlap"]
+        )
+    assert {(line.arm, line.about) for line in data.scaling} == {(a, p) for a in ("one", "two") for p in ("b_dec", "0")}
+    for pairs, entry in zip(data.matches, everything["saes"][1:], strict=True):
+        counted = entry["results"]["matching"]["without_sinks"]["features"]
+        assert (pairs.alive, pairs.matched) == (counted["alive"], counted["matched"])
+        assert pairs.alive >= pairs.paired == len(pairs.pairs)  # all of them are listed, being few
 
 
 PART = {"k": 2, "gap": {"mean": 0.0625}, "matched_gap": {"mean": 0.03125}, "separability": 0.5}
@@ -328,6 +408,10 @@ def test_saebench_is_run_and_paired(run, tmp_path):
     document = evaluate(run[1], settings, tmp_path)
     found = measures(document["saes"][0])
     assert found["SAEBench core: sparsity.l0"].value == pytest.approx(3, abs=0.01)  # TopK keeps k = 3
+    core = document["saes"][0]["results"]["core"]
+    theirs = "SAEBench core: explained_variance as SAEBench has it (no share of a variance)"
+    assert found[theirs].value == core["metrics"]["reconstruction_quality.explained_variance"]
+    assert found["SAEBench core: FVE, ours on the same tokens"].value == core["variance_explained"]["fve"]
     assert "SAEBench core: sparsity.l0" in report_data(document).arms[0].metrics
 
 
@@ -383,9 +467,11 @@ def test_sinks_are_planted_where_the_sae_was_trained_with_them_or_on_request(run
 
 
 def test_command_writes_its_files(run, tmp_path, capsys):
-    flags = ["--tokens", "600", "--max-norm-multiple", "3", "--context-size", "32", "--evals", "reconstruction"]
+    flags = ["--tokens", "600", "--max-norm-multiple", "3", "--context-size", "32", "--evals", "reconstruction", "loss"]
     assert main(["evaluate", *run[1], *flags, "--quiet", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
+    assert "KL, nats" in " ".join(out.split())
+    assert "KL is from the model's own predictions" in " ".join(out.split())
     assert sum(line.split()[:1] == ["one"] and "sinks" in line for line in out.splitlines()) == 2
     assert " documents " in out
     assert "2 intervals leave out zero" in " ".join(out.split())

@@ -15,7 +15,7 @@ from helpers import CONTEXT, HOOK, VOCABULARY, make_sae
 from report_examples import EVIL, SECTIONS, everything, evil_report
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
-from saelens_cosine.evaluation.html_report import ReportData, features_for_report, render, write_report
+from saelens_cosine.evaluation.html_report import ReportData, features_for_report, norm_charts, render, write_report
 from saelens_cosine.evaluation.html_report import charts as chart_module
 from saelens_cosine.evaluation.html_report.data import (
     SCHEMA,
@@ -29,6 +29,7 @@ from saelens_cosine.evaluation.html_report.data import (
     NormQuartiles,
     PrecisionCurve,
     Probing,
+    ScaleResponse,
     ZFPoints,
 )
 from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, short
@@ -70,7 +71,7 @@ def browser_data(page: str):
 def test_data_survives_json_and_nan_becomes_null():
     data = replace(everything(), quartiles=(NormQuartiles("one", "out", (Estimate(math.nan, None, math.inf),)),))
     plain = json.loads(json.dumps(data.to_dict(), allow_nan=False))
-    assert plain["schema"] == SCHEMA == "saelens-cosine/report/1"
+    assert plain["schema"] == SCHEMA == "saelens-cosine/report/2"
     assert plain["quartiles"][0]["fve"] == [[None, None, None]]
     back = ReportData.from_dict(plain)
     assert math.isnan(back.quartiles[0].fve[0].value)
@@ -100,7 +101,7 @@ def test_arms_are_ordered_by_the_comparison_then_by_mention():
         "t",
         arms=(Arm("b"), Arm("a")),
         probing=(Probing("task", "c", "1", Estimate(0.5)),),
-        matches=(MatchedFeatures("a", "d", ()),),
+        matches=(MatchedFeatures("a", "d", (), 0, 0, 0),),
     )
     assert data.arm_names() == ("b", "a", "c", "d")
 
@@ -150,7 +151,7 @@ def test_histogram_counts_by_hand():
 
 def test_zf_bands_have_the_papers_slopes():
     # linear, since 4 / 1 < 20: from (0, 0) to (4.2, 4.2 slope)
-    page = chart_module.zf_plots(ReportData("t", zf=(ZFPoints("one", (1.0, 4.0), (1.0, 3.0)),)))[0]
+    page = norm_charts.zf_plots(ReportData("t", zf=(zf((1.0, 4.0), (1.0, 3.0)),)))[0]
     bands = re.findall(r'class="band" d="M[^L]*L([\d.-]+),([\d.-]+)L([\d.-]+),([\d.-]+)L', page)
     side = 420 - 58 - 14  # the plot is square
     slopes = [((side - float(b)) / side, (side - float(d)) / side) for _, b, _, d in bands]
@@ -159,12 +160,42 @@ def test_zf_bands_have_the_papers_slopes():
     for (under, over), (low, high) in zip(slopes, expected, strict=True):
         assert under == pytest.approx(low, abs=1e-3)
         assert over > 100 if high is None else over == pytest.approx(high, abs=1e-3)
-    assert "median ‖f‖/‖z‖ 1.000, 50% below the line" in page  # ratios 1 and 0.75
 
 
-def test_zf_axes_are_logarithmic_where_sinks_are_among_the_tokens():
-    drawn = chart_module.zf_plots(ReportData("t", zf=(ZFPoints("one", (10.0, 3000.0), (10.0, 2000.0)),)))[0]
-    assert re.findall(r">(\d+k?)</t", drawn) == ["10", "100", "1k"] * 2
+def zf(inputs, codes, sinks="in"):
+    """Points of 5,000 tokens, of which more is known than the points say."""
+    return ZFPoints("one", inputs, codes, sinks, 5000, 0.812, 0.934, 7)
+
+
+def test_zf_captions_are_of_all_tokens_and_axes_say_what_is_drawn():
+    drawn = norm_charts.zf_plots(ReportData("t", zf=(zf((1.0, 4.0), (1.0, 3.0)),)))[0]
+    note = "Median ‖f‖/‖x - b_dec‖ 0.812, 93.4% below the line, of 5,000 tokens, 7 of them without codes; 2 drawn."
+    assert note in drawn
+    assert "norm of the codes ‖f‖<" in drawn
+    assert "norm of the input less b_dec, ‖x - b_dec‖<" in drawn
+    assert "‖z‖" not in drawn
+
+
+def test_zf_axes_are_logarithmic_where_sinks_are_among_the_tokens_and_only_there():
+    points = zf((1.0, 2.0), (0.01, 1.0), "out"), zf((10.0, 12.0, 3000.0), (10.0, 9.0, 2000.0))
+    without, with_sinks = norm_charts.zf_plots(ReportData("t", zf=points))
+    assert re.findall(r">(\d+k?)</t", with_sinks) == ["10", "100", "1k"] * 2
+    assert re.findall(r">([\d.]+)</t", without) == ["0", "0.5", "1", "1.5", "2"] * 2  # sinks do not crush them
+    assert "one, high-norm tokens out" in without.replace("<wbr>", "")
+    assert "one, high-norm tokens in" in with_sinks
+
+
+def test_scale_responses_are_a_chart_for_each_point_that_stays():
+    lines = tuple(
+        ScaleResponse("one", about, (0.5, 2.0), (Estimate(value), Estimate(0.5)), 0.75)
+        for about, value in (("0", 0.21), ("b_dec", 0.86))
+    )
+    about_b_dec, about_0 = norm_charts.scale_responses(ReportData("t", scaling=lines))
+    for drawn, value in ((about_b_dec, "0.86"), (about_0, "0.21")):
+        assert re.findall("<td>(.*?)</td>", drawn) == ["0.750", value, "0.5"]
+        assert "‖b_dec‖ / median ‖x‖: one 0.75." in drawn
+    assert "what is scored keeps its direction" in about_b_dec
+    assert "what is scored turns" in about_0
 
 
 def test_learning_curves_show_what_follows_the_first_tenth():
@@ -189,16 +220,17 @@ def test_exponents_in_numbers():
 def test_scatters_are_thinned_at_even_steps_and_say_so(monkeypatch):
     monkeypatch.setattr(chart_module, "MAX_DOTS", 4)
     pairs = tuple(MatchedPair(i, i, i / 10, 0.5, math.nan) for i in range(10))
-    drawn = chart_module.matched(ReportData("t", matches=(MatchedFeatures("a", "b", pairs),)))[0]
+    drawn = chart_module.matched(ReportData("t", matches=(MatchedFeatures("a", "b", pairs, 30, 20, 3),)))[0]
     assert re.findall(r'data-t="a (\d+) and', drawn) == ["0", "2", "5", "7"]
-    assert "4 of 10 shown." in drawn
+    assert "20 have a counterpart, 4 of these are drawn." in drawn
     assert "unknown of its firings" in drawn
 
 
 def test_a_match_has_both_numbers_above_seven_tenths():
     pairs = (MatchedPair(0, 0, 0.7, 0.71, 0), MatchedPair(1, 0, 0.69, 0.9, 0), MatchedPair(2, 0, 0.9, 0.7, 0))
-    drawn = chart_module.matched(ReportData("t", matches=(MatchedFeatures("a", "b", pairs),)))[0]
-    assert "33.3% have both above 0.7" in drawn
+    drawn = chart_module.matched(ReportData("t", matches=(MatchedFeatures("a", "b", pairs, 8, 3, 1),)))[0]
+    # of those alive, not of those that have a counterpart
+    assert "1 of 8 alive features (12.5%) have both above 0.7. 3 have a counterpart, 3 of these are drawn." in drawn
     assert re.findall('fill="(#......)"', drawn) == ["#00346e"] * 3  # nothing in the top quartile: the ramp's low end
 
 
@@ -247,6 +279,14 @@ def test_comparison_and_differences_by_hand():
     assert comparison.count('<svg class="strip') == 1  # of the one value that has an interval
 
 
+def test_ce_recovered_is_not_shown_without_a_word_on_what_it_misses():
+    pages = [
+        render(ReportData("t", arms=(Arm("one", metrics={name: Estimate(0.98)}),)))
+        for name in ("CE recovered, sinks in", "FVE")
+    ]
+    assert ["KL is from the model&#x27;s own predictions" in page for page in pages] == [True, False]
+
+
 def test_differences_are_a_row_per_measure_and_a_column_per_arm():
     """Arms in the report's order, a dash where one was not measured, a table for each baseline."""
     found = tuple(
@@ -279,11 +319,14 @@ def test_what_is_not_finite_is_drawn_nowhere():
         ),
         differences=(Difference("one", "two", "FVE", bad),),
         quartiles=(NormQuartiles("one", "in", (bad, Estimate(math.nan))),),
-        zf=(ZFPoints("one", values, values), ZFPoints("two", (), ())),
+        zf=(ZFPoints("one", values, values, "in", 4, math.nan, math.nan), ZFPoints("two", (), (), "out", 0, 1.0, 0.0)),
+        scaling=(ScaleResponse("one", "0", (0.5, 2.0), (bad, Estimate(math.inf)), math.nan),),
         probing=(Probing("task", "one", "1", bad), Probing("task", "two", "1", Estimate(math.nan))),
         precision=(PrecisionCurve("one", (1, 10), (bad, Estimate(math.inf)), (0.0, math.inf), (math.nan, 1.0)),),
         matches=(
-            MatchedFeatures("one", "two", (MatchedPair(0, 0, *[math.nan] * 3), MatchedPair(1, 1, *[math.inf] * 3))),
+            MatchedFeatures(
+                "one", "two", (MatchedPair(0, 0, *[math.nan] * 3), MatchedPair(1, 1, *[math.inf] * 3)), 2, 2, 0
+            ),
         ),
         features=(
             Feature(

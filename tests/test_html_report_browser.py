@@ -69,7 +69,9 @@ def test_every_plot_is_drawn_and_the_page_fits(report, chromium, width, mobile, 
           return [chart.getAttribute("aria-label"), box.width, inside.length, text, style.stroke + style.fill];
         })"""
     )
-    assert len(plots) == 10  # curves, exponents, norms, zf, probing, precision twice, matches, density and exponent
+    assert (
+        len(plots) == 11
+    )  # curves, exponents, norms, zf, scaling, probing, precision twice, matches, density and exponent
     for name, plot_width, marks, _, colours in plots:
         assert plot_width > 300, name
         assert marks > 0, name

@@ -10,8 +10,10 @@ import torch
 from helpers import D_IN, make_activations, make_sae, save_inference
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 
-from saelens_cosine.evaluation.norm_response import code_exponents, norm_noise, norm_response, with_threshold_for
+from saelens_cosine.evaluation.norm_noise import norm_noise, with_threshold_for
+from saelens_cosine.evaluation.norm_response import code_exponents, norm_response, scores_about
 from saelens_cosine.evaluation.reconstruction import explained_variance
+from saelens_cosine.saes import CosineJumpReLUSAE, CosineJumpReLUSAEConfig
 
 X = make_activations(300, D_IN, seed=3, spread=0.5)
 
@@ -101,6 +103,73 @@ def test_the_decoder_bias_can_stay_in_place():
     assert all(at.identical_sets < 0.6 for at in about_zero.at_scales)
 
 
+def two_axes(exponent, threshold, **settings):
+    """Codes are the score along each of two axes, of what is left of b_dec = (0, 4)."""
+    sae = CosineJumpReLUSAE(CosineJumpReLUSAEConfig(d_in=2, d_sae=2, **settings))
+    sae.W_enc.data, sae.W_dec.data = torch.eye(2), torch.eye(2)
+    sae.norm_exponent.data.fill_(exponent)
+    sae.threshold.data.fill_(threshold)
+    sae.b_dec.data = torch.tensor([0.0, 4.0])
+    return sae
+
+
+# b_dec and (3, 1), (1, 3), (1, 1), (3, 3)
+PLANE = torch.tensor([[3.0, 5.0], [1.0, 7.0], [1.0, 5.0], [3.0, 7.0]])
+
+
+def overlap_at_half(sae, about):
+    return norm_response(sae, PLANE, (0.5,), about=about).at_scales[0].overlap
+
+
+def test_a_cosine_keeps_its_active_features_about_b_dec_and_not_about_zero():
+    # cosines with the axes .95 .32, .32 .95, .71 .71, .71 .71; above .5: {0}, {1}, both, both
+    cosine = two_axes(0.0, 0.5)
+    assert norm_response(cosine, PLANE, (0.5,)).l0 == 6 / 4
+    assert overlap_at_half(cosine, "b_dec") == 1
+    # x / 2 - b_dec is (1.5, -1.5), (.5, -.5), (.5, -1.5), (1.5, -.5), with cosines .71, .71, .32, .95 to the first axis, below 0
+    # to the other: {0}, {0}, none, {0} of {0}, {1}, both, both
+    assert overlap_at_half(cosine, "zero") == (1 + 0 + 0 + 1 / 2) / 4
+    # an inner product above .9, which all of 3 1, 1 3, 1 1, 3 3 are: of 1.5 .5, .5 1.5, .5 .5, 1.5 1.5 not
+    assert overlap_at_half(two_axes(1.0, 0.9), "b_dec") == (1 / 2 + 1 / 2 + 0 + 1) / 4
+
+
+def test_a_response_says_how_long_b_dec_is():
+    # norms of PLANE: 34, 50, 26, 58 under the root
+    median = (34**0.5 + 50**0.5) / 2
+    for about in ("zero", "b_dec"):
+        measured = norm_response(two_axes(0.0, 0.5), PLANE, about=about)
+        assert measured.bias_ratio == pytest.approx(4 / median)
+        assert (measured.about, measured.scores_about) == (about, "b_dec")
+    assert norm_noise(two_axes(0.0, 0.5), PLANE, about="b_dec").about == "b_dec"
+    assert norm_response(without_biases("cosine_topk"), X).bias_ratio == 0
+
+
+def test_an_sae_that_does_not_subtract_b_dec_keeps_its_active_features_about_zero():
+    # scores are of x: cosines with the axes .51 .86, .14 .99, .20 .98, .39 .92, above .5 {both}, {1}, {1}, {1}
+    uncentred = two_axes(0.0, 0.5, apply_b_dec_to_input=False)
+    assert scores_about(uncentred) == norm_response(uncentred, PLANE).scores_about == "zero"
+    assert overlap_at_half(uncentred, "zero") == 1
+    # b_dec + (x - b_dec) / 2 is (1.5, 4.5), (.5, 5.5), (.5, 4.5), (1.5, 5.5): the first axis is below .5 everywhere
+    assert overlap_at_half(uncentred, "b_dec") == (1 / 2 + 1 + 1 + 1) / 4
+    normalised = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=20, normalize_activations="layer_norm"))
+    assert scores_about(normalised) is None
+    assert math.isnan(norm_response(normalised, X, (2.0,)).bias_ratio)
+
+
+def test_noise_about_b_dec_is_that_of_the_formula():
+    # an inner-product TopK without b_enc reconstructs b_dec + u (x - b_dec) as b_dec + u (x_hat - b_dec)
+    sae = without_biases("inner_product_topk")
+    b = torch.full((D_IN,), 3.0)
+    sae.b_dec.data.copy_(b)
+    x = X + 3
+    u = 0.5 + 1.5 * torch.rand(300, 1, generator=torch.Generator().manual_seed(5))
+    x_hat = sae.decode(sae.encode(x)).detach()
+    measured = norm_noise(sae, x, seed=5, about="b_dec")
+    assert measured.noisy.fve == pytest.approx(explained_variance(b + u * X, b + u * (x_hat - b)), rel=1e-4)
+    assert measured.noisy.l0 == measured.clean.l0
+    assert norm_noise(sae, x, seed=5).noisy.fve != pytest.approx(measured.noisy.fve, rel=0.05)  # codes turn
+
+
 @pytest.mark.parametrize("mode, power", [("none", 1), ("layer_norm", 0), ("constant_norm_rescale", 0)])
 def test_saelens_own_classes(mode, power):
     torch.manual_seed(0)
@@ -130,6 +199,8 @@ def test_refusals():
             norm_response(make_sae("cosine_topk"), **{"activations": X, **wrong})
     with pytest.raises(ValueError, match=r"sae\.eval\(\)"):
         norm_response(make_sae("cosine_batchtopk").train(), X)
+    with pytest.raises(ValueError, match="about='mean'"):
+        norm_noise(make_sae("cosine_topk"), X, about="mean")
     for low, high in [(0.0, 1.0), (2.0, 1.0)]:
         with pytest.raises(ValueError, match="low"):
             norm_noise(make_sae("cosine_topk"), X, low, high)

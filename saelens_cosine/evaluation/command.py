@@ -19,12 +19,26 @@ from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows
 from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.not_finite import not_finite, shown_number
+from saelens_cosine.evaluation.loss_recovered import CE_NOTE
+from saelens_cosine.evaluation.norm_response import SCALING_NOTE
 from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.evaluation.saebench import Judge
 from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.evaluation.tokens_measured import tokens_measured
 
-COLUMNS = (("FVE", "{:.4f}"), ("L0", "{:.1f}"), ("never fired", "{:.1%}"), ("CE recovered", "{:.4f}"))
+COLUMNS = (
+    ("FVE", "{:.4f}"),
+    ("L0", "{:.1f}"),
+    ("never fired", "{:.1%}"),
+    ("CE recovered", "{:.4f}"),
+    ("KL, nats", "{:.4f}"),
+    ("active-set overlap at half scale, about b_dec", "{:.3f}"),
+    ("active-set overlap at half scale, about 0", "{:.3f}"),
+)
 """Of the printed table, where they were measured."""
+
+NOTES = {"CE recovered": CE_NOTE, "active-set overlap at half scale, about b_dec": SCALING_NOTE}
+"""What stands under the table where it has a column."""
 
 GROUPS = {
     "diagnostics": tuple(name for name in EVALS if name not in SAEBENCH_EVALS),
@@ -189,9 +203,14 @@ def _results(document: Mapping[str, Any]) -> Table:
         for name, form in COLUMNS
         if any(f"{name}, {sinks}" in figures for figures in arms.values() for sinks in TREATMENTS.values())
     ]
+    measured = tokens_measured(document["saes"])
+    tokens = f"\nTokens: {', '.join(f'{name} {count}' for name, count in measured.items())}" if measured else ""
     table = _table(
-        f"Held-out text, mean over seeds; {bound}{planted}", "arm", "seeds", "", *(name for name, _ in shown)
+        f"Held-out text, mean over seeds; {bound}{planted}{tokens}", "arm", "seeds", "", *(name for name, _ in shown)
     )
+    names = {name for name, _ in shown}
+    table.caption = "\n".join(note for name, note in NOTES.items() if name in names) or None
+    table.caption_justify = "left"
     counts = {arm: len(entries) for arm, entries in by_arm(document["saes"]).items()}
     for arm, figures in arms.items():
         for sinks in TREATMENTS.values():

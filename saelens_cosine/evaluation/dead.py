@@ -25,7 +25,7 @@ class DeadShares:
         rarely_fired (float): Fires on at most 0.1 % of these tokens; the complement of "alive" in experiments 53, 56b and 62.
         in_batch (float): Fires on none of a batch's tokens, mean over batches in the sample's order; the authors' early logs.
         batch_tokens (int): Tokens of such a batch.
-        in_training (float | None): Had not fired for `training_window_tokens` when training ended, where the training log, the SAE or its metadata says so. 0 by construction if training was shorter than the window.
+        in_training (float | None): Had not fired for `training_window_tokens` when training ended, where the training log, the SAE or its metadata says so; None: unknown. 0 by construction if training was shorter than the window.
         training_window_tokens (int | None): That window; the authors' is 10 million.
     """
 

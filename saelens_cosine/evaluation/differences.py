@@ -25,6 +25,7 @@ from saelens_cosine.evaluation.figures import (
     not_compared,
     without_treatment,
 )
+from saelens_cosine.evaluation.saebench.results import LABELS
 from saelens_cosine.evaluation.sources import pair_seeds
 
 TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
@@ -200,6 +201,7 @@ def measures(entry: Entry) -> dict[str, Measure]:
         take(_measures(results, treatment), f", {sinks}")
         take(further_measures(results, treatment), f", {sinks}")
     take(measures_of_weights(results))
+    take(_of_training(results))
     take(_saebench(results))
     return found
 
@@ -216,6 +218,8 @@ def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[tuple[str,
         yield "norm ratio", overall["norm_ratio"]
         yield "L0", overall["l0"]
         yield "never fired", overall["never_fired"]
+        yield "rarely fired", overall["rarely_fired"]
+        yield "dead in a batch", fit["dead"]["in_batch"]
     if loss := of("loss"):
         overall = loss["by_norm"]["all_norms"]["overall"]
         yield "CE recovered", overall["ce_loss_score"]
@@ -228,16 +232,25 @@ def _measures(results: Mapping[str, Any], treatment: str) -> Iterator[tuple[str,
                 yield name, Measure(float(accuracies.mean()), accuracies, ("tasks", "splits"), None, tuple(tasks_of))
     if matching := of("matching"):
         features = matching["features"]
-        yield "matched share", features["matched"] / max(1, features["alive"])
+        yield "matched share of alive features", features["matched"] / max(1, features["alive"])
     if dictionary := of("dictionary"):
         detectors = dictionary["norm_detectors"]
         yield "share of firings in the top norm quartile", detectors["median_shares"][3]
         yield "norm detectors", detectors["detectors"]
     if response := of("norm_response"):
-        yield "FVE lost to norm noise", response["noise"]["drop"]
-        yield "FVE lost to norm noise, threshold refitted", response["noise"]["drop_refitted"]
+        for about, suffix in (("about b_dec", "_about_b_dec"), ("about 0", "")):
+            if f"response{suffix}" in response:
+                scaled, noise = response[f"response{suffix}"]["at_scales"], response[f"noise{suffix}"]
+                yield (
+                    f"active-set overlap at half scale, {about}",
+                    next(at["overlap"] for at in scaled if at["scale"] == 0.5),
+                )
+                yield f"FVE lost to norm noise, {about}", noise["drop"]
+                yield f"FVE lost to norm noise, threshold refitted, {about}", noise["drop_refitted"]
+        yield "length of b_dec by the median norm", response["response"]["bias_ratio"]
     if afa := of("afa"):
-        yield "|f| / |z| - 1", afa["augment, to the input"]["signed_gap"]["median"]
+        yield "|f| / |x - b_dec| - 1", afa["center, to the input"]["signed_gap"]["median"]
+        yield "|f, b_dec| / |x| - 1", afa["augment, to the input"]["signed_gap"]["median"]
     if causal := of("causal"):
         for protocol, rate in causal["win_rate"].items():
             yield f"win rate {protocol}", rate["win_rate"]
@@ -258,7 +271,19 @@ def _saebench(results: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, result in results.items():
         for treatment, field in (("", "metrics"), (", sinks out", "metrics_without_high_norm")):
             for metric, value in ((result or {}).get(field) or {}).items():
-                yield f"SAEBench {name}: {metric}{treatment}", value
+                yield f"SAEBench {name}: {LABELS.get(metric, metric)}{treatment}", value
+        if ours := (result or {}).get("variance_explained"):
+            yield f"SAEBench {name}: FVE, ours on the same tokens", ours["fve"]
+            if ours["fve_without_high_norm"] is not None:
+                yield f"SAEBench {name}: FVE, ours on the same tokens, sinks out", ours["fve_without_high_norm"]
+
+
+def _of_training(results: Mapping[str, Any]) -> Iterator[Any]:
+    """The same whatever tokens are measured; of an SAE whose training nobody recorded, nothing."""
+    fits = results.get("reconstruction") or {}
+    dead = next((fits[treatment]["dead"] for treatment in TREATMENTS if treatment in fits), None)
+    if dead and dead["in_training"] is not None:
+        yield "dead in training", dead["in_training"]
 
 
 def figures_by_eval(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -32,8 +32,9 @@ from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
-from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
 from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.evaluation.norm_noise import norm_noise
+from saelens_cosine.evaluation.norm_response import norm_response, scores_about
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
@@ -42,6 +43,7 @@ from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
 from saelens_cosine.evaluation.tasks import bundled_concepts
 from saelens_cosine.evaluation.token_gram import firings
+from saelens_cosine.evaluation.training_log import training_log
 from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
 from saelens_cosine.models import TRANSFORMER_LENS, choose_model
 
@@ -115,8 +117,16 @@ def _probing_baseline(text: Text) -> Any:
     }
 
 
+def _training_metrics(subject: Subject) -> dict[str, float] | None:
+    log = training_log(subject.source, subject.sae)
+    return log[-1].get("metrics") if log else None
+
+
 def _reconstruction(subject: Subject) -> Any:
-    found = subject.by_treatment(lambda sample: diagnose_reconstruction(subject.sae, sample.activations))
+    metrics = _training_metrics(subject)
+    found = subject.by_treatment(
+        lambda sample: diagnose_reconstruction(subject.sae, sample.activations, training_metrics=metrics)
+    )
     sample, treatments = subject.text.sample, subject.settings.treatments
     return {**found, "fve_by_document": fve_by_document(reconstruct(subject.sae), sample, treatments)}
 
@@ -133,12 +143,19 @@ def _loss(subject: Subject) -> Any:
 
 
 def _norm_response(subject: Subject) -> Any:
-    return subject.by_treatment(
-        lambda sample: {
-            "response": norm_response(subject.sae, sample.activations),
-            "noise": norm_noise(subject.sae, sample.activations),
+    sae = subject.sae
+
+    def of(sample: TokenSample) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "response": norm_response(sae, sample.activations),
+            "noise": norm_noise(sae, sample.activations),
         }
-    )
+        if scores_about(sae) is not None:
+            found["response_about_b_dec"] = norm_response(sae, sample.activations, about="b_dec")
+            found["noise_about_b_dec"] = norm_noise(sae, sample.activations, about="b_dec")
+        return found
+
+    return subject.by_treatment(of)
 
 
 def _dictionary(subject: Subject) -> Any:
@@ -166,16 +183,20 @@ def _gradients(subject: Subject) -> Any:
 
 def _afa(subject: Subject) -> Any:
     def of(sample: TokenSample) -> dict[str, Any]:
-        return {
-            f"{bias}, to the {reference}": summarize_afa(
-                measure_afa(subject.sae, sample.activations, reference=reference, bias=bias)
-            )
+        tokens = {
+            f"{bias}, to the {reference}": measure_afa(subject.sae, sample.activations, reference=reference, bias=bias)
             for bias in ("augment", "center")
             for reference in ("input", "reconstruction")
         }
+        points = {
+            name: zf_points(tokens[f"{bias}, to the input"], subject.source.name, POINTS)
+            for name, bias in (("zf_points", "augment"), ("zf_points_centred", "center"))
+        }
+        return {**{kind: summarize_afa(found) for kind, found in tokens.items()}, **points}
 
-    points = zf_points(measure_afa(subject.sae, subject.text.sample.activations), subject.source.name, POINTS)
-    return {**subject.by_treatment(of), "zf_points": points}
+    found = subject.by_treatment(of)
+    papers = [of_treatment.pop("zf_points") for of_treatment in found.values()]
+    return {**found, "zf_points": papers[0]}
 
 
 def _probing(subject: Subject) -> Any:
@@ -188,7 +209,12 @@ def _probing(subject: Subject) -> Any:
             for units in ("canonical", "scale_free")
         }
 
-    return {"tasks": [task.name for task, _ in tasks], **{name: of(name) for name in subject.settings.treatments}}
+    texts = [len(task.labels) for task, _ in tasks]
+    return {
+        "tasks": [task.name for task, _ in tasks],
+        "texts": texts,
+        **{name: of(name) for name in subject.settings.treatments},
+    }
 
 
 def _score_swap(subject: Subject) -> Any:
@@ -249,7 +275,7 @@ def _matching(subject: Subject) -> Any:
         listed = {field: [column[i] for i in steps] for field, column in asdict(found.a.pairs).items()}
         return {
             **{field: value for field, value in asdict(found).items() if field not in ("a", "b")},
-            "features": _counts(found.a),
+            "features": {**_counts(found.a), "paired": len(found.a.pairs.features)},
             "baseline_features": _counts(found.b),
             "pairs": listed,
             "top_quartile_share": [float(in_top[feature]) for feature in listed["features"]],
@@ -364,7 +390,12 @@ EVALS: dict[str, Eval] = {
         _patching, "text", "direction against norm of activations in the model's predictions", ("causal_contexts",)
     ),
     "probing_baseline": Eval(_probing_baseline, "text", "probes on the activations", reads=_task_texts),
-    "reconstruction": Eval(_reconstruction, "sae", "FVE in three definitions, L0, four kinds of dead, by norm"),
+    "reconstruction": Eval(
+        _reconstruction,
+        "sae",
+        "FVE in three definitions, L0, four kinds of dead features, by norm",
+        reads=_training_metrics,
+    ),
     "loss": Eval(_loss, "sae", "cross-entropy and KL recovered, by norm", ("loss_tokens",)),
     "norm_response": Eval(_norm_response, "sae", "codes as the input is scaled; FVE under norm noise"),
     "dictionary": Eval(_dictionary, "sae", "norm detectors, co-firing, decoder geometry, exponents"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.not_finite import NotFiniteError
-from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions, weights_sha256, write_json
+from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions, write_json
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
+from saelens_cosine.evaluation.training_log import training_log
 from saelens_cosine.training.recorded import trained
 
 SCHEMA = "saelens-cosine-evaluation/2"
@@ -217,16 +218,8 @@ def _check_saebench(subject: Subject) -> None:
 
 
 def _training_log(source: Source, sae: SAE[Any]) -> dict[str, list[float]] | None:
-    """The course of its training, of an SAE that `saelens-cosine compare` has trained; not that of another one at its place."""
-    place = Path(source.place)
-    file = place.parent.parent / "comparison.json"
-    if source.sae_id is not None or not file.is_file():
+    """The course of its training, of an SAE that `saelens-cosine compare` has trained."""
+    log = training_log(source, sae)
+    if log is None:
         return None
-    try:
-        arms: list[Mapping[str, Any]] = json.loads(file.read_text())["arms"]
-        (arm,) = [arm for arm in arms if arm["path"] == f"{place.parent.name}/{place.name}"]
-        if arm["weights_sha256"] != weights_sha256(sae):
-            return None
-        return {name: [entry[name] for entry in arm["training_log"]] for name in ("training_tokens", "fve", "l0")}
-    except (ValueError, KeyError, TypeError):
-        return None
+    return {name: [entry[name] for entry in log] for name in ("training_tokens", "fve", "l0")}

@@ -26,15 +26,18 @@ from saelens_cosine.evaluation.html_report.data import (
     PrecisionCurve,
     Probing,
     ReportData,
+    ScaleResponse,
     ZFPoints,
 )
 from saelens_cosine.evaluation.not_finite import not_finite
+from saelens_cosine.evaluation.tokens_measured import tokens_measured
 from saelens_cosine.sharing.features import Context, TokenValue
 
 IN_TABLE = (
     "FVE",
     "L0",
     "never fired",
+    "rarely fired",
     "CE recovered",
     "KL, nats",
     "probing k=1, canonical",
@@ -63,6 +66,7 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         differences=tuple(_differences(document["differences"])),
         quartiles=tuple(part for name, entries in arms.items() for part in _quartiles(name, entries)),
         zf=tuple(points for name, entries in arms.items() for points in _zf(name, entries[0])),
+        scaling=tuple(line for name, entries in arms.items() for line in _scaling(name, entries, preferred)),
         probing=tuple(task for name, entries in arms.items() for task in _probing(name, entries, preferred)),
         precision=tuple(curve for name, entries in arms.items() for curve in _precision(name, entries, preferred)),
         matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries[0], arms, preferred)),
@@ -113,7 +117,8 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "model and hook": "; ".join(hooks),
         "text": "; ".join(dict.fromkeys(text["dataset"] for text in document["texts"])),
-        "tokens": f"{settings['tokens']:,} held out",
+        "tokens, held out": "; ".join(f"{name} {count}" for name, count in tokens_measured(document["saes"]).items())
+        or "none measured by an SAE",
         "seeds": " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " of each arm",
         "high-norm tokens (sinks)": f"above {settings['max_norm_multiple']:g} times the median norm; "
         + {"keep": "kept", "drop": "left out", "both": "shown with and without"}[settings["sinks"]]
@@ -124,9 +129,15 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
             facts["share of high-norm tokens"] = f"{found['high_norm_share']:.2%}"
             if found["high_norm_multiple"]:
                 facts["their norm"] = f"{found['high_norm_multiple']:.1f} times the median"
-    if "probing" in settings["evals"] or "causal" in settings["evals"]:
+    if {"probing", "causal", "norm_response", "matching"} & set(settings["evals"]):
         preferred = "out" if settings["sinks"] != "keep" else "in"
-        facts["probing, precision and matches"] = f"sinks {preferred}"
+        facts["probing, precision, scaled tokens and matches"] = f"sinks {preferred}"
+    if unknown := [
+        name for name, entries in arms.items() if "reconstruction" in settings["evals"] and not _trained(entries)
+    ]:
+        facts["dead in training"] = (
+            f"unknown of {', '.join(unknown)}: not in the metadata, and no comparison.json beside"
+        )
     made = {"made": document["date"], "by": document["command"] or "saelens_cosine.evaluation.evaluate, from Python"}
     return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}, **made}
 
@@ -135,7 +146,11 @@ def _arm(name: str, entries: Sequence[Entry]) -> Arm:
     figures = summary(entries)
     wanted = [f"{measure}, {sinks}" for measure in IN_TABLE for sinks in TREATMENTS.values()]
     metrics = {measure: Estimate(*figures[measure]) for measure in wanted if measure in figures}
-    metrics |= {measure: Estimate(*found) for measure, found in figures.items() if measure.startswith("SAEBench")}
+    metrics |= {
+        measure: Estimate(*found)
+        for measure, found in figures.items()
+        if measure == "dead in training" or measure.startswith("SAEBench")
+    }
     exponents = (entries[0]["results"].get("dictionary") or {}).get("exponent_values") or []
     logs = [entry["training"] for entry in entries if entry["training"]]
     curves = {
@@ -173,10 +188,41 @@ def _quartiles(name: str, entries: Sequence[Entry]) -> Iterator[NormQuartiles]:
             )
 
 
+def _trained(entries: Sequence[Entry]) -> bool:
+    return "dead in training" in summary(entries)
+
+
 def _zf(name: str, entry: Entry) -> Iterator[ZFPoints]:
-    points = (entry["results"].get("afa") or {}).get("zf_points")
-    if points:
-        yield ZFPoints(name, tuple(points["afa"]), tuple(points["feature_norm"]))
+    for treatment, sinks in SINKS.items():
+        if found := (entry["results"].get("afa") or {}).get(treatment):
+            points, centred = found["zf_points_centred"], found["center, to the input"]
+            yield ZFPoints(
+                name,
+                tuple(points["afa"]),
+                tuple(points["feature_norm"]),
+                sinks,
+                centred["tokens"],
+                1 + _mean([centred["signed_gap"]["median"]]).value,
+                centred["share_below"],
+                centred["without_features"],
+            )
+
+
+def _scaling(name: str, entries: Sequence[Entry], treatment: str) -> Iterator[ScaleResponse]:
+    found = [result[treatment] for e in entries if treatment in (result := e["results"].get("norm_response") or {})]
+    kinds: dict[str, Literal["b_dec", "0"]] = {"response_about_b_dec": "b_dec", "response": "0"}
+    for kind, about in kinds.items():
+        if by_seed := [result[kind] for result in found if kind in result]:
+            yield ScaleResponse(
+                name,
+                about,
+                tuple(at["scale"] for at in by_seed[0]["at_scales"]),
+                tuple(
+                    _mean([at["overlap"] for at in seeds])
+                    for seeds in zip(*(r["at_scales"] for r in by_seed), strict=True)
+                ),
+                _mean([response["bias_ratio"] for response in by_seed]).value,
+            )
 
 
 def _probing(name: str, entries: Sequence[Entry], treatment: str) -> Iterator[Probing]:
@@ -209,7 +255,8 @@ def _matches(name: str, entry: Entry, arms: Mapping[str, Sequence[Entry]], treat
         pairs = found["pairs"]
         columns = (pairs["features"], pairs["partners"], pairs["correlations"], pairs["decoder_cosines"])
         rows = zip(*columns, found["top_quartile_share"], strict=True)
-        yield MatchedFeatures(name, next(iter(arms)), tuple(MatchedPair(*row) for row in rows))
+        counts = (found["features"][count] for count in ("alive", "paired", "matched"))
+        yield MatchedFeatures(name, next(iter(arms)), tuple(MatchedPair(*row) for row in rows), *counts)
 
 
 def _features(name: str, entry: Entry) -> Iterator[Feature]:

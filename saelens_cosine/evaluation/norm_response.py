@@ -1,34 +1,45 @@
-"""What the length of an input does to an SAE: to its codes when a token is scaled, and to its reconstructions when all are.
+"""What the length of an input does to an SAE's codes.
 
-Source: arXiv 2606.15054; released code for the response to a scale, experiment 31 for noise on the norms. There SAEs are trained
-with noise and measured without; here one trained SAE is measured with and without, each at the same L0 too.
+A token x is scaled about a point that stays where it is. About b_dec, `b_dec + s (x - b_dec)`, the length alone of what an SAE
+scores changes: this says whether its score depends on norms, and one of exponent 0 keeps its active features exactly. About
+zero, `s x`, as in the released code, b_dec does not go along, and what is scored turns: by how much is a matter of
+`||b_dec|| / ||x||`, whatever the score. With a b_dec of three quarters of the median norm, sets of active features overlapped at
+half the scale by 0.21 (cosine) and 0.30 (inner product) about zero, by 0.86 and 0.27 about b_dec: from the first alone one would
+conclude the opposite. An SAE that does not subtract b_dec (`apply_b_dec_to_input=False`) scores x itself: about zero is its own,
+and about b_dec, the decoder's bias, turns what it scores. `scores_about` says which.
+
+Source: arXiv 2606.15054, released code.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import SAE
 
 from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.not_finite import finite_rows
-from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
-from saelens_cosine.rescore import Threshold, fit_threshold
 
 SCALES = (0.5, 2.0, 5.0)
 """The authors' factors."""
 
+SCALING_NOTE = (
+    "About b_dec the length alone of what an SAE scores changes: overlap there says how little its score depends on norms. About 0 "
+    "b_dec stays as it is and what is scored turns: overlap there says how long b_dec is beside x. (The other way round for an SAE "
+    "that does not subtract b_dec.)"
+)
+"""For a reader of tables and charts that have both."""
+
 PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 """SAELens' `normalize_activations` that take a token's norm out."""
 
-NOISE = (0.5, 2.0)
-"""The authors' range of random factors, uniform."""
+About = Literal["zero", "b_dec"]
+"""What stays in place: "zero" for `s * x`, "b_dec" for `b_dec + s * (x - b_dec)`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class ResponseAtScale:
         scale (float): s.
         code_ratio (float): Mean active code at `s * x` by mean active code at `x`, the authors' measure. Features near their threshold come and go with s, which moves it. NaN if there are none at `x` or `s * x`.
         joint_code_ratio (float): The same over codes that are active at both, as sums; NaN if there are none.
-        expected_ratio (float): What `joint_code_ratio` is by the exponents a_i alone: `s^a_i` averaged with the weight of feature i's codes at `x`. Exact where b_enc is 0, and b_dec is too or is scaled about. s for standard SAEs, 1 where the input is normalised token by token.
+        expected_ratio (float): What `joint_code_ratio` is by the exponents a_i alone: `s^a_i` averaged with the weight of feature i's codes at `x`. Exact where b_enc is 0 and scaling is about what the SAE scores about. s for standard SAEs, 1 where the input is normalised token by token.
         identical_sets (float): Share of the tokens whose active features are the same at both.
         overlap (float): Active features at both by active features at either, mean over tokens; 1 where there are none at either.
         cosine (float): Mean cosine of a token's codes at both, over tokens with codes at either; 0 for those that lose all or had none. NaN if no token has codes.
@@ -66,6 +77,8 @@ class NormResponse:
         tokens (int): Tokens measured.
         not_finite (int): Of these, with codes that are NaN or infinite at some scale. With any, that scale's figures are NaN.
         about (str): What stays in place: "zero", for `s * x`, or "b_dec", for `b_dec + s * (x - b_dec)`.
+        scores_about (str | None): About which of these the length alone of what this SAE scores changes, see `scores_about`. About the other one its direction does too.
+        bias_ratio (float): `||b_dec|| / median ||x||`, which decides how far it turns; NaN where the SAE normalises token by token.
         l0 (float): Active features per token at `x`.
         mean_code (float): Mean size of an active code at `x`, in the SAE's units; NaN if there are none.
         at_scales (tuple[ResponseAtScale, ...]): One for each scale.
@@ -73,7 +86,9 @@ class NormResponse:
 
     tokens: int
     not_finite: int
-    about: str
+    about: About
+    scores_about: About | None
+    bias_ratio: float
     l0: float
     mean_code: float
     at_scales: tuple[ResponseAtScale, ...]
@@ -84,7 +99,7 @@ def norm_response(
     sae: SAE[Any],
     activations: torch.Tensor,
     scales: Sequence[float] = SCALES,
-    about: Literal["zero", "b_dec"] = "zero",
+    about: About = "zero",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> NormResponse:
     """Compare codes of scaled activations with those of the activations as they are.
@@ -93,26 +108,19 @@ def norm_response(
         sae: any SAELens SAE; an inference form, or a training form in eval mode.
         activations: `[tokens, d_in]`, as the SAE takes them.
         scales: factors, positive.
-        about: "zero" scales activations, as the authors do; an SAE with a long b_dec then sees another direction too. "b_dec"
-            scales what the SAE scores, the activations minus b_dec.
+        about: what stays in place. "zero" is the authors' and turns what a centred SAE scores; "b_dec" changes its length alone.
         on_progress: called with what is being done, tokens done, and tokens in all.
 
     Raises:
         ValueError: no activations, a scale that is not positive, `about="b_dec"` with an SAE whose b_dec is in other units than
             the activations, or an SAE that does not take single tokens.
     """
-    if about not in ("zero", "b_dec"):
-        raise ValueError(f"about={about!r} is neither 'zero' nor 'b_dec'.")
-    if about == "b_dec" and sae.cfg.normalize_activations in PER_TOKEN:
-        raise ValueError(
-            f"about='b_dec' does not go with normalize_activations={sae.cfg.normalize_activations!r}, where b_dec is subtracted "
-            "from normalised activations. Use about='zero'."
-        )
     if len(activations) == 0 or not all(0 < s < math.inf for s in scales):
         raise ValueError(
             f"{len(activations)} tokens and scales={tuple(scales)}: tokens and positive scales are needed."
         )
-    centre = sae.b_dec.detach() if about == "b_dec" else torch.zeros_like(sae.b_dec)
+    centre = centre_of(sae, about)
+    norms = activations.float().norm(dim=-1).double()
     at_scales = [_ScaledCodes(scale, sae) for scale in scales]
     base = _ScaledCodes(1.0, sae)
     done = 0
@@ -132,10 +140,43 @@ def norm_response(
         tokens=len(activations),
         not_finite=max(scaled.not_finite for scaled in (base, *at_scales)),
         about=about,
+        scores_about=scores_about(sae),
+        bias_ratio=math.nan
+        if scores_about(sae) is None
+        else _ratio(sae.b_dec.detach().double().norm().item(), norms.quantile(0.5).item()),
         l0=base.defined(base.active / len(activations)),
         mean_code=base.mean_code,
         at_scales=tuple(scaled.response(base.mean_code) for scaled in at_scales),
     )
+
+
+def scores_about(sae: SAE[Any]) -> About | None:
+    """What must stay in place for the length alone of what an SAE scores to change.
+
+    "b_dec", which is subtracted first; "zero" with `apply_b_dec_to_input=False`; None where the input is normalised token by token
+    and its length is not seen at all.
+    """
+    if sae.cfg.normalize_activations in PER_TOKEN:
+        return None
+    return "b_dec" if sae.cfg.apply_b_dec_to_input else "zero"
+
+
+def centre_of(sae: SAE[Any], about: About) -> torch.Tensor:
+    """`[d_in]`, what stays in place.
+
+    Raises:
+        ValueError: an `about` of another name, or "b_dec" with an SAE whose b_dec is in other units than its activations.
+    """
+    if about == "zero":
+        return torch.zeros_like(sae.b_dec)
+    if about != "b_dec":
+        raise ValueError(f"about={about!r} is neither 'zero' nor 'b_dec'.")
+    if sae.cfg.normalize_activations in PER_TOKEN:
+        raise ValueError(
+            f"about='b_dec' does not go with normalize_activations={sae.cfg.normalize_activations!r}, where b_dec is subtracted "
+            "from normalised activations. Use about='zero'."
+        )
+    return sae.b_dec.detach()
 
 
 def code_exponents(sae: SAE[Any]) -> torch.Tensor:
@@ -205,122 +246,3 @@ class _ScaledCodes:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
-
-
-@dataclass(frozen=True)
-class NoiseFit:
-    """
-    Reconstruction of clean or noisy activations with one threshold.
-
-    Args:
-        fve (float): Fraction of variance explained, the authors' `fve`.
-        l0 (float): Active features per token.
-        not_finite (int): Tokens with a reconstruction or codes that are not finite; then both are NaN.
-    """
-
-    fve: float
-    l0: float
-    not_finite: int = 0
-
-
-@dataclass(frozen=True)
-class NormNoise:
-    """
-    Reconstruction when every token's length is multiplied by a random factor.
-
-    Args:
-        tokens (int): Tokens measured.
-        low (float): Smallest factor.
-        high (float): Largest factor; they are uniform between these.
-        seed (int): Of the factors.
-        clean (NoiseFit): Activations as they are, the SAE as it is.
-        noisy (NoiseFit): Activations times their factors, the SAE as it is: its L0 changes too.
-        clean_refitted (NoiseFit | None): As `clean`, with one threshold for all features that gives `clean.l0`. It differs from `clean` only where features had thresholds of their own. None for an SAE without thresholds.
-        noisy_refitted (NoiseFit | None): As `noisy`, with one threshold that gives `clean.l0` there.
-        drop (float): `clean.fve - noisy.fve`, in absolute FVE as in experiment 31.
-        drop_refitted (float | None): The same at equal L0, from the refitted ones.
-    """
-
-    tokens: int
-    low: float
-    high: float
-    seed: int
-    clean: NoiseFit
-    noisy: NoiseFit
-    clean_refitted: NoiseFit | None
-    noisy_refitted: NoiseFit | None
-    drop: float
-    drop_refitted: float | None
-
-
-@torch.no_grad()
-def norm_noise(
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    low: float = NOISE[0],
-    high: float = NOISE[1],
-    seed: int = 0,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> NormNoise:
-    """Reconstruct activations whose lengths are multiplied by random factors, with the threshold as it is and fitted again.
-
-    A threshold is one number, fitted on the tokens that it is measured on.
-
-    Args:
-        sae: any SAELens SAE; an inference form, or a training form in eval mode, which has no threshold to fit. Left alone.
-        activations: `[tokens, d_in]`.
-        low: smallest factor.
-        high: largest.
-        seed: of the factors.
-        on_progress: called with what is being done, measurements done, and measurements in all.
-
-    Raises:
-        ValueError: no activations, factors that are not positive or in the wrong order, or an SAE of another kind.
-    """
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"low={low}, high={high}: 0 < low <= high is needed.")
-    factors = torch.rand(len(activations), 1, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
-    kinds = {"clean": activations, "noisy": activations * factors.to(activations)}
-    refits = hasattr(sae, "threshold") and not isinstance(sae, TrainingSAE)
-    total = 4 if refits else 2
-    measured: list[NoiseFit] = []
-    for name, x in kinds.items():
-        _report(on_progress, f"Reconstructing {name} activations", len(measured), total)
-        measured.append(_fit(sae, x))
-    clean, noisy = measured
-    refitted: list[NoiseFit] = []
-    fits = 0 < clean.l0 < sae.cfg.d_sae and not clean.not_finite and not noisy.not_finite
-    for name, x in kinds.items() if refits and fits else ():
-        _report(on_progress, f"Fitting the threshold to {name} activations", 2 + len(refitted), total)
-        refitted.append(_fit(with_threshold_for(sae, x, clean.l0)[0], x))
-    _report(on_progress, "Reconstructing noisy activations", total, total)
-    return NormNoise(
-        tokens=len(activations),
-        low=low,
-        high=high,
-        seed=seed,
-        clean=clean,
-        noisy=noisy,
-        clean_refitted=refitted[0] if refitted else None,
-        noisy_refitted=refitted[1] if refitted else None,
-        drop=clean.fve - noisy.fve,
-        drop_refitted=refitted[0].fve - refitted[1].fve if refitted else None,
-    )
-
-
-def with_threshold_for(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> tuple[SAE[Any], Threshold]:
-    """The SAE with one threshold that gives an L0 on these activations. It shares every tensor but the threshold with `sae`."""
-    shared: dict[int, Any] = {id(p): p for name, p in sae.named_parameters() if name != "threshold"}
-    refitted = copy.deepcopy(sae, shared)
-    with on_flat_tokens(refitted):
-        return refitted, fit_threshold(refitted, activations, target_l0)
-
-
-def _fit(sae: SAE[Any], activations: torch.Tensor) -> NoiseFit:
-    measured = evaluate_reconstruction(sae, activations)
-    return NoiseFit(measured.fve, measured.l0, measured.not_finite)
-
-
-def _report(on_progress: Callable[[str, int, int], None] | None, what: str, done: int, total: int) -> None:
-    if on_progress is not None:
-        on_progress(what, done, total)

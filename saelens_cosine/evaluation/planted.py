@@ -6,6 +6,9 @@ model one position of each context becomes one.
 
 Sinks are 30 to 300 times as long as the median, halfway between a direction that all sinks share and the token's own, or its
 context's: one that is the same in every context would cancel in whatever compares contexts.
+
+A planted sink helps a language model to predict nothing, so an SAE that destroys it loses hardly any cross-entropy: CE recovered
+has been 0.98 at an FVE of 0.01. The KL divergence is from the predictions of the model with its sinks.
 """
 
 from __future__ import annotations

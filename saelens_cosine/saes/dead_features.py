@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -53,6 +54,13 @@ class DeadFeatureRevival(ScoredTrainingSAE):
             "dead_features_in_token_window": self.dead_features.sum(),
             "dead_feature_window_tokens": torch.tensor(self.cfg.dead_feature_window_tokens),
         }
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """SAELens' method; the metadata say how many features were dead, and over how many tokens."""
+        self.cfg.metadata.dead_features_in_token_window = int(self.dead_features.sum())
+        self.cfg.metadata.dead_feature_window_tokens = self.cfg.dead_feature_window_tokens
+        return super().save_inference_model(path)
 
     @override
     def calculate_aux_loss(

@@ -14,9 +14,6 @@ from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, breakab
 MAX_DOTS = 1000
 """Points of one scatter that are drawn, at even steps through all of them."""
 
-BANDS = (1.0, 0.5, 0.25)
-"""Values of epsilon (h - 1) whose bands the ZF plot shows (Lee et al., arXiv 2503.24277, section 4)."""
-
 # From blue over grey to yellow, the order visible in grey and to colour-blind eyes (ends and middle of cividis).
 _RAMP = ((0, 52, 110), (124, 123, 120), (240, 205, 60))
 
@@ -132,82 +129,17 @@ def _steps(chart: Chart, edges: Sequence[float], heights: Sequence[float], arm: 
     chart.line([(edges[0], 0), *corners, (edges[-1], 0)], arm)
 
 
-def norm_quartiles(data: ReportData) -> list[str]:
-    """FVE by quartile, with sinks and without, on one scale."""
-    order, drawn = data.arm_names(), list[str]()
-    scale = axis("FVE", ends(e for item in data.quartiles for e in item.fve))
-    for sinks, title in (("in", "High-norm tokens in"), ("out", "High-norm tokens out")):
-        found = [item for item in data.quartiles if item.sinks == sinks]
-        if not found:
-            continue
-        bins, edges = len(found[0].fve), found[0].edges
-        ticks = [(q, f"Q{q + 1}" + (f"\n≤ {short(edges[q + 1])}" if edges else "")) for q in range(bins)]
-        x = Axis(
-            "quartile of the norm" if not edges else f"norm, from {short(edges[0])}",
-            -0.5,
-            bins - 0.5,
-            ticks=tuple(ticks),
-        )
-        chart = Chart(f"FVE by quartile of the norm, {title.lower()}", x, scale)
-        for i, item in enumerate(found):
-            number, shift = order.index(item.arm), (i - (len(found) - 1) / 2) * min(0.12, 0.7 / len(found))
-            chart.line([(q + shift, e.value) for q, e in enumerate(item.fve)], number, faint=True)
-            for q, e in enumerate(item.fve):
-                _estimate(chart, q + shift, e, number, f"{item.arm}, Q{q + 1}: {interval(e)}")
-        headings = ["arm", *(f"Q{q + 1}" for q in range(bins))]
-        rows = [(item.arm, *map(interval, item.fve)) for item in found]
-        counts = found[0].tokens
-        note = f"{sum(counts):,} tokens." if counts else ""
-        drawn.append(figure(title, note, chart.svg(), table(headings, rows, f"FVE by quartile, {title.lower()}")))
-    return drawn
-
-
-def _estimate(chart: Chart, x: float, estimate: Estimate, arm: int, tip: str) -> None:
+def estimate_mark(chart: Chart, x: float, estimate: Estimate, arm: int, tip: str) -> None:
     """A mark with its interval upright."""
     if estimate.bounds:
         chart.whisker((x, x), estimate.bounds, arm)
     chart.mark(x, estimate.value, arm, tip)
 
 
-def zf_plots(data: ReportData) -> list[str]:
-    """Norm of the codes against that of the input, an arm to a chart, on one scale."""
-    order, drawn = data.arm_names(), list[str]()
-    inputs = [v for item in data.zf for v in item.input_norms if v > 0 and math.isfinite(v)]
-    everything = inputs + [v for item in data.zf for v in item.code_norms if v > 0 and math.isfinite(v)]
-    if not everything:
-        return []
-    log = max(everything) > 20 * min(everything)  # with sinks among the tokens
-    both = axis("", everything, log=log) if log else Axis("", 0, max(everything) * 1.05)
-    for item in data.zf:
-        chart = Chart(
-            f"ZF plot of {item.arm}",
-            Axis("norm of the input ‖z‖", both.low, both.high, log),
-            Axis("norm of the codes ‖f‖", both.low, both.high, log),
-            height=408,
-        )
-        low, high = both.low, both.high
-        for e in BANDS:  # between ‖z‖ / sqrt(1 + e) and ‖z‖ / sqrt(1 - e)
-            under, over = 1 / math.sqrt(1 + e), 1 / math.sqrt(1 - e) if e < 1 else 1e3
-            chart.region([(low, low * under), (high, high * under), (high, high * over), (low, low * over)])
-        chart.guide([(low, low), (high, high)])
-        points = list(zip(item.input_norms, item.code_norms, strict=True))
-        for z, f in _thinned(points):
-            chart.dot(z, f, f"{item.arm}: ‖z‖ {short(z)}, ‖f‖ {short(f)}", arm=order.index(item.arm))
-        ratios = sorted(f / z for z, f in points if z > 0 and math.isfinite(f / z))
-        median = f"median ‖f‖/‖z‖ {ratios[len(ratios) // 2]:.3f}, " if ratios else ""
-        below = f"{sum(r < 1 for r in ratios) / max(1, len(ratios)):.0%} below the line"
-        drawn.append(figure(item.arm, f"{median}{below}. {_shown(points)}", chart.svg()))
-    return drawn
-
-
-def _thinned(items: Sequence[Item]) -> list[Item]:
+def thinned(items: Sequence[Item]) -> list[Item]:
     """At most `MAX_DOTS` of them, at even steps."""
     step = max(1.0, len(items) / MAX_DOTS)
     return [items[int(i * step)] for i in range(min(len(items), MAX_DOTS))]
-
-
-def _shown(items: Sequence[object]) -> str:
-    return f"{MAX_DOTS:,} of {len(items):,} shown." if len(items) > MAX_DOTS else f"{len(items):,} shown."
 
 
 def probing(data: ReportData) -> list[str]:
@@ -257,7 +189,7 @@ def precision(data: ReportData) -> list[str]:
         number = order.index(item.arm)
         chart.line([(n, e.value) for n, e in zip(item.n_features, item.precision, strict=True)], number)
         for n, e in zip(item.n_features, item.precision, strict=True):
-            _estimate(chart, n, e, number, f"{item.arm}, {n} features: {interval(e)}")
+            estimate_mark(chart, n, e, number, f"{item.arm}, {n} features: {interval(e)}")
     counts = sorted({n for item in found for n in item.n_features})
     cells = {(item.arm, n): interval(e) for item in found for n, e in zip(item.n_features, item.precision, strict=True)}
     rows = [(item.arm, *(cells.get((item.arm, n), "-") for n in counts)) for item in found]
@@ -298,7 +230,8 @@ def _matched(item: MatchedFeatures, arm: int, browsable: set[tuple[str, int]]) -
         Axis("cosine of the decoder rows", *_unit(pair.decoder_cosine for pair in item.pairs)),
         height=408,
     )
-    for pair in _thinned(item.pairs):
+    dots = thinned(item.pairs)
+    for pair in dots:
         share = f"{pair.top_quartile_share:.0%}" if math.isfinite(pair.top_quartile_share) else "unknown"
         tip = (
             f"{item.arm} {pair.feature} and {item.other} {pair.other}: correlation {short(pair.correlation)}, "
@@ -306,12 +239,14 @@ def _matched(item: MatchedFeatures, arm: int, browsable: set[tuple[str, int]]) -
         )
         link = f"{arm}/{pair.feature}" if (item.arm, pair.feature) in browsable else ""
         chart.dot(pair.correlation, pair.decoder_cosine, tip, fill=_ramp(pair.top_quartile_share), link=link)
-    strong = sum(pair.correlation >= 0.7 and pair.decoder_cosine > 0.7 for pair in item.pairs) / len(item.pairs)
     stops = "".join(f'<i style="background:{_ramp(i / 9)}"></i>' for i in range(10))
     key = (
         f'<p class="ramp">firings in the top quartile of the norm: <b><span>0 %</span>{stops}<span>100 %</span></b></p>'
     )
-    note = f"{strong:.1%} have both above 0.7. {_shown(item.pairs)}"
+    note = (
+        f"{item.matched:,} of {item.alive:,} alive features ({item.matched / max(1, item.alive):.1%}) have both above 0.7. "
+        f"{item.paired:,} have a counterpart, {len(dots):,} of these are drawn."
+    )
     return figure(f"{item.arm} → {item.other}", note, chart.svg() + key)
 
 
@@ -360,7 +295,7 @@ def densities(data: ReportData) -> list[str]:
             axis(label, [feature.density for feature in learned], log=True),
             axis("norm exponent a", [feature.exponent for feature in learned]),
         )
-        for feature in _thinned(learned):
+        for feature in thinned(learned):
             number = order.index(feature.arm)
             tip = f"{feature.arm} {feature.index}: density {short(feature.density)}, a {feature.exponent:.3f}"
             chart.dot(feature.density, feature.exponent or 0.0, tip, arm=number, link=f"{number}/{feature.index}")

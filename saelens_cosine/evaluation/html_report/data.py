@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import cache
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
+from saelens_cosine.evaluation.html_report.plain_values import from_plain, to_plain
 from saelens_cosine.sharing.features import Context, TokenValue
 
-SCHEMA = "saelens-cosine/report/1"
+SCHEMA = "saelens-cosine/report/2"
 """Name and version of the layout of `ReportData.to_dict`; the number grows when a field changes its meaning or goes."""
 
 
@@ -110,17 +109,47 @@ class NormQuartiles:
 @dataclass(frozen=True)
 class ZFPoints:
     """
-    The ZF plot's points, one for each token (Lee et al., arXiv 2503.24277).
+    The ZF plot's points (Lee et al., arXiv 2503.24277), a sample of the tokens, and what is true of all tokens measured.
 
     Args:
         arm (str): Whose.
-        input_norms (tuple[float, ...]): `||z||`.
-        code_norms (tuple[float, ...]): `||f||`, the codes times their decoder rows' norms.
+        input_norms (tuple[float, ...]): `||x - b_dec||`.
+        code_norms (tuple[float, ...]): `||f||`, the codes times their decoder rows' norms. `b_dec` is no part of it.
+        sinks (Literal["in", "out"]): Whether high-norm tokens (attention sinks) were among the tokens.
+        tokens (int): Tokens measured.
+        median_ratio (float): Median of `||f|| / ||x - b_dec||` over all of them.
+        share_below (float): Share of them with `||f||` below `||x - b_dec||`.
+        without_codes (int): How many have no codes.
     """
 
     arm: str
     input_norms: tuple[float, ...]
     code_norms: tuple[float, ...]
+    sinks: Literal["in", "out"]
+    tokens: int
+    median_ratio: float
+    share_below: float
+    without_codes: int = 0
+
+
+@dataclass(frozen=True)
+class ScaleResponse:
+    """
+    Active features of scaled tokens beside those of the tokens as they are.
+
+    Args:
+        arm (str): Whose.
+        about (Literal["b_dec", "0"]): What stays in place.
+        scales (tuple[float, ...]): Factors, ascending.
+        overlap (tuple[Estimate, ...]): Features active at both by features active at either, at each factor.
+        bias_ratio (float): `||b_dec||` by the median norm of the tokens.
+    """
+
+    arm: str
+    about: Literal["b_dec", "0"]
+    scales: tuple[float, ...]
+    overlap: tuple[Estimate, ...]
+    bias_ratio: float
 
 
 @dataclass(frozen=True)
@@ -179,12 +208,18 @@ class MatchedFeatures:
     Args:
         arm (str): Whose features.
         other (str): Where their counterparts were looked for.
-        pairs (tuple[MatchedPair, ...]): All that were compared, weak ones too.
+        pairs (tuple[MatchedPair, ...]): Some or all that have a counterpart, weak ones too.
+        alive (int): Features that fire at all.
+        paired (int): Of these, features with a counterpart: one that they fire together with often enough.
+        matched (int): Of these, features whose codes correlate with its by 0.7 at least, with a decoder cosine above 0.7.
     """
 
     arm: str
     other: str
     pairs: tuple[MatchedPair, ...]
+    alive: int
+    paired: int
+    matched: int
 
 
 @dataclass(frozen=True)
@@ -248,6 +283,7 @@ class ReportData:
         differences (tuple[Difference, ...]): Paired differences.
         quartiles (tuple[NormQuartiles, ...]): FVE by norm, with and without sinks.
         zf (tuple[ZFPoints, ...]): ZF plot.
+        scaling (tuple[ScaleResponse, ...]): Active features of scaled tokens.
         probing (tuple[Probing, ...]): By task, arm and k.
         precision (tuple[PrecisionCurve, ...]): Ablation.
         matches (tuple[MatchedFeatures, ...]): Scatter of matched features.
@@ -264,6 +300,7 @@ class ReportData:
     differences: tuple[Difference, ...] = ()
     quartiles: tuple[NormQuartiles, ...] = ()
     zf: tuple[ZFPoints, ...] = ()
+    scaling: tuple[ScaleResponse, ...] = ()
     probing: tuple[Probing, ...] = ()
     precision: tuple[PrecisionCurve, ...] = ()
     matches: tuple[MatchedFeatures, ...] = ()
@@ -278,6 +315,7 @@ class ReportData:
             self.differences,
             self.quartiles,
             self.zf,
+            self.scaling,
             self.probing,
             self.precision,
             self.matches,
@@ -289,7 +327,7 @@ class ReportData:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `json.dumps(..., allow_nan=False)`."""
-        return {"schema": SCHEMA, **_plain(asdict(self))}
+        return {"schema": SCHEMA, **to_plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> ReportData:
@@ -300,51 +338,4 @@ class ReportData:
         """
         if plain.get("schema") != SCHEMA:
             raise ValueError(f"This is {plain.get('schema')!r}, and {SCHEMA!r} is what can be read.")
-        return _build(cls, {name: value for name, value in plain.items() if name != "schema"}, "report")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """A value of a type from its plain form. Null is NaN where a float belongs."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return None if value is None else _build(inner[0], value, where)
-    if kind is float and value is None:
-        return math.nan
-    if is_dataclass(kind) and isinstance(value, dict):
-        hints, names = _hints(kind), [item.name for item in fields(kind)]
-        if unknown := sorted(set(value) - set(names)):
-            raise ValueError(f"{where} has {unknown}; {kind.__name__} has {names}.")
-        try:
-            return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-        except TypeError as error:
-            raise ValueError(f"{where}: {error}") from None
-    if origin is dict and isinstance(value, dict):
-        return {name: _build(inner[1], item, f"{where}[{name!r}]") for name, item in value.items()}
-    if origin is tuple and isinstance(value, list | tuple):
-        if all(type(item) is inner[0] for item in value):  # tokens and codes, of which there are many
-            return tuple(value)
-        return tuple(_build(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if isinstance(kind, type) and issubclass(kind, tuple) and isinstance(value, list | tuple):
-        hints = _hints(kind)
-        if len(value) != len(hints):
-            raise ValueError(f"{where} has {len(value)} items; {kind.__name__} is {list(hints)}.")
-        return kind(*(_build(hint, item, where) for hint, item in zip(hints.values(), value, strict=True)))
-    plain = str if origin is Literal else kind
-    if isinstance(plain, type) and isinstance(value, int | float if plain is float else plain):
-        if origin is Literal and value not in inner:
-            raise ValueError(f"{where} is {value!r}, which is none of {list(inner)}.")
-        return value
-    raise ValueError(f"{where} is {value!r:.80}, where {kind} belongs.")
+        return from_plain(cls, {name: value for name, value in plain.items() if name != "schema"}, "report")

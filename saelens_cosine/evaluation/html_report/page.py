@@ -13,9 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_cosine.evaluation.html_report import charts, tables
+from saelens_cosine.evaluation.html_report import charts, norm_charts, tables
 from saelens_cosine.evaluation.html_report.data import Difference, Estimate, ReportData
 from saelens_cosine.evaluation.html_report.svg import STYLES, Axis, breakable, key_mark, style
+from saelens_cosine.evaluation.loss_recovered import CE_NOTE
+from saelens_cosine.evaluation.norm_response import SCALING_NOTE
 
 
 class _Section(NamedTuple):
@@ -88,10 +90,11 @@ def _hiding(data: ReportData) -> str:
 
 
 def _sections(data: ReportData) -> Iterable[_Section]:
+    ce = f" {CE_NOTE}" if any("CE recovered" in name for arm in data.arms for name in arm.metrics) else ""
     yield _Section(
         "comparison",
         "Comparison",
-        "Each value with its interval below it, drawn on a scale of its column's own.",
+        f"Each value with its interval below it, drawn on a scale of its column's own.{ce}",
         _comparison(data),
     )
     yield _Section(
@@ -118,13 +121,20 @@ def _sections(data: ReportData) -> Iterable[_Section]:
         "FVE by norm",
         "Quartiles of the activation's norm, smallest first, each about its own mean: compare arms within a quartile. "
         "High-norm tokens are attention sinks above all; a lead that is there only with them is a lead on sinks.",
-        charts.norm_quartiles(data),
+        norm_charts.norm_quartiles(data),
     )
     yield _charts(
         "zf",
         "ZF plot",
-        "On the dashed line the codes' norm equals the input's. Bands: ε(h - 1) up to 0.25, 0.5 and 1.",
-        charts.zf_plots(data),
+        "Norm of the codes, b_dec left out, against that of what they stand for, x - b_dec. On the dashed line they are equal. "
+        "Bands: ε(h - 1) up to 0.25, 0.5 and 1.",
+        norm_charts.zf_plots(data),
+    )
+    yield _charts(
+        "scaling",
+        "Scaled tokens",
+        f"Features active at a token and at the scaled one by those active at either. {SCALING_NOTE}",
+        norm_charts.scale_responses(data),
     )
     yield _charts(
         "probing", "Probing", "Accuracy of linear probes on the best k features of each task.", charts.probing(data)

@@ -34,6 +34,10 @@ class VarianceExplained:
     fve_without_high_norm: float | None
 
 
+LABELS = {"reconstruction_quality.explained_variance": "explained_variance as SAEBench has it (no share of a variance)"}
+"""What a reader sees in place of a metric's name that misleads: see `VarianceExplained`."""
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """
