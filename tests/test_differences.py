@@ -19,15 +19,18 @@ def entry(arm, seed, fve, text="text", total=TOTAL, tasks=None):
     total = np.asarray(total)
     residual = (1 - np.broadcast_to(fve, total.shape)) * total
     overall = {
+        "tokens": 1000,
         "fve": 1 - residual.sum() / total.sum(),
         "cosine": 0.9,
         "norm_ratio": 1.0,
         "l0": 8.0 + seed,
         "never_fired": 0.0,
+        "rarely_fired": 0.0,
     }
     by_norm = {"all_norms": {"overall": overall}, "without_top": {"overall": overall}}
     by_document = {"text": text, "with_sinks": {"residual": residual.tolist(), "total": total.tolist()}}
-    results = {"reconstruction": {"with_sinks": {"by_norm": by_norm}, "fve_by_document": by_document}}
+    fit = {"by_norm": by_norm, "dead": {"in_batch": 0.0, "in_training": None}}
+    results = {"reconstruction": {"with_sinks": fit, "fve_by_document": by_document}}
     if tasks is not None:
         probes = [[{"k": 1, "accuracies": accuracies}] for accuracies in tasks.values()]
         results["probing"] = {"tasks": list(tasks), "with_sinks": {"canonical": probes}}
@@ -105,7 +108,8 @@ def test_the_json_says_what_intervals_are_over_and_how_many_mean_nothing():
     two = compared([entry(arm, seed, 0.8 + seed / 100) for arm in ("ip", "cos") for seed in (0, 1)])
     assert (two["baseline"], two["unpaired"]) == ("ip", [])
     intervals = two["intervals"]
-    assert (intervals["looked_at"], intervals["exclude_zero"], intervals["expected_by_chance"]) == (6, 0, 0.3)
+    # FVE twice, cosine, norm ratio, L0, never and rarely fired, dead in a batch; one in twenty leaves out zero by chance
+    assert (intervals["looked_at"], intervals["exclude_zero"], intervals["expected_by_chance"]) == (8, 0, 0.4)
     assert list(intervals["assumptions"]) == ["seeds"]
     assert "88 % at three seeds" in intervals["assumptions"]["seeds"]
     one = compared([entry("ip", 0, 0.8), entry("cos", 0, 0.9)])

@@ -23,7 +23,8 @@ from saelens_cosine.evaluation.geometry import decoder_geometry
 from saelens_cosine.evaluation.html_report.page import render
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.norm_ranges import group_by_norm
-from saelens_cosine.evaluation.norm_response import norm_noise, norm_response
+from saelens_cosine.evaluation.norm_noise import norm_noise
+from saelens_cosine.evaluation.norm_response import norm_response
 from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.probing import probe_activations, probe_sae
@@ -237,7 +238,10 @@ def document(tmp_path, sae):
     documents = {"text": "t", "documents": [0, 1], "without_sinks": {"residual": [math.nan, 0.5], "total": [1.0, 1.0]}}
     results = {
         "reconstruction": {"without_sinks": fit, "fve_by_document": documents},
-        "afa": {"without_sinks": afa, "zf_points": zf_points(tokens, "cos")},
+        "afa": {
+            "without_sinks": {**afa, "zf_points_centred": zf_points(measure_afa(sae, x, bias="center"), "cos")},
+            "zf_points": zf_points(tokens, "cos"),
+        },
         "dictionary": {"not_applicable": "Codes are not finite", "not_finite": 3},
         "norm_response": {"without_sinks": {"response": norm_response(sae, x), "noise": norm_noise(sae, x)}},
     }
@@ -247,7 +251,7 @@ def document(tmp_path, sae):
     text = {"model": "tiny", "hook": HOOK, "dataset": "tiny", "planted_sinks": False, "results": {}, "figures": {}}
     found = plain(
         {
-            "date": None,
+            "date": "2026-01-01",
             "command": None,
             "settings": EvaluationSettings().to_dict(),
             "versions": {},
@@ -277,7 +281,7 @@ def test_evaluate_says_it_in_red_and_draws_the_rest(tmp_path):
     page = render(report_data(found))
     assert '<div class="warning" role="alert">' in page
     assert "<li>cos, seed 0, reconstruction: 3 not finite</li>" in page
-    assert 'aria-label="ZF plot of cos"' in page
+    assert 'aria-label="ZF plot of cos' in page
     assert ",nan" not in page
 
 

@@ -18,9 +18,9 @@ from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows
 from saelens_cosine.evaluation.html_report import write_report
-from saelens_cosine.evaluation.not_finite import not_finite, shown_number
 from saelens_cosine.evaluation.loss_recovered import CE_NOTE
 from saelens_cosine.evaluation.norm_response import SCALING_NOTE
+from saelens_cosine.evaluation.not_finite import not_finite, shown_number
 from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.evaluation.saebench import Judge
 from saelens_cosine.evaluation.settings import EvaluationSettings

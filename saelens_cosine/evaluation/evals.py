@@ -32,9 +32,9 @@ from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
-from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.norm_noise import norm_noise
 from saelens_cosine.evaluation.norm_response import norm_response, scores_about
+from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
