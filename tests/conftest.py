@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread, no network, one tiny language model for the whole session."""
+"""Shared fixtures: one thread, no network, one tiny language model for the whole session. (`variation.py`: other seeds, more threads.)"""
 
 import os
 
@@ -12,11 +12,12 @@ if not torch.cuda.is_available():  # before anything imports triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import variation
 from helpers import tiny_model
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)
+    variation.apply()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,9 +1,15 @@
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+from helpers import CONTEXT, HOOK, tiny_dataset
 from nbclient import NotebookClient
+from sae_lens import StandardSAE, StandardSAEConfig
+
+from saelens_cosine.bundled import load_bundled_model
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 TRAIN, STEER, WIN = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb", "03_does_cosine_win.ipynb"
@@ -31,10 +37,14 @@ SHRINK = {
     },
 }
 
+VARIED = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import variation; variation.apply()"
+"""Run first in a notebook's process: seeds and threads as in this one."""
+
 
 def run_shrunk(name, folder):
     """What the notebook prints with fewer tokens and features."""
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(VARIED))
     sources = "\n".join(cell.source for cell in notebook.cells)
     for old, new in SHRINK[name].items():
         assert sources.count(old) == 1, f"{old!r} stands {sources.count(old)} times in {name}"
@@ -64,15 +74,17 @@ def test_steering_tutorial_runs_shrunk(tmp_path):
     assert number(printed, "with the error term: ") < 1e-3
 
     # active features switched off one at a time, the one that matters most first
-    first, *others = printed.split("P(' None') is ")[1].split("\n")[:4]
-    without = [float(line.split(": ")[1]) for line in others]
+    without = re.findall(r"^ +\d+: ([01]\.\d+)$", printed.split("P(' None') is ")[1].split("\nfeature ")[0], re.M)
+    assert without
     assert without == sorted(without)
-    assert without[0] < float(first.split(". ")[0])
     for batch in ("any text", "best contexts"):
-        lines = printed.split(f"{batch}: KL ")[1].split("\n")[1:4]
-        active, later, earlier = (float(line.split(" tokens,")[0].split()[-3]) for line in lines)
-        assert active > later
-        assert not earlier > 0  # nan where it is active from the first token on
+        rows = re.findall(r"(\S+) at +(\d+) tokens, +(\S+)%", printed.split(f"{batch}: KL ")[1])[:3]
+        kl, tokens, shares = ([float(value) for value in column] for column in zip(*rows, strict=True))
+        assert sum(tokens) % 128 == 0
+        assert not kl[2] > 0  # nothing changes before it is active; nan where it is active from the first token on
+        if tokens[0]:
+            assert kl[0] >= 0
+            assert sum(shares) == pytest.approx(100, abs=1.5)
 
     rows = {name: printed.split(f"\n{name} ")[1].split("\n")[0].split() for name in ("inner product", "cosine")}
     assert [row[0] for row in rows.values()] == ["jumprelu", "cosine_jumprelu"]
@@ -94,6 +106,91 @@ def test_comparison_tutorial_runs_shrunk(tmp_path):
     assert "probing k=all, scale-free" in printed
     assert "Recovery of known features" in printed
     assert (tmp_path / "output/does_cosine_win/report.html").stat().st_size > 100_000
+
+
+def source(name, containing):
+    """The one code cell that holds a text."""
+    notebook = nbformat.read(TUTORIALS / name, as_version=4)
+    (found,) = [cell.source for cell in notebook.cells if cell.cell_type == "code" and containing in cell.source]
+    return found
+
+
+TOKENS = torch.tensor([row["tokens"] for row in tiny_dataset(12)])
+"""`[12, 8]` with the word <s> at position 0."""
+
+
+@pytest.mark.parametrize(
+    ("places", "shown"),
+    [
+        ([], []),
+        ([(2, 0)], []),  # the sink alone: nothing is before it
+        ([(2, 0), (2, 1)], [(2, 1)]),
+        ([(3, CONTEXT - 1), (5, 0), (0, 4)], [(0, 4), (3, CONTEXT - 1)]),
+        ([(row, 1) for row in range(12)], [(row, 1) for row in reversed(range(4, 12))]),
+    ],
+    ids=["never", "at the sink", "after the sink", "at the end", "often"],
+)
+def test_training_tutorial_shows_a_feature_wherever_it_is_active(places, shown, model, capsys):
+    # feature 1 of 3, with codes 1, 2, 3, ... at the places; the others are active nowhere and everywhere
+    codes = torch.zeros(12, CONTEXT, 3)
+    codes[:, :, 2] = 1
+    for code, place in enumerate(places, 1):
+        codes[(*place, 1)] = code
+    names = {
+        "torch": torch,
+        "model": model,
+        "tokens": TOKENS,
+        "activations": None,
+        "loaded": SimpleNamespace(encode=lambda activations: codes),
+        "exponents": torch.zeros(3),
+    }
+    exec(source(TRAIN, "500 * density"), names)
+    title, *lines = capsys.readouterr().out.splitlines()
+    active = codes[:, 1:, 1].count_nonzero().item()
+    if not active:
+        assert all(line.startswith("  1.00  ") for line in lines)  # one that is
+        return
+    assert title.startswith(f"feature 1: active on {active / (12 * (CONTEXT - 1)):.2%} of the tokens")
+    assert len(lines) == len(shown)
+    for line, (row, position) in zip(lines, shown, strict=True):
+        *before, token = model.to_str_tokens(TOKENS[row, 1 : position + 1])
+        assert line == f"{codes[row, position, 1]:6.2f}  {''.join(before)!r} -> {token!r}"
+
+
+@pytest.mark.parametrize("bias", [-1e6, 0.0, 1e6], ids=["never", "at the sink", "everywhere"])
+def test_training_tutorial_switches_off_a_feature_wherever_it_is_active(bias, model, capsys):
+    _, cache = model.run_with_cache(TOKENS, names_filter=[HOOK])
+    sink = cache[HOOK][0, 0]
+    sae = StandardSAE(StandardSAEConfig(d_in=len(sink), d_sae=1))
+    sae.cfg.metadata.hook_name = HOOK
+    with torch.no_grad():
+        sae.W_enc.copy_(sink[:, None])
+        sae.b_enc.fill_(bias - ((cache[HOOK][:, 1:] @ sink).max() + sink @ sink) / 2)
+        codes = sae.encode(cache[HOOK])
+    assert (codes[:, :, 0] > 0).sum().item() == {-1e6: 0, 0.0: 12, 1e6: 12 * CONTEXT}[bias]
+    names = {"torch": torch, "model": model, "loaded": sae, "tokens": TOKENS, "HOOK": HOOK, "feature": 0}
+    exec(source(TRAIN, "def switch_off"), names | {"codes": codes[:, 1:]})
+    printed = capsys.readouterr().out
+    assert f"on the {12 * (CONTEXT - 2) * (bias > 0)} tokens where it is active" in printed  # the last predicts nothing
+    if bias <= 0:
+        assert "costs 0.0000 nats" in printed
+
+
+@pytest.mark.parametrize("bias", [-1e6, 1e6], ids=["none", "all"])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_steering_tutorial_switches_off_as_many_features_as_are_active(bias, density, capsys):
+    model = load_bundled_model()
+    hook = "blocks.3.hook_resid_post"
+    sae = StandardSAE(StandardSAEConfig(d_in=192, d_sae=7))
+    sae.cfg.metadata.hook_name = hook
+    sae.b_enc.data.fill_(bias)
+    prompt = model.to_tokens("    if host is")
+    _, cache = model.run_with_cache(prompt, names_filter=[hook])
+    names = {"model": model, "sae": sae, "HOOK": hook, "prompt": prompt, "cache": cache, "show": lambda *_, **__: None}
+    with torch.no_grad():
+        exec(source(STEER, "def switch_off_one_each"), names | {"density": torch.full((7,), density)})
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (5 if bias > 0 and density > 0 else 1)  # the five that matter most, of seven
 
 
 @pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4), (WIN, 3)])
