@@ -101,7 +101,7 @@ def test_json_has_every_figure(run):
         assert set(row["parts_ms"]) == {
             "scores", "selection", "decode", "rest_of_forward", "counters", "backward", "clip_and_optimizer"
         }  # fmt: skip
-        assert 0 < row["parts_ms"]["backward"] < 1000
+        assert row["parts_ms"]["backward"] > 0
     assert [path.name for path in run.path.parent.iterdir()] == ["benchmark.json"]
 
 

@@ -254,7 +254,7 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path):
             time.sleep(0.2)
         time.sleep(4)  # into the training, where SAELens' own signal handler is in place
         process.send_signal(signal.SIGINT)
-        message = process.communicate(timeout=60)[1]
+        message = process.communicate(timeout=300)[1]
     assert process.returncode == 130
     assert f"Interrupted. What was finished is in {folder}" in message
     assert list(folder.iterdir()) == []
