@@ -263,7 +263,7 @@ def run_python(code: str, *args: Any) -> subprocess.CompletedProcess[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
         cwd=Path(sys.prefix),
-        timeout=180,
+        timeout=600,
     )
 
 

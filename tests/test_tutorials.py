@@ -50,7 +50,7 @@ def run_shrunk(name, folder):
         assert sources.count(old) == 1, f"{old!r} stands {sources.count(old)} times in {name}"
         for cell in notebook.cells:
             cell.source = cell.source.replace(old, new)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}).execute()
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
 
