@@ -115,8 +115,8 @@ def source(name, containing):
     return found
 
 
-TOKENS = torch.tensor([row["tokens"] for row in tiny_dataset(12)])
-"""`[12, 8]` with the word <s> at position 0."""
+TOKENS = torch.tensor([row["tokens"] for row in tiny_dataset(400)])
+"""`[400, 8]` with the word <s> at position 0."""
 
 
 @pytest.mark.parametrize(
@@ -131,30 +131,27 @@ TOKENS = torch.tensor([row["tokens"] for row in tiny_dataset(12)])
     ids=["never", "at the sink", "after the sink", "at the end", "often"],
 )
 def test_training_tutorial_shows_a_feature_wherever_it_is_active(places, shown, model, capsys):
-    # feature 1 of 3, with codes 1, 2, 3, ... at the places; the others are active nowhere and everywhere
-    codes = torch.zeros(12, CONTEXT, 3)
-    codes[:, :, 2] = 1
+    # one feature with codes 1, 2, 3, ... at the places, and one that is active everywhere
+    codes = torch.zeros(400, CONTEXT, 2)
+    codes[:, :, 1] = 100
     for code, place in enumerate(places, 1):
-        codes[(*place, 1)] = code
+        codes[(*place, 0)] = code
     names = {
         "torch": torch,
         "model": model,
         "tokens": TOKENS,
         "activations": None,
         "loaded": SimpleNamespace(encode=lambda activations: codes),
-        "exponents": torch.zeros(3),
+        "exponents": torch.zeros(2),
     }
-    exec(source(TRAIN, "500 * density"), names)
+    exec(source(TRAIN, "selective = "), names)
     title, *lines = capsys.readouterr().out.splitlines()
-    active = codes[:, 1:, 1].count_nonzero().item()
-    if not active:
-        assert all(line.startswith("  1.00  ") for line in lines)  # one that is
-        return
-    assert title.startswith(f"feature 1: active on {active / (12 * (CONTEXT - 1)):.2%} of the tokens")
+    active = codes[:, 1:, 0].count_nonzero().item()
+    assert title.startswith(f"feature 0: active on {active / (400 * (CONTEXT - 1)):.2%} of the tokens")
     assert len(lines) == len(shown)
     for line, (row, position) in zip(lines, shown, strict=True):
         *before, token = model.to_str_tokens(TOKENS[row, 1 : position + 1])
-        assert line == f"{codes[row, position, 1]:6.2f}  {''.join(before)!r} -> {token!r}"
+        assert line == f"{codes[row, position, 0]:6.2f}  {''.join(before)!r} -> {token!r}"
 
 
 @pytest.mark.parametrize("bias", [-1e6, 0.0, 1e6], ids=["never", "at the sink", "everywhere"])
@@ -167,11 +164,13 @@ def test_training_tutorial_switches_off_a_feature_wherever_it_is_active(bias, mo
         sae.W_enc.copy_(sink[:, None])
         sae.b_enc.fill_(bias - ((cache[HOOK][:, 1:] @ sink).max() + sink @ sink) / 2)
         codes = sae.encode(cache[HOOK])
-    assert (codes[:, :, 0] > 0).sum().item() == {-1e6: 0, 0.0: 12, 1e6: 12 * CONTEXT}[bias]
+    assert (codes[:, :, 0] > 0).sum().item() == {-1e6: 0, 0.0: 400, 1e6: 400 * CONTEXT}[bias]
     names = {"torch": torch, "model": model, "loaded": sae, "tokens": TOKENS, "HOOK": HOOK, "feature": 0}
     exec(source(TRAIN, "def switch_off"), names | {"codes": codes[:, 1:]})
     printed = capsys.readouterr().out
-    assert f"on the {12 * (CONTEXT - 2) * (bias > 0)} tokens where it is active" in printed  # the last predicts nothing
+    assert (
+        f"on the {16 * (CONTEXT - 2) * (bias > 0)} tokens where it is active" in printed
+    )  # 16 contexts, whose last token predicts nothing
     if bias <= 0:
         assert "costs 0.0000 nats" in printed
 
