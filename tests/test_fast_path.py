@@ -334,7 +334,7 @@ def test_a_run_of_saelens_trainer_is_the_same(name, options):
     assert found.log_feature_sparsity.isfinite().all()
     for one, other in zip(found.logs, expected.logs, strict=True):
         assert one == pytest.approx(other, rel=1e-8)
-    assert expected.logs[-1]["metrics/l0"] == pytest.approx(4)  # k
+    assert 3 < expected.logs[-1]["metrics/l0"] < 4.001  # k, or less where a token has fewer positive scores
 
 
 @pytest.mark.parametrize("name", ["per_feature_cosine_batchtopk", "cosine_topk"])
@@ -604,7 +604,7 @@ def test_run_with_cache_in_training_mode(name):
 
 
 @pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("n_dead", [0, 10])
+@pytest.mark.parametrize("n_dead", [0, 200])  # so many that some stay dead
 def test_no_tensor_of_all_scores_is_made(name, n_dead, monkeypatch):
     monkeypatch.setattr(filter, "TILE_TOKENS", 128)
     monkeypatch.setattr(filter, "TILE_BYTES", 2**16)
