@@ -263,8 +263,8 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path):
 def test_other_hooks_and_local_models_and_data(tmp_path):
     from saelens_cosine.bundled import model_folder
 
-    text = "\\n".join(f"def function_{i}(x): return x + {i}" for i in range(60))
-    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for _ in range(400)))
+    texts = ["\n".join(f"def function_{i}(x): return x + {row}" for i in range(60)) for row in range(400)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     heads = compare(
         ComparisonSettings(arms=("cosine_batchtopk",), hook="blocks.1.attn.hook_z", tokens=20_000, d_sae=64, k=8),
         tmp_path / "heads",
