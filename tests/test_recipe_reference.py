@@ -20,7 +20,7 @@ import saelens_cosine  # noqa: F401  (registers the architectures)
 D, F, K, B = 12, 64, 3, 32
 STEPS, WARM_UP, DECAY, LR = 60, 7, 12, 3e-3  # decay over the last 20 %
 THRESHOLD_LR, THRESHOLD_START = 0.01, 10
-DEAD_TOKENS = 96  # three batches
+DEAD_TOKENS = 64  # two batches
 ARMS = [f"{score}_{k}" for k in ("batchtopk", "topk") for score in ("inner_product", "cosine", "per_feature_cosine")]
 
 
@@ -205,10 +205,10 @@ def test_trainer_repeats_the_papers_loop(arm, kernels):
     assert min(dead_counts) < D // 2 < max(dead_counts)
     assert n_aux_steps >= STEPS // 2
     assert dead_counts[-1] > 0
-    assert ((expected["W_enc"].norm(dim=1) - 1).abs() > 0.01).sum() >= F // 4
+    assert ((expected["W_enc"].norm(dim=1) - 1).abs() > 0.01).sum() >= F // 8
     if "a" in expected:
-        assert expected["a"].abs().max() > 0.05
-        assert (expected["b"] - start["b"]).abs().max() > 0.05
+        assert expected["a"].abs().max() > 0.02
+        assert (expected["b"] - start["b"]).abs().max() > 0.02
 
     for name, tensor in ours.items():
         assert difference(tensor, expected[name]) < 1e-8, name
