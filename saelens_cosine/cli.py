@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     parser_of_benchmark.set_defaults(run=_benchmark)
     parser_of_evaluate = commands.add_parser(
         "evaluate",
-        help="diagnostics of saved SAEs on held-out text, with and without attention sinks",
-        description="Measure saved SAEs on held-out text, with and without tokens of a very high norm (attention sinks), and write "
+        help="diagnostics of saved SAEs, with and without attention sinks",
+        description="Measure saved SAEs on the held-out part of a text (known to be held out for SAEs that this package trained), with and without tokens of a very high norm (attention sinks), and write "
         "evaluation.json and report.html. What an interrupted run has measured is not measured again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

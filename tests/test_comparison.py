@@ -14,6 +14,7 @@ from sae_lens import SAE
 from torch.nn.modules import module
 
 from saelens_cosine.cli import main
+from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.report import SCHEMA
@@ -96,6 +97,7 @@ def test_the_saved_saes_load_in_saelens_and_are_what_was_measured(run):
         assert sae.cfg.metadata.training_architecture == arm["architecture"]
         assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
         assert sae.cfg.metadata.max_norm_multiple == 10.0
+        assert sae.cfg.metadata.heldout_rule == load_text("bundled").rule
         assert (sae.cfg.metadata.training_tokens, sae.cfg.metadata.recipe) == (40_000, "paper")
         assert sae.cfg.metadata.lr == 5e-3  # the recipe's largest
         assert arm["weights_sha256"] == weights_sha256(from_pretrained(folder / arm["path"]))  # as `evaluate` loads it

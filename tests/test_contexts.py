@@ -4,7 +4,7 @@ from datasets import Dataset
 from helpers import CONTEXT, HOOK, VOCABULARY
 from sae_lens.saes.sae import SAEMetadata
 
-from saelens_cosine.activations.contexts import ContextForm, Contexts, heldout_contexts
+from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
 from saelens_cosine.evaluation.sample import sample_tokens
 
@@ -19,18 +19,18 @@ def store_of(model, documents, **form):
 def test_every_document_gives_its_share_of_contexts(model):
     # 4 documents of 40 tokens without BOS and separator: 10 contexts of 4 each; 8 of 40 contexts are the middles of fifths
     documents = [[i + 5] * 40 for i in range(4)]
-    found = heldout_contexts(store_of(model, documents, prepend_bos=False, sequence_separator_token=None), 30)
+    found = sample_contexts(store_of(model, documents, prepend_bos=False, sequence_separator_token=None), 30)
     assert found.documents.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # 30 tokens are 8 contexts
     assert found.tokens.tolist() == [[document + 5] * 4 for document in found.documents.tolist()]
 
 
 def test_all_contexts_where_the_text_is_short_and_an_error_where_there_is_none(model):
-    found = heldout_contexts(store_of(model, [[5, 6, 7], [8, 9, 10, 11]], prepend_bos=False), 1000)
+    found = sample_contexts(store_of(model, [[5, 6, 7], [8, 9, 10, 11]], prepend_bos=False), 1000)
     # the beginning-of-sequence token, id 0, separates documents
     assert found.tokens.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert found.documents.tolist() == [1, 1]  # a separator is the next document's
     with pytest.raises(ValueError, match="shorter than one context of 4"):
-        heldout_contexts(store_of(model, [[5, 6]], prepend_bos=False), 1000)
+        sample_contexts(store_of(model, [[5, 6]], prepend_bos=False), 1000)
 
 
 def test_even_steps_are_the_middles_of_equal_stretches():
@@ -53,7 +53,7 @@ def test_even_steps_are_the_middles_of_equal_stretches():
     ],
 )
 def test_contexts_have_the_form_that_the_sae_was_trained_on(model, form, expected):
-    found = heldout_contexts(store_of(model, [[5, 6, 7, 8, 9], [10, 11, 12]], **form), 1000)
+    found = sample_contexts(store_of(model, [[5, 6, 7, 8, 9], [10, 11, 12]], **form), 1000)
     assert found.tokens.tolist()[: len(expected)] == expected
 
 

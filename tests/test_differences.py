@@ -34,7 +34,7 @@ def entry(arm, seed, fve, text="text", total=TOTAL, tasks=None):
     if tasks is not None:
         probes = [[{"k": 1, "accuracies": accuracies}] for accuracies in tasks.values()]
         results["probing"] = {"tasks": list(tasks), "with_sinks": {"canonical": probes}}
-    return {"arm": arm, "seed": seed, "results": results}
+    return {"arm": arm, "seed": seed, "held_out": True, "results": results}
 
 
 def of(saes, measure="FVE, sinks in"):
@@ -150,7 +150,8 @@ def test_sums_by_document_are_those_of_the_formula():
 
 def test_the_table_shows_means_intervals_and_what_they_are_worth():
     saes = [entry("ip", 0, 0.8), entry("cos", 0, 0.9), entry("short", 0, 0.7, text="other")]
-    document = {"settings": {"max_norm_multiple": 10.0}, "texts": [], "saes": saes}
+    saes = [{**one, "figures": {}} for one in saes]
+    document = {"settings": {"max_norm_multiple": 10.0, "evals": ["reconstruction"]}, "texts": [], "saes": saes}
     document |= compared(saes)
     document["differences"] = [vars(item) | {"difference": vars(item.difference)} for item in document["differences"]]
     table = as_tables(document)[1]

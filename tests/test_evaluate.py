@@ -16,6 +16,7 @@ from sae_lens import SAE
 
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import _progress, main
+from saelens_cosine.data import load_text
 from saelens_cosine.evaluation import evals, saebench
 from saelens_cosine.evaluation import evaluate as module
 from saelens_cosine.evaluation.command import as_tables
@@ -23,7 +24,7 @@ from saelens_cosine.evaluation.differences import figures_by_eval, measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.figures import means
+from saelens_cosine.evaluation.figures import means, text_is
 from saelens_cosine.evaluation.html_report import render, write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
@@ -102,6 +103,21 @@ def test_fve_is_that_of_the_formula_on_the_tokens_said(run, monkeypatch):
     (text,) = document["texts"]
     assert text["results"]["tokens"]["high_norm_share"] == pytest.approx(1 - ordinary.double().mean().item())
     assert text["results"]["tokens"]["high_norm_positions"][0] == [0, 19]
+
+
+def test_held_out_is_said_of_the_saes_own_split_only(run, tmp_path):
+    sae = SAE.load_from_disk(run[1][0])
+    sae.cfg.metadata.heldout_rule = load_text("bundled").rule  # as `compare` and `train` write it
+    sae.save_model(tmp_path / "ours")
+    sources = [str(tmp_path / "ours"), run[1][1]]
+    document = evaluate(sources, with_evals("tokens"), tmp_path / "out")
+    assert [entry["held_out"] for entry in document["saes"]] == [True, False]
+    assert text_is(document["saes"][:1]) == "Held-out text"
+    assert text_is(document["saes"]) == "Text that may be training text of two"
+    sae.cfg.metadata.heldout_rule = "hash of the file's path"  # of another version
+    sae.save_model(tmp_path / "older")
+    document = evaluate([str(tmp_path / "older")], with_evals("tokens"), tmp_path / "out")
+    assert document["saes"][0]["held_out"] is False
 
 
 @pytest.mark.parametrize(("sinks", "expected"), [("keep", {"in"}), ("drop", {"out"}), ("both", {"in", "out"})])
@@ -336,7 +352,7 @@ def test_each_eval_says_its_tokens_and_matches_are_of_alive_features(everything)
     data = report_data(everything)
     for entry in everything["saes"]:
         ordinary = entry["results"]["reconstruction"]["without_sinks"]["by_norm"]["all_norms"]["overall"]["tokens"]
-        sample = f"1,024 ({ordinary:,} without sinks)"
+        sample = f"608 ({ordinary:,} without sinks)"
         counts = tokens_measured([entry])
         assert {
             name: counts.pop(name) for name in ("reconstruction", "norm_response", "dictionary", "afa")
@@ -511,6 +527,7 @@ def test_the_page_says_what_each_sae_is(run, tmp_path):
         "learning rate": "0.005",
         "recipe": "paper",
         "norm filter in training": "above 10 times the median: 1.23% of the tokens dropped",
+        "text": "maybe trained on",
         "place": str(tmp_path / "told"),
         "sha256": document["saes"][0]["sha256"][:12],
     }

@@ -22,8 +22,8 @@ from saelens_cosine.evaluation.fve import explained_variance
 from saelens_cosine.evaluation.geometry import decoder_geometry
 from saelens_cosine.evaluation.html_report.page import render
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.norm_ranges import group_by_norm
 from saelens_cosine.evaluation.norm_noise import norm_noise
+from saelens_cosine.evaluation.norm_ranges import group_by_norm
 from saelens_cosine.evaluation.norm_response import norm_response
 from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import plain
@@ -247,7 +247,14 @@ def document(tmp_path, sae):
     }
     entry = {"arm": "cos", "seed": 0, "architecture": "cosine_topk", "results": results}
     entry["training"] = {"training_tokens": [0, 100], "fve": [math.nan, 0.2], "l0": [3.0, math.inf]}
-    entry |= {"place": "cos", "sha256": "0" * 64, "metadata": {}, "trained": trained(sae), "figures": {}}
+    entry |= {
+        "place": "cos",
+        "sha256": "0" * 64,
+        "metadata": {},
+        "held_out": True,
+        "trained": trained(sae),
+        "figures": {},
+    }
     text = {"model": "tiny", "hook": HOOK, "dataset": "tiny", "planted_sinks": False, "results": {}, "figures": {}}
     found = plain(
         {

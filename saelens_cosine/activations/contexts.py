@@ -104,7 +104,7 @@ class ContextForm:
         return inside if excluded is None else inside & ~torch.isin(tokens, excluded.to(tokens))
 
 
-def heldout_contexts(store: ActivationsStore, tokens: int) -> Contexts:
+def sample_contexts(store: ActivationsStore, tokens: int) -> Contexts:
     """Contexts with about this many tokens in all, at even steps through every document of a store; all there are where that is less.
 
     Each document has its share of them, so that a long one does not stand for all.
@@ -118,8 +118,6 @@ def heldout_contexts(store: ActivationsStore, tokens: int) -> Contexts:
         found.append(context.cpu())
         documents.append(store.n_dataset_processed)  # documents that have ended before the one being read
     if not found:
-        raise ValueError(
-            f"The held-out text is shorter than one context of {store.context_size} tokens; use a larger dataset."
-        )
+        raise ValueError(f"The text is shorter than one context of {store.context_size} tokens; use a larger dataset.")
     every = Contexts(torch.stack(found), torch.tensor(documents))
     return every.at_even_steps(max(1, -(-tokens // store.context_size)))

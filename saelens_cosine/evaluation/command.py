@@ -16,7 +16,7 @@ from saelens_cosine.evaluation.differences import TREATMENTS, about_differences,
 from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows
+from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows, text_is
 from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.loss_recovered import CE_NOTE
 from saelens_cosine.evaluation.norm_response import SCALING_NOTE
@@ -74,7 +74,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         metavar="EVAL",
         help=f"{listed}; SAEBench's {', '.join(SAEBENCH_EVALS)}; 'diagnostics' and 'saebench' stand for all of a kind",
     )
-    add("--tokens", type=count, default=default.tokens, help="held-out tokens")
+    add("--tokens", type=count, default=default.tokens, help="tokens, in contexts from all held-out documents")
     add("--sinks", choices=("keep", "drop", "both"), default=default.sinks, help="what happens to high-norm tokens")
     add(
         "--max-norm-multiple",
@@ -206,7 +206,11 @@ def _results(document: Mapping[str, Any]) -> Table:
     measured = tokens_measured(document["saes"])
     tokens = f"\nTokens: {', '.join(f'{name} {count}' for name, count in measured.items())}" if measured else ""
     table = _table(
-        f"Held-out text, mean over seeds; {bound}{planted}{tokens}", "arm", "seeds", "", *(name for name, _ in shown)
+        f"{text_is(document['saes'])}; mean over seeds; {bound}{planted}{tokens}",
+        "arm",
+        "seeds",
+        "",
+        *(name for name, _ in shown),
     )
     names = {name for name, _ in shown}
     table.caption = "\n".join(note for name, note in NOTES.items() if name in names) or None

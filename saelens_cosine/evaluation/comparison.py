@@ -15,7 +15,7 @@ from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-from saelens_cosine.activations.contexts import ContextForm, heldout_contexts
+from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.plain import weights_sha256
@@ -341,7 +341,7 @@ class _HeldOut:
         self.settings, self.model = settings, model
         text = load_text(settings.dataset).heldout
         form = ContextForm(_context_size(settings, model))
-        contexts = heldout_contexts(
+        contexts = sample_contexts(
             form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens
         )
         sample = sample_tokens(model.model, model.hook_name, contexts.batches, settings.max_norm_multiple)

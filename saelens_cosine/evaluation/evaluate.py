@@ -147,6 +147,7 @@ class _Measured:
             "place": source.name,
             "sha256": subject.sha256,
             "architecture": subject.sae.cfg.architecture(),
+            "held_out": subject.held_out,
             "baseline": subject.baseline and subject.baseline.source.name,
             "metadata": plain(subject.sae.cfg.metadata.to_dict()),
             "trained": trained(subject.sae),

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from saelens_cosine.evaluation.bootstrap import paired_difference
-from saelens_cosine.evaluation.differences import TREATMENTS, by_arm, summary
-from saelens_cosine.evaluation.figures import by_column, left_out, rows
+from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
+from saelens_cosine.evaluation.figures import by_column, left_out, rows, text_is
 from saelens_cosine.evaluation.html_report.data import (
     Arm,
     Curve,
@@ -64,12 +64,13 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         ),
         arms=tuple(_arm(name, entries) for name, entries in arms.items()),
         differences=tuple(_differences(document["differences"])),
+        about_differences=tuple(about_differences(document)),
         quartiles=tuple(part for name, entries in arms.items() for part in _quartiles(name, entries)),
         zf=tuple(points for name, entries in arms.items() for points in _zf(name, entries[0])),
         scaling=tuple(line for name, entries in arms.items() for line in _scaling(name, entries, preferred)),
         probing=tuple(task for name, entries in arms.items() for task in _probing(name, entries, preferred)),
         precision=tuple(curve for name, entries in arms.items() for curve in _precision(name, entries, preferred)),
-        matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries[0], arms, preferred)),
+        matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries, arms, preferred)),
         features=tuple(feature for name, entries in arms.items() for feature in _features(name, entries[0])),
         saes=tuple(_sae(entry) for entry in document["saes"]),
         listed=tuple(_listed(document)),
@@ -98,6 +99,7 @@ def _sae(entry: Entry) -> dict[str, str]:
         "learning rate": "-" if found["lr"] is None else f"{found['lr']:g}",
         "recipe": found["recipe"] or "-",
         "norm filter in training": filtered,
+        "text": "held out" if entry["held_out"] else "maybe trained on",
         "place": entry["place"],
         "sha256": entry["sha256"][:12],
     }
@@ -117,7 +119,8 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "model and hook": "; ".join(hooks),
         "text": "; ".join(dict.fromkeys(text["dataset"] for text in document["texts"])),
-        "tokens, held out": "; ".join(f"{name} {count}" for name, count in tokens_measured(document["saes"]).items())
+        "held out": text_is(document["saes"]),
+        "tokens": "; ".join(f"{name} {count}" for name, count in tokens_measured(document["saes"]).items())
         or "none measured by an SAE",
         "seeds": " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " of each arm",
         "high-norm tokens (sinks)": f"above {settings['max_norm_multiple']:g} times the median norm; "
@@ -249,9 +252,12 @@ def _precision(name: str, entries: Sequence[Entry], treatment: str) -> Iterator[
         )
 
 
-def _matches(name: str, entry: Entry, arms: Mapping[str, Sequence[Entry]], treatment: str) -> Iterator[MatchedFeatures]:
-    found = (entry["results"].get("matching") or {}).get(treatment)
-    if found:
+def _matches(
+    name: str, entries: Sequence[Entry], arms: Mapping[str, Sequence[Entry]], treatment: str
+) -> Iterator[MatchedFeatures]:
+    """Of the arm's first seed that has a partner."""
+    of_seeds = ((entry["results"].get("matching") or {}).get(treatment) for entry in entries)
+    if found := next(filter(None, of_seeds), None):
         pairs = found["pairs"]
         columns = (pairs["features"], pairs["partners"], pairs["correlations"], pairs["decoder_cosines"])
         rows = zip(*columns, found["top_quartile_share"], strict=True)

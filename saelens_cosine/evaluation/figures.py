@@ -126,3 +126,9 @@ def left_out(document: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
                 if whose not in arms:
                     arms.append(whose)
     return found
+
+
+def text_is(saes: Sequence[Mapping[str, Any]]) -> str:
+    """What the text of an `evaluation.json` is to its SAEs, as one reads it: held out is known of runs of this package only."""
+    arms = dict.fromkeys(entry["arm"] for entry in saes if not entry["held_out"])
+    return f"Text that may be training text of {', '.join(arms)}" if arms else "Held-out text"

@@ -20,7 +20,7 @@ class EvaluationSettings:
 
     Args:
         evals (tuple[str, ...]): Names in `evals.EVALS`.
-        tokens (int): Held-out tokens.
+        tokens (int): Tokens, in whole contexts at even steps through all held-out documents.
         sinks (Sinks): Whether high-norm tokens are measured, left out, or both.
         max_norm_multiple (float): Multiple of the sample's median norm above which a token is one.
         plant_sinks (bool | None): Give the first token of each context 30 to 300 times the median norm (see `planted.plant_sinks`); None: where the SAE's metadata say that it was trained so.

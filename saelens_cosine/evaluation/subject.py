@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
-from saelens_cosine.activations.contexts import ContextForm, Contexts, heldout_contexts
+from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.causal import CleanRun, clean_run
@@ -255,7 +255,7 @@ class Loader(ExitStack):
         if key not in self._texts:
             splits = load_text(dataset)
             store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
-            contexts = heldout_contexts(store, settings.tokens)
+            contexts = sample_contexts(store, settings.tokens)
             seen = form.seen(hooked.model, contexts.tokens)
             sample = sample_tokens(
                 hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head

@@ -281,6 +281,7 @@ class ReportData:
         not_finite (tuple[str, ...]): What was NaN or infinite, shown above everything, in red; none where all was finite.
         arms (tuple[Arm, ...]): The comparison, the baseline first.
         differences (tuple[Difference, ...]): Paired differences.
+        about_differences (tuple[str, ...]): What their intervals assume, how many of them leave out zero by chance, and what has no partner.
         quartiles (tuple[NormQuartiles, ...]): FVE by norm, with and without sinks.
         zf (tuple[ZFPoints, ...]): ZF plot.
         scaling (tuple[ScaleResponse, ...]): Active features of scaled tokens.
@@ -298,6 +299,7 @@ class ReportData:
     not_finite: tuple[str, ...] = ()
     arms: tuple[Arm, ...] = ()
     differences: tuple[Difference, ...] = ()
+    about_differences: tuple[str, ...] = ()
     quartiles: tuple[NormQuartiles, ...] = ()
     zf: tuple[ZFPoints, ...] = ()
     scaling: tuple[ScaleResponse, ...] = ()

@@ -223,10 +223,11 @@ def _form(estimates: Iterable[Estimate], sign: str = "") -> Callable[[float], st
 def _differences(data: ReportData) -> str:
     """A table for each arm that others are compared with: a row per measure, a column per arm."""
     baselines = dict.fromkeys(item.baseline for item in data.differences)
-    return "".join(
+    found = "".join(
         _differences_to(baseline, [item for item in data.differences if item.baseline == baseline], data)
         for baseline in baselines
     )
+    return found + "".join(f"<p>{escape(line)}</p>" for line in data.about_differences)
 
 
 def _differences_to(baseline: str, found: list[Difference], data: ReportData) -> str:
