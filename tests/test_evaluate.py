@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 import warnings
 from datetime import datetime
 
@@ -154,6 +155,17 @@ def test_the_zf_plot_draws_codes_without_b_dec_and_tells_of_all_tokens(run, tmp_
     assert without.share_below == pytest.approx((f < z).double().mean().item(), abs=2 / len(x))
     papers = document["saes"][0]["results"]["afa"]["zf_points"]
     assert (papers["bias"], min(papers["feature_norm"]) >= 192**0.5 - 1e-3) == ("augment", True)
+
+
+def test_the_zf_plot_survives_an_sae_whose_codes_are_not_finite(run, tmp_path):
+    sae = SAE.load_from_disk(run[1][0])
+    sae.W_dec.data.fill_(float("nan"))
+    sae.save_model(tmp_path / "sae")
+    document = evaluate([str(tmp_path / "sae")], with_evals("afa"), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text())  # with null in place of NaN
+    for points in report_data(written).zf:
+        assert not any(map(math.isfinite, (*points.code_norms, points.median_ratio)))
+    write_report(report_data(document), tmp_path / "report.html")
 
 
 def test_dead_in_training_is_what_the_metadata_or_the_comparison_say_and_else_unknown(run, tmp_path):

@@ -201,12 +201,12 @@ def _zf(name: str, entry: Entry) -> Iterator[ZFPoints]:
             points, centred = found["zf_points_centred"], found["center, to the input"]
             yield ZFPoints(
                 name,
-                tuple(points["afa"]),
-                tuple(points["feature_norm"]),
+                tuple(_mean([norm]).value for norm in points["afa"]),
+                tuple(_mean([norm]).value for norm in points["feature_norm"]),
                 sinks,
                 centred["tokens"],
                 1 + _mean([centred["signed_gap"]["median"]]).value,
-                centred["share_below"],
+                _mean([centred["share_below"]]).value,
                 centred["without_features"],
             )
 

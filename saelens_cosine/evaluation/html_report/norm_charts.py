@@ -55,9 +55,9 @@ def zf_plots(data: ReportData) -> list[str]:
 
 def _zf_plots(found: Sequence[ZFPoints], order: Sequence[str]) -> list[str]:
     everything = [v for item in found for v in (*item.input_norms, *item.code_norms) if v > 0 and math.isfinite(v)]
-    if not everything:
-        return []
     inputs = sorted(v for item in found for v in item.input_norms if math.isfinite(v))
+    if not (everything and inputs):
+        return []
     log = inputs[-1] > 3 * inputs[len(inputs) // 2]  # sinks among the tokens would crush the others
     both = axis("", everything, log=log) if log else Axis("", 0, max(everything) * 1.05)
     drawn: list[str] = []
