@@ -121,6 +121,51 @@ def test_held_out_is_said_of_the_saes_own_split_only(run, tmp_path):
     assert document["saes"][0]["held_out"] is False
 
 
+def test_text_has_the_form_that_each_sae_was_trained_on(tmp_path, monkeypatch):
+    texts = [f"def function_{i}(argument):\n    return argument + {i}\n" * 3 for i in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    forms = {
+        "as_saelens": {},
+        "without_bos": {"prepend_bos": False, "sequence_separator_token": None},
+        "cut": {"context_size": 16, "seqpos_slice": [2, -1], "exclude_special_tokens": [0]},
+        "apart": {"disable_concat_sequences": True, "context_size": 24},
+    }
+    seen: dict[str, Subject] = {}
+    row = Eval(lambda subject: seen.update({subject.source.arm: subject}) or {}, "sae", "")
+    monkeypatch.setitem(EVALS, "remember", row)
+    for name, form in forms.items():
+        sae = SAE.load_from_disk(saved_sae(tmp_path / "plain"))
+        for field, value in {"context_size": 32, **form}.items():
+            sae.cfg.metadata[field] = value
+        sae.save_model(tmp_path / name)
+    settings = with_evals("remember", dataset=str(tmp_path / "text.jsonl"), tokens=10_000, context_size=None)
+    evaluate([str(tmp_path / name) for name in forms], settings, tmp_path / "out")
+
+    tokenizer = load_bundled_model().tokenizer
+    documents = [
+        tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        for row in load_text(str(tmp_path / "text.jsonl")).heldout
+    ]
+    assert len(documents) == 3
+    plain = [token for document in documents for token in document]
+    separated = [token for document in documents for token in (0, *document)][1:]
+    with_bos, place = [], 0
+    while place + 32 <= len(separated):
+        taken = 32 if separated[place] == 0 else 31
+        with_bos.append([0] * (32 - taken) + separated[place : place + taken])
+        place += taken
+    rows = {name: seen[name].text.contexts.tokens.tolist() for name in forms}
+    assert rows["as_saelens"][: len(with_bos)] == with_bos
+    assert rows["without_bos"] == [plain[i : i + 32] for i in range(0, len(plain) - 31, 32)]
+    assert rows["apart"] == [[0, *document[:23]] for document in documents]
+    sample = seen["cut"].text.sample  # positions 2 to 14, and no token 0
+    assert sample.tokens.tolist() == [t for context in rows["cut"] for t in context[2:15] if t != 0]
+    assert {len(context) for context in rows["cut"]} == {16}
+    # what the model makes of a context without BOS is what is measured
+    x = load_bundled_model().run_with_cache(torch.tensor(rows["without_bos"]), prepend_bos=False)[1][HOOK]
+    assert torch.allclose(seen["without_bos"].text.sample.activations, x.flatten(0, 1), atol=1e-3)
+
+
 @pytest.mark.parametrize(("sinks", "expected"), [("keep", {"in"}), ("drop", {"out"}), ("both", {"in", "out"})])
 def test_sinks(sinks, expected, run, tmp_path):
     document = evaluate(run[1], with_evals("reconstruction", "matching", "afa", sinks=sinks), tmp_path)
@@ -372,7 +417,7 @@ def test_each_eval_says_its_tokens_and_matches_are_of_alive_features(everything)
         assert counts["loss"] == "512"  # one batch of 16 contexts; sinks are passed through
         assert counts["causal"].startswith(f"{12 * 32} (")
         assert counts["probing"] == f"{sum(entry['results']['probing']['texts'])} texts"
-        assert "loss 512" in data.facts["tokens, held out"]
+        assert "loss 512" in data.facts["tokens"]
         found = measures(entry)
         assert found["active-set overlap at half scale, about b_dec, sinks in"].value == pytest.approx(
             entry["results"]["norm_response"]["with_sinks"]["response_about_b_dec"]["at_scales"][0]["overlap"]
