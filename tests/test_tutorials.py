@@ -168,9 +168,8 @@ def test_training_tutorial_switches_off_a_feature_wherever_it_is_active(bias, mo
     names = {"torch": torch, "model": model, "loaded": sae, "tokens": TOKENS, "HOOK": HOOK, "feature": 0}
     exec(source(TRAIN, "def switch_off"), names | {"codes": codes[:, 1:]})
     printed = capsys.readouterr().out
-    assert (
-        f"on the {16 * (CONTEXT - 2) * (bias > 0)} tokens where it is active" in printed
-    )  # 16 contexts, whose last token predicts nothing
+    seen = 16 * (CONTEXT - 2) * (bias > 0)  # in 16 contexts; the first token is left out, the last predicts nothing
+    assert f"on the {seen} tokens where it is active" in printed
     if bias <= 0:
         assert "costs 0.0000 nats" in printed
 
