@@ -7,7 +7,6 @@ swaps both ways). Here the threshold is fitted again, to a target L0, and the sc
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
 from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
+from saelens_cosine.loading.saelens import inference_copy
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
@@ -269,14 +269,7 @@ def _inference_copy(sae: SAE[Any]) -> SAE[Any]:
         _selector(sae.cfg.get_inference_config_class().architecture())
     else:
         _selector(sae.cfg.architecture())
-    state = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-    if isinstance(sae, TrainingSAE):
-        sae.process_state_dict_for_saving_inference(state)
-        config = sae.cfg.get_inference_sae_cfg_dict()
-    else:
-        sae.process_state_dict_for_saving(state)
-        config = sae.cfg.to_dict()
-    return _build(copy.deepcopy(config), state)
+    return _ready(inference_copy(sae))
 
 
 def _build(config: dict[str, Any], state: dict[str, torch.Tensor]) -> SAE[Any]:
@@ -287,8 +280,11 @@ def _build(config: dict[str, Any], state: dict[str, torch.Tensor]) -> SAE[Any]:
     def in_memory(path: Any, device: str, cfg_overrides: dict[str, Any] | None = None) -> Any:  # noqa: ARG001
         return config, state
 
-    sae: SAE[Any] = SAE.load_from_disk("", device=config["device"], converter=in_memory).eval()
-    sae.turn_off_forward_pass_hook_z_reshaping()  # activations here are [tokens, d_in]
+    return _ready(SAE.load_from_disk("", device=config["device"], converter=in_memory))
+
+
+def _ready(sae: SAE[Any]) -> SAE[Any]:
+    sae.eval().turn_off_forward_pass_hook_z_reshaping()  # activations here are [tokens, d_in]
     return sae
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def inference_copy(sae: SAE[Any]) -> SAE[Any]:
         config = sae.cfg.to_dict()
 
     def in_memory(path: Any, device: str, cfg_overrides: dict[str, Any] | None = None) -> Any:  # noqa: ARG001
-        return config, state
+        return copy.deepcopy(config), state
 
     return SAE.load_from_disk("", device=config["device"], converter=in_memory)
 
