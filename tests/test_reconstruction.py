@@ -293,6 +293,27 @@ def test_an_sae_on_attention_heads_takes_flat_tokens_and_is_left_as_it_was():
     assert sae.decode(sae.encode(x.view(20, 3, 2))).shape == (20, 3, 2)
 
 
+def test_loss_replaces_only_tokens_that_the_sae_was_trained_to_see(model):
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=4))
+    for parameter in sae.parameters():
+        parameter.data.zero_()  # reconstructs zeros
+    metadata = sae.cfg.metadata
+    metadata.hook_name, metadata.seqpos_slice, metadata.exclude_special_tokens = HOOK, [2, None], [9]
+    tokens = torch.tensor([[0, 5, 9, 7, 8, 11], [0, 9, 10, 9, 4, 3]])
+    seen = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 1, 1]], dtype=torch.bool)
+
+    def zero_seen(activations, hook):
+        activations[seen] = 0
+        return activations
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, zero_seen)], prepend_bos=False)
+    log_p = logits.double().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])
+    found = loss_recovered(sae, model, [tokens], None, compute_kl=False)
+    assert found.by_norm.all_norms.overall.ce_loss_with_sae == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    assert found.replaced_share == 6 / 12
+
+
 def test_loss_recovered_against_softmaxes_by_hand():
     torch.manual_seed(0)
     model = tiny_model()
