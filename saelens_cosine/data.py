@@ -135,7 +135,8 @@ def _from_hub(name: str, seed: int, streaming: bool) -> tuple[Any, Any]:
     heldout, train = rows.take(HELDOUT_DOCUMENTS), rows.skip(HELDOUT_DOCUMENTS)
     if next(iter(train), None) is None:
         raise ValueError(f"Dataset {name!r} has no more than the {HELDOUT_DOCUMENTS} documents that are held out.")
-    return train.shuffle(seed=seed, **({"buffer_size": 10_000} if streaming else {})), heldout
+    buffer: dict[str, Any] = {"buffer_size": 10_000} if streaming else {}
+    return train.shuffle(seed=seed, **buffer), heldout
 
 
 def _content(rows: Any) -> str:

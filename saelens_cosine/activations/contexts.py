@@ -67,17 +67,19 @@ class ContextForm:
             context_size: in place of the one named there.
             longest: what the model takes, tokens.
         """
-        named = {field.name: metadata[field.name] for field in fields(cls) if field.name in metadata}
+        stated = {field.name: metadata[field.name] for field in fields(cls) if field.name in metadata}
         # None is a value of the separator alone
-        named = {name: value for name, value in named.items() if value is not None or name.startswith("sequence_sep")}
+        named: dict[str, Any] = {name: value for name, value in stated.items() if value is not None or name.startswith("sequence_sep")}
         for name in ("seqpos_slice", "exclude_special_tokens"):
             if isinstance(named.get(name), list):  # as JSON keeps it
                 named[name] = tuple(named[name])
         size = context_size or named.get("context_size") or cls.context_size
-        return cls(**{**named, "context_size": min(size, longest or size)})
+        named["context_size"] = min(size, longest or size)
+        return cls(**named)
 
     def store(self, model: Any, dataset: Any, hook: str, d_in: int, device: str) -> ActivationsStore:
         """SAELens' store of a dataset in this form, at one hook of a model."""
+        form: dict[str, Any] = {**asdict(self), "exclude_special_tokens": self.excluded(model)}
         return ActivationsStore.from_config_multi_hook(
             model,
             dataset=dataset,
@@ -85,7 +87,7 @@ class ContextForm:
             hook_d_ins={hook: d_in},
             store_batch_size_prompts=CONTEXTS_AT_ONCE,
             device=device,
-            **{**asdict(self), "exclude_special_tokens": self.excluded(model)},
+            **form,
         )
 
     def excluded(self, model: Any) -> torch.Tensor | None:

@@ -315,7 +315,8 @@ def _decomposition(subject: Subject) -> Any:
             )
             for i, (task, _) in enumerate(tasks)
         ]
-        return [over_tasks(by_task) if len(by_task) > 1 else by_task[0] for by_task in zip(*parts, strict=True)]
+        by_k = (list(by_task) for by_task in zip(*parts, strict=True))
+        return [over_tasks(by_task) if len(by_task) > 1 else by_task[0] for by_task in by_k]
 
     return {name: of(name) for name in subject.settings.treatments}
 
