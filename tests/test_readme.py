@@ -108,7 +108,9 @@ def test_flags_of_other_commands_in_the_readme_exist(command, capsys):
 
 
 def test_short_names_in_the_readme_exist():
-    named = re.findall(r'from_pretrained\("([\w./-]+)", "([\w./-]+)"\)', block("python", "cosine-scored-saes-qwen3-8b"))
+    named = re.findall(
+        r'from_pretrained\([^"]*"([\w./-]+)",\s*"([\w./-]+)"', block("python", "cosine-scored-saes-qwen3-8b")
+    )
     assert len(named) == 2
     by_repository = {release.repo_id: release for release in RELEASES.values()}
     for source, sae_id in named:
