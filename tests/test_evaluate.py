@@ -648,3 +648,14 @@ def test_a_sample_knows_its_contexts_and_sinks():
     assert both.high_norm_share == pytest.approx(1 / 64)
     with pytest.raises(ValueError, match="sinks='some'"):
         side_by_side(len, sample, "some")
+
+
+def test_a_dead_sae_has_no_causal_figures_and_the_rest_goes_on(tmp_path):
+    sae = SAE.load_from_disk(saved_sae(tmp_path / "alive"))
+    sae.W_enc.data.zero_()
+    sae.b_enc.data.fill_(-1)
+    sae.save_model(tmp_path / "dead")
+    settings = with_evals("causal", "reconstruction", causal_contexts=4, causal_features=2, concept_texts=2)
+    (entry,) = evaluate([str(tmp_path / "dead")], settings, tmp_path / "out")["saes"]
+    assert "No feature is active" in entry["results"]["causal"]["not_applicable"]
+    assert entry["results"]["reconstruction"]["with_sinks"]["by_norm"]["all_norms"]["overall"]["l0"] == 0

@@ -69,7 +69,9 @@ class ContextForm:
         """
         stated = {field.name: metadata[field.name] for field in fields(cls) if field.name in metadata}
         # None is a value of the separator alone
-        named: dict[str, Any] = {name: value for name, value in stated.items() if value is not None or name.startswith("sequence_sep")}
+        named: dict[str, Any] = {
+            name: value for name, value in stated.items() if value is not None or name.startswith("sequence_sep")
+        }
         for name in ("seqpos_slice", "exclude_special_tokens"):
             if isinstance(named.get(name), list):  # as JSON keeps it
                 named[name] = tuple(named[name])

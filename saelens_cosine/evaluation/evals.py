@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -57,6 +58,17 @@ class NotApplicable(Exception):
     """An eval that says nothing of an SAE, with the reason."""
 
 
+@contextmanager
+def _or_not_applicable() -> Generator[None]:
+    """What a measure refuses, of a dead SAE or of a text without what it needs, is said; the other evals go on."""
+    try:
+        yield
+    except NotFiniteError:
+        raise
+    except ValueError as error:
+        raise NotApplicable(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Eval:
     """
@@ -101,13 +113,14 @@ def _tokens(text: Text) -> Any:
 
 def _patching(text: Text) -> Any:
     sample = text.sample_of(text.run)
-    return {
-        name: {
-            context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
-            for context in ("alone", "text")
+    with _or_not_applicable():
+        return {
+            name: {
+                context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
+                for context in ("alone", "text")
+            }
+            for name in text.settings.treatments
         }
-        for name in text.settings.treatments
-    }
 
 
 def _probing_baseline(text: Text) -> Any:
@@ -220,14 +233,10 @@ def _probing(subject: Subject) -> Any:
 def _score_swap(subject: Subject) -> Any:
     def of(sample: TokenSample) -> Any:
         fit_on = sample.contexts % 2 == 0
-        try:
-            return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
-        except NotFiniteError:
-            raise
-        except ValueError as error:
-            raise NotApplicable(str(error)) from error
+        return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
 
-    return subject.by_treatment(of)
+    with _or_not_applicable():
+        return subject.by_treatment(of)
 
 
 def _causal(subject: Subject) -> Any:
@@ -249,7 +258,8 @@ def _causal(subject: Subject) -> Any:
             "ablation": ablation_precision(concepts.run, sae, texts, torch.tensor(concepts.labels)),
         }
 
-    return {name: of(name) for name in settings.treatments}
+    with _or_not_applicable():
+        return {name: of(name) for name in settings.treatments}
 
 
 def _features(subject: Subject) -> Any:
