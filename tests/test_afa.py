@@ -209,7 +209,7 @@ def test_distribution_by_hand():
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = summarize_afa(measure_afa(sae, X))
-    monkeypatch.setattr("saelens_cosine.evaluation.afa.TOKENS_AT_ONCE", 13 * 9)
+    monkeypatch.setattr("saelens_cosine.evaluation.afa.tokens_at_once", lambda sae: 9)
     seen = []
     pieces = summarize_afa(measure_afa(sae, X, on_progress=lambda *step: seen.append(step[1:])))
     assert (seen[0], seen[1], seen[-1]) == ((0, 200), (9, 200), (200, 200))

@@ -423,7 +423,10 @@ def test_saving_leaves_live_weights_as_they_are(name, options, tmp_path):
     sae.save_model(tmp_path / "checkpoint")
     assert sae.training
     after = sae.cfg.to_dict()
-    for noted in ("dead_features_in_token_window", "dead_feature_window_tokens"):  # of what was saved, by the arms that count
+    for noted in (
+        "dead_features_in_token_window",
+        "dead_feature_window_tokens",
+    ):  # of what was saved, by the arms that count
         after["metadata"].pop(noted, None)
     assert after == config
     for key, tensor in sae.state_dict().items():

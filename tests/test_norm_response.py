@@ -185,7 +185,7 @@ def test_saelens_own_classes(mode, power):
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = norm_response(sae, X)
-    monkeypatch.setattr("saelens_cosine.evaluation.norm_response.TOKENS_AT_ONCE", 13 * 7)
+    monkeypatch.setattr("saelens_cosine.evaluation.norm_response.tokens_at_once", lambda sae: 7)
     seen = []
     pieces = norm_response(sae, X, on_progress=lambda *step: seen.append(step[1:]))
     assert (seen[0], seen[1], seen[-1]) == ((0, 300), (7, 300), (300, 300))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
+from saelens_cosine.evaluation.codes import tokens_at_once
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.not_finite import finite_rows
 from saelens_cosine.score import wide
@@ -201,7 +201,7 @@ def measure_afa(
     parts: list[torch.Tensor] = []
     done = 0
     with on_flat_tokens(sae):
-        for chunk in activations.split(max(1, TOKENS_AT_ONCE // sae.cfg.d_sae)):
+        for chunk in activations.split(tokens_at_once(sae)):
             if on_progress is not None:
                 on_progress("Comparing norms", done, len(activations))
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))

@@ -13,8 +13,16 @@ from scipy.sparse import get_index_dtype
 
 from saelens_cosine.evaluation.not_finite import NotFiniteError
 
-TOKENS_AT_ONCE = 2**25
-"""Dense codes that are held at a time, for classes that make no others: 128 MiB in float32."""
+CODES_AT_ONCE = 2**20
+"""Dense codes that are held at a time, for classes that make no others: 4 MiB in float32, which a CPU's cache holds."""
+
+FEWEST_TOKENS = 256
+"""Tokens at a time, whatever d_sae is: a product of fewer reads the weights too often."""
+
+
+def tokens_at_once(sae: SAE[Any]) -> int:
+    """Tokens whose dense codes are held at a time."""
+    return max(FEWEST_TOKENS, CODES_AT_ONCE // sae.cfg.d_sae)
 
 
 @torch.no_grad()
@@ -34,7 +42,7 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
             f"{type(sae).__name__} is in training mode, where codes depend on the batch. Call sae.eval(), or load what was "
             "saved."
         )
-    parts = [_entries(sae, x) for x in activations.split(max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))]
+    parts = [_entries(sae, x) for x in activations.split(tokens_at_once(sae))]
     if bad := sum(bad for *_, bad in parts):
         raise NotFiniteError(f"Codes of {type(sae).__name__}", bad, len(activations))
     counts = np.concatenate([counts for counts, *_ in parts])

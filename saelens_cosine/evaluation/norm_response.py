@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
+from saelens_cosine.evaluation.codes import tokens_at_once
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.not_finite import finite_rows
 
@@ -125,7 +125,7 @@ def norm_response(
     base = _ScaledCodes(1.0, sae)
     done = 0
     with on_flat_tokens(sae):
-        for x in activations.split(max(1, TOKENS_AT_ONCE // sae.cfg.d_sae)):
+        for x in activations.split(tokens_at_once(sae)):
             if on_progress is not None:
                 on_progress("Scaling activations", done, len(activations))
             x = x.to(sae.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.codes import TOKENS_AT_ONCE
+from saelens_cosine.evaluation.codes import tokens_at_once
 from saelens_cosine.evaluation.dead import BatchDeaths, DeadShares, dead_in_training
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
@@ -109,7 +109,7 @@ def diagnose_reconstruction(
     groups = group_by_norm(token_norms(activations), bins)
     sums = FitSums(groups.unions, groups.n_groups, activations.shape[-1], sae.cfg.d_sae)
     deaths = BatchDeaths(min(batch, len(activations)))
-    at_once = min(deaths.batch_tokens, max(1, TOKENS_AT_ONCE // sae.cfg.d_sae))
+    at_once = min(deaths.batch_tokens, tokens_at_once(sae))
     done = 0
     with on_flat_tokens(sae):
         for in_batch, group_of in zip(
