@@ -365,7 +365,7 @@ def test_unknown_names_are_refused(tmp_path):
     other.cfg.metadata.model_name = "gpt2"
     with pytest.raises(ValueError, match="these SAEs are of bundled, gpt2"):
         run([mirror(), other], ["tpp"], tmp_path)
-    with pytest.raises(ValueError, match="would drop about half"):
+    with pytest.raises(ValueError, match="is no bound for high norms"):
         run([mirror()], ["tpp"], tmp_path, max_norm_multiple=0.5)
 
 

@@ -22,7 +22,7 @@ SHRINK = {
         "per_file=8": "per_file=2",
     },
     WIN: {
-        '    "per_feature_cosine_batchtopk",\n    "magnitude_bypass_batchtopk",\n    "top_afa",\n)': ")",
+        '    "per_feature_cosine_batchtopk",\n    "magnitude_bypass_batchtopk",\n)': ")",
         "SEEDS = 3": "SEEDS = 1",
         "TRAINING_TOKENS = 300_000": "TRAINING_TOKENS = 8_192",
         "D_SAE, K = 1024, 16": "D_SAE, K = 64, 4",
