@@ -12,6 +12,9 @@ from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 HELDOUT_DOCUMENTS = 1000
 """Documents set aside for evaluation: of local data at most so many, of a dataset on the Hub the first ones."""
 
+SHUFFLED_AT_ONCE = 10_000
+"""Documents of a stream among which the next one is drawn."""
+
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _TEXT_FILES = (".txt", ".md", ".py")
@@ -52,7 +55,7 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
         ValueError: the dataset has no rows, too few to hold one out, or none that is unlike the held-out ones.
         FileNotFoundError: a path that does not exist and cannot be the name of a Hub dataset.
     """
-    path = Path(name)
+    path, streams = Path(name), False
     if name == BUNDLED:
         train, heldout = stdlib_corpus("train").shuffle(seed=seed), stdlib_corpus("heldout").shuffle(seed=0)
         rule = "hash of the file's path, codec tables aside"
@@ -63,14 +66,17 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
         train, heldout = split["train"].shuffle(seed=seed), split["test"]
         rule = f"{test_size} of {len(rows)} rows, sha256 {_content(heldout)}"
     else:
-        train, heldout = _from_hub(name, seed, streaming)
-        rule = f"first {HELDOUT_DOCUMENTS} documents"
+        train, heldout = _from_hub(name, streaming)
+        train = train if streaming else train.shuffle(seed=seed)
+        rule, streams = f"first {HELDOUT_DOCUMENTS} documents", streaming
     train, heldout = _iterable(train), _iterable(heldout)
     train = train.filter(HeldOutRuns(heldout).leaves)
     if next(iter(train), None) is None:
         raise ValueError(
             f"Every document of {name!r} is nearly a copy of a held-out one; there is nothing to train on."
         )
+    if streams:  # last, for the first document of a shuffled stream costs a buffer of them
+        train = train.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
     return TextSplits(train, heldout, rule)
 
 
@@ -126,7 +132,7 @@ def _read_folder(folder: Path) -> Any:
     return Dataset.from_list(rows)
 
 
-def _from_hub(name: str, seed: int, streaming: bool) -> tuple[Any, Any]:
+def _from_hub(name: str, streaming: bool) -> tuple[Any, Any]:
     from datasets import load_dataset
 
     rows = load_dataset(name, split="train", streaming=streaming)
@@ -135,8 +141,7 @@ def _from_hub(name: str, seed: int, streaming: bool) -> tuple[Any, Any]:
     heldout, train = rows.take(HELDOUT_DOCUMENTS), rows.skip(HELDOUT_DOCUMENTS)
     if next(iter(train), None) is None:
         raise ValueError(f"Dataset {name!r} has no more than the {HELDOUT_DOCUMENTS} documents that are held out.")
-    buffer: dict[str, Any] = {"buffer_size": 10_000} if streaming else {}
-    return train.shuffle(seed=seed, **buffer), heldout
+    return train, heldout
 
 
 def _content(rows: Any) -> str:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.data import load_text
@@ -177,3 +177,24 @@ def test_errors_name_what_there_is():
         load_hooked_model("bundled", hook="blocks.2.hook_nothing")
     with pytest.raises(ValueError, match="layer=1 and hook="):
         load_hooked_model("bundled", layer=1, hook="blocks.2.hook_resid_post")
+
+
+def test_a_stream_is_not_read_far_before_it_is_used(monkeypatch):
+    read: list[int] = []
+
+    def rows():
+        for i in range(30_000):
+            read.append(i)
+            yield {"text": f"{i} document"}
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: IterableDataset.from_generator(rows))
+    load_text("owner/data")
+    assert max(read) <= 1000  # the held-out documents and the first one behind them
+    first = [int(row["text"].split()[0]) for row in load_text("owner/data").train.take(50)]
+    assert first != sorted(first)
+
+
+def test_a_row_without_a_document_is_named(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    with pytest.raises(ValueError, match=r"nothing in its column 'text'"):
+        list(load_text(str(tmp_path / "text.jsonl")).train)

@@ -35,9 +35,15 @@ def runs(document: str | Sequence[int]) -> Array:
 
 
 def document_of(row: Mapping[str, Any]) -> str | Sequence[int]:
-    """The document in a row of a dataset, from the column that SAELens' store reads."""
+    """The document in a row of a dataset, from the column that SAELens' store reads.
+
+    Raises:
+        ValueError: there is none in it.
+    """
     for column in ("tokens", "input_ids", "text", "problem"):
         if column in row:
+            if row[column] is None:
+                raise ValueError(f"A row of the dataset has nothing in its column {column!r}; leave such rows out.")
             return row[column]
     return str(row)
 
