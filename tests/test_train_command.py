@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pytest
-from sae_lens import SAE
+from datasets import Array2D, Dataset, Features
+from sae_lens import SAE, LanguageModelSAETrainingRunner
 
 from saelens_cosine.cli import main
 
@@ -92,3 +94,18 @@ def test_max_norm_multiple_takes_none(tmp_path):
     metadata = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]
     assert metadata["max_norm_multiple"] is None
     assert metadata["high_norm_share_dropped"] == 0
+
+
+def test_cached_activations_of_the_bundled_corpus_train_an_sae_that_claims_no_held_out_text(tmp_path, monkeypatch):
+    hook, shape = "blocks.3.hook_resid_post", (128, 192)
+    features = Features({hook: Array2D(shape, "float32")})
+    Dataset.from_dict({hook: [np.ones(shape, np.float32)] * 2}, features=features).save_to_disk(tmp_path / "cache")
+    rules = []
+    monkeypatch.setattr(
+        LanguageModelSAETrainingRunner, "run", lambda runner: rules.append(runner.sae.cfg.metadata.heldout_rule)
+    )
+    cached = {"--use_cached_activations": "true", "--cached_activations_path": str(tmp_path / "cache")}
+    assert main(["train", *with_flags(cached)]) == 0
+    assert main(["train", *FLAGS]) == 0
+    assert rules[0] is None
+    assert "hash of the file's path" in rules[1]

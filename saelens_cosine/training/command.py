@@ -29,15 +29,15 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
     check_max_norm_multiple(max_norm_multiple)
     cfg = _parse_cfg_args(arguments)
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
-    # cached activations are of a text that was chosen when they were made
-    text = None if cfg.use_cached_activations else load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
+    text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
-        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text and text.train)
+        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None
     _check_fit(cfg, runner.model)
-    if text is not None:
-        runner.sae.cfg.metadata.heldout_rule = text.rule
+    # cached activations are of a text that was chosen when they were made, and an SAE that goes on has read another
+    elsewhere = cfg.use_cached_activations or cfg.from_pretrained_path is not None
+    runner.sae.cfg.metadata.heldout_rule = None if elsewhere else text.rule
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
     record_training(runner.sae, cfg)
