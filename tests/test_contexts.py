@@ -6,7 +6,9 @@ from sae_lens.saes.sae import SAEMetadata
 
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
+from saelens_cosine.evaluation.comparison import ComparisonSettings
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.evaluation.settings import EvaluationSettings
 
 
 def store_of(model, documents, **form):
@@ -31,6 +33,8 @@ def test_all_contexts_where_the_text_is_short_and_an_error_where_there_is_none(m
     assert found.documents.tolist() == [1, 1]  # a separator is the next document's
     with pytest.raises(ValueError, match="shorter than one context of 4"):
         sample_contexts(store_of(model, [[5, 6]], prepend_bos=False), 1000)
+    with pytest.raises(ValueError, match=r"No document of the text has one context of 4 .* smaller context size"):
+        sample_contexts(store_of(model, [[5, 6]] * 9, prepend_bos=False, disable_concat_sequences=True), 1000)
 
 
 def test_even_steps_are_the_middles_of_equal_stretches():
@@ -101,3 +105,22 @@ def test_the_share_of_runs_is_counted_in_words():
     assert tokenised.shared(list(range(6, 46))) == pytest.approx(3 / 9)
     assert tokenised.leaves({"tokens": list(range(6, 46))})
     assert not tokenised.leaves({"tokens": list(range(5, 45))})
+
+
+def test_contexts_without_room_for_text_are_refused():
+    for settings in (EvaluationSettings, ComparisonSettings):
+        assert settings(context_size=2).context_size == 2
+        for size in (1, 0, -5):
+            with pytest.raises(ValueError, match=f"context_size={size} must be 2 or more"):
+                settings(context_size=size)
+
+
+def test_an_sae_of_conversations_reads_them_as_it_was_trained(model, monkeypatch):
+    said = " ".join(VOCABULARY[5:11])
+    template = "{% for turn in messages %}" + VOCABULARY[20] + " {{ turn.content }}{% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    rows = Dataset.from_dict({"messages": [[{"role": "user", "content": said}]] * 2}).to_iterable_dataset()
+    trained = {"prepend_bos": False, "sequence_separator_token": None, "use_chat_formatting": True}
+    form = ContextForm.of(SAEMetadata(context_size=4, **trained))
+    found = sample_contexts(form.store(model, rows, HOOK, 16, "cpu"), 100)
+    assert found.tokens.tolist() == [[20, 5, 6, 7], [8, 9, 10, 20], [5, 6, 7, 8]]

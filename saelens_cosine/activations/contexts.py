@@ -49,6 +49,7 @@ class ContextForm:
         disable_concat_sequences (bool): Each document gives one context, its beginning; documents that are shorter give none.
         seqpos_slice (tuple[int | None, ...]): Positions that the SAE sees, as the arguments of a `slice`.
         exclude_special_tokens (bool | tuple[int, ...]): Whether the tokenizer's special tokens are left out, or the ids that are.
+        use_chat_formatting (bool): Whether documents are conversations, put into words by the tokenizer's chat template.
     """
 
     context_size: int = 128
@@ -57,6 +58,7 @@ class ContextForm:
     disable_concat_sequences: bool = False
     seqpos_slice: tuple[int | None, ...] = (None,)
     exclude_special_tokens: bool | tuple[int, ...] = False
+    use_chat_formatting: bool = False
 
     @classmethod
     def of(cls, metadata: Any, context_size: int | None = None, longest: int | None = None) -> ContextForm:
@@ -108,6 +110,14 @@ class ContextForm:
         return inside if excluded is None else inside & ~torch.isin(tokens, excluded.to(tokens))
 
 
+def check_context_size(tokens: int) -> None:
+    """Raise ValueError for contexts without room for a token of text: SAELens would fill such ones for ever."""
+    if tokens < 2:
+        raise ValueError(
+            f"context_size={tokens} must be 2 or more: a token of text, after the one that begins the context."
+        )
+
+
 def sample_contexts(store: ActivationsStore, tokens: int) -> Contexts:
     """Contexts with about this many tokens in all, at even steps through every document of a store; all there are where that is less.
 
@@ -122,6 +132,9 @@ def sample_contexts(store: ActivationsStore, tokens: int) -> Contexts:
         found.append(context.cpu())
         documents.append(store.n_dataset_processed)  # documents that have ended before the one being read
     if not found:
-        raise ValueError(f"The text is shorter than one context of {store.context_size} tokens; use a larger dataset.")
+        what = "No document of the text has" if store.disable_concat_sequences else "The text is shorter than"
+        raise ValueError(
+            f"{what} one context of {store.context_size} tokens; use a larger dataset, or a smaller context size."
+        )
     every = Contexts(torch.stack(found), torch.tensor(documents))
     return every.at_even_steps(max(1, -(-tokens // store.context_size)))

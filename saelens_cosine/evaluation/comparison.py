@@ -15,7 +15,7 @@ from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-from saelens_cosine.activations.contexts import ContextForm, sample_contexts
+from saelens_cosine.activations.contexts import ContextForm, check_context_size, sample_contexts
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.plain import weights_sha256
@@ -86,6 +86,7 @@ class ComparisonSettings:
             raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1.")
+        check_context_size(self.context_size)
         check_max_norm_multiple(self.max_norm_multiple)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from saelens_cosine.activations.contexts import check_context_size
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation.plain import plain, without_secrets
 from saelens_cosine.evaluation.saebench.evals import Judge
@@ -74,6 +75,8 @@ class EvaluationSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.context_size is not None:
+            check_context_size(self.context_size)
         check_max_norm_multiple(self.max_norm_multiple)
 
     @property

@@ -23,6 +23,8 @@ def record_training(sae: SAE[Any], runner: Any, recipe: str | None = None) -> No
     metadata.lr = runner.lr
     metadata.train_batch_size_tokens = runner.train_batch_size_tokens
     metadata.seed = runner.seed
+    if runner.use_chat_formatting:  # of the settings of its text the one that SAELens does not note
+        metadata.use_chat_formatting = True
     if recipe is not None:
         metadata.recipe = recipe
 
