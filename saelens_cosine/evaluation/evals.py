@@ -242,7 +242,6 @@ def _score_swap(subject: Subject) -> Any:
 def _causal(subject: Subject) -> Any:
     run, sae, settings = subject.text.run, subject.sae, subject.settings
     sample = subject.text.sample_of(run)
-    concepts = subject.text.concepts
 
     def of(name: str) -> dict[str, Any]:
         tokens = subject.text.treated(sample, name)
@@ -250,6 +249,7 @@ def _causal(subject: Subject) -> Any:
             protocol: win_rate(run, sae, tokens, replace(row, features=min(row.features, settings.causal_features)))
             for protocol, row in PROTOCOLS.items()
         }
+        concepts = subject.text.concepts
         texts = subject.text.treated(subject.text.sample_of(concepts.run), name)
         return {
             "win_rate": rates,

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
@@ -113,9 +114,10 @@ class Text:
 
     @cached_property
     def run(self) -> CleanRun:
-        """The contexts from which causal diagnostics start, from all documents."""
+        """The contexts from which causal diagnostics start, from all documents, each read at the last token that the SAE sees."""
         tokens = self.contexts.at_even_steps(self.settings.causal_contexts).tokens
-        return clean_run(self.model, self.hook, tokens, head=self.head)
+        last = (self.form.seen(self.model, tokens) * torch.arange(1, tokens.shape[1] + 1)).amax(dim=-1) - 1
+        return clean_run(self.model, self.hook, tokens, last.clamp_min(0), head=self.head)
 
     @cached_property
     def concepts(self) -> Concepts:
@@ -260,6 +262,12 @@ class Loader(ExitStack):
             sample = sample_tokens(
                 hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
             )
+            if not len(sample):
+                raise ValueError(
+                    f"{source.name} was trained on positions seqpos_slice={form.seqpos_slice} without the tokens "
+                    f"exclude_special_tokens={form.exclude_special_tokens}: none of these is in contexts of "
+                    f"{form.context_size} tokens. Pass a larger --context-size."
+                )
             self._texts[key] = Text(
                 model_name,
                 hooked.model,
