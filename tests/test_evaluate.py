@@ -21,11 +21,11 @@ from saelens_cosine.data import load_text
 from saelens_cosine.evaluation import evals, saebench
 from saelens_cosine.evaluation import evaluate as module
 from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.differences import figures_by_eval, measures
+from saelens_cosine.evaluation.differences import about_differences, figures_by_eval, measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.figures import means, text_is
+from saelens_cosine.evaluation.figures import by_column, means, text_is
 from saelens_cosine.evaluation.html_report import render, write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
@@ -521,6 +521,60 @@ def test_features_are_not_matched_across_activations(run, tmp_path):
     document = evaluate([run[1][0], str(tmp_path / "elsewhere")], with_evals("tokens", "matching"), tmp_path / "out")
     assert [text["hook"] for text in document["texts"]] == [HOOK, "blocks.2.hook_resid_post"]
     assert "not measured on the same activations" in document["saes"][1]["results"]["matching"]["not_applicable"]
+
+
+def with_metadata(source, folder, **metadata):
+    sae = SAE.load_from_disk(source)
+    for name, value in metadata.items():
+        sae.cfg.metadata[name] = value
+    sae.save_model(folder)
+    return str(folder)
+
+
+def test_texts_of_one_name_and_two_forms_are_told_apart(run, tmp_path):
+    without = with_metadata(run[1][1], tmp_path / "without", prepend_bos=False)
+    sources = [run[1][0], run[1][1], without]
+    document = evaluate(sources, with_evals("tokens", "reconstruction"), tmp_path / "out")
+    assert [text["form"]["prepend_bos"] for text in document["texts"]] == [True, False]
+    assert [entry["text"] for entry in document["saes"]] == [0, 0, 1]
+    texts, _ = by_column(document)
+    assert list(texts) == [f"bundled at {HOOK}, bundled, prepend_bos={has}" for has in (True, False)]
+    for (name, figures), text in zip(texts.items(), document["texts"], strict=True):
+        assert figures == text["figures"]
+        shown = report_data(document).facts[f"share of high-norm tokens of {name}"]
+        assert shown == f"{text['results']['tokens']['high_norm_share']:.2%}"
+    assert "Measured on other tokens than one" in about_differences(document)[-1]
+    assert ": without." in about_differences(document)[-1]  # and not `two`, which saw the same
+
+
+def test_an_sae_of_the_first_positions_is_edited_there(run, tmp_path):
+    source = with_metadata(run[1][0], tmp_path / "sae", seqpos_slice=[None, 16])
+    seen: list[Subject] = []
+    row = Eval(lambda subject: seen.append(subject) or {}, "sae", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EVALS, "remember", row)
+        evaluate([source], with_evals("remember", causal_contexts=4), tmp_path / "out")
+    (subject,) = seen
+    edited = subject.text.run
+    assert edited.read.tolist() == [15] * 4
+    assert edited.read_rows(subject.text.sample_of(edited)).tolist() == [15, 31, 47, 63]
+
+
+def test_what_causal_refuses_is_left_out_with_its_reason(run, tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise ValueError("No feature is active on 5 of these 9 tokens; take more contexts.")
+
+    monkeypatch.setattr(evals, "win_rate", refuse)
+    document = evaluate(run[1][:1], with_evals("causal", "reconstruction", causal_contexts=4), tmp_path)
+    results = document["saes"][0]["results"]
+    assert results["causal"]["not_applicable"] == "No feature is active on 5 of these 9 tokens; take more contexts."
+    assert "with_sinks" in results["reconstruction"]
+
+
+def test_contexts_without_a_token_that_the_sae_sees_are_refused(run, tmp_path):
+    source = with_metadata(run[1][0], tmp_path / "sae", seqpos_slice=[48, None])
+    with pytest.raises(ValueError, match=r"seqpos_slice=\(48, None\).*32 tokens.*larger --context-size"):
+        evaluate([source], SETTINGS, tmp_path / "out")
 
 
 def test_sinks_are_planted_where_the_sae_was_trained_with_them_or_on_request(run, tmp_path):

@@ -115,12 +115,13 @@ def _seeds(entries: Sequence[Entry]) -> list[int]:
 
 
 def compared(saes: Sequence[Entry]) -> dict[str, Any]:
-    """The fields of `evaluation.json` that compare arms: `baseline`, `unpaired`, `differences`, `intervals`."""
+    """The fields of `evaluation.json` that compare arms: `baseline`, `unpaired`, `on_other_tokens`, `differences`, `intervals`."""
     found = differences(saes)
     axes = dict.fromkeys(axis for item in found for axis in item.over)
     return {
         "baseline": saes[0]["arm"],
         "unpaired": unpaired(saes),
+        "on_other_tokens": _on_other_tokens(saes),
         "differences": found,
         "intervals": {
             "confidence": CONFIDENCE,
@@ -128,6 +129,13 @@ def compared(saes: Sequence[Entry]) -> dict[str, Any]:
             "assumptions": {axis: ASSUMPTIONS[axis] for axis in axes},
         },
     }
+
+
+def _on_other_tokens(saes: Sequence[Entry]) -> list[str]:
+    """Arms whose seeds were not all measured on the texts that the first arm's were."""
+    (_, theirs), *others = by_arm(saes).items()
+    texts = {entry.get("text") for entry in theirs}
+    return [arm for arm, entries in others if {entry.get("text") for entry in entries} != texts]
 
 
 def unpaired(saes: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -151,6 +159,11 @@ def about_differences(document: Mapping[str, Any]) -> list[str]:
     if document["unpaired"]:
         named = (f"seed {item['seed']} of {item['arm']} ({item['without']} has none)" for item in document["unpaired"])
         lines.append(f"Left out of differences, which are means over the other seeds: {', '.join(named)}.")
+    if apart := document.get("on_other_tokens"):
+        lines.append(
+            f"Measured on other tokens than {document['baseline']} (another model, hook, or form of text): {', '.join(apart)}. "
+            "Their differences are those of the tokens, too."
+        )
     return lines
 
 

@@ -94,7 +94,7 @@ def evaluate(
             if subject.text not in texts:
                 texts.append(subject.text)
                 document["texts"].append(measured.text(subject.text))
-            document["saes"].append(measured.sae(subject))
+            document["saes"].append({**measured.sae(subject), "text": texts.index(subject.text)})
             document |= plain(compared(document["saes"]))
             write_json(document, folder / "evaluation.json")  # after each SAE
     measured.end()
@@ -128,6 +128,7 @@ class _Measured:
             "head": text.head,
             "dataset": text.dataset,
             "planted_sinks": text.planted,
+            "form": plain(text.form),
             **found,
         }
 

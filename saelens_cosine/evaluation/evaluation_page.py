@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from saelens_cosine.evaluation.bootstrap import paired_difference
 from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
-from saelens_cosine.evaluation.figures import by_column, left_out, rows, text_is
+from saelens_cosine.evaluation.figures import by_column, left_out, rows, text_is, text_names
 from saelens_cosine.evaluation.html_report.data import (
     Arm,
     Curve,
@@ -127,11 +127,13 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
         + {"keep": "kept", "drop": "left out", "both": "shown with and without"}[settings["sinks"]]
         + ("; planted in each context" if any(text["planted_sinks"] for text in document["texts"]) else ""),
     }
-    for text in document["texts"]:
+    texts = document["texts"]
+    for name, text in zip(text_names(texts), texts, strict=True):
+        of = f" of {name}" if len(texts) > 1 else ""
         if found := text["results"].get("tokens"):
-            facts["share of high-norm tokens"] = f"{found['high_norm_share']:.2%}"
+            facts[f"share of high-norm tokens{of}"] = f"{found['high_norm_share']:.2%}"
             if found["high_norm_multiple"]:
-                facts["their norm"] = f"{found['high_norm_multiple']:.1f} times the median"
+                facts[f"their norm{of}"] = f"{found['high_norm_multiple']:.1f} times the median"
     if {"probing", "causal", "norm_response", "matching"} & set(settings["evals"]):
         preferred = "out" if settings["sinks"] != "keep" else "in"
         facts["probing, precision, scaled tokens and matches"] = f"sinks {preferred}"

@@ -95,11 +95,28 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if len(known) == len(values) else None
 
 
+def text_names(texts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the texts of an `evaluation.json` are called, each by what tells it from the others: model, hook, data, and form."""
+    forms = [
+        {"head": text.get("head"), "sinks planted": text.get("planted_sinks"), **text.get("form", {})} for text in texts
+    ]
+    differ = [
+        what
+        for what in dict.fromkeys(what for form in forms for what in form)
+        if len({str(form.get(what)) for form in forms}) > 1
+    ]
+    return [
+        ", ".join(
+            [f"{text['model']} at {text['hook']}", text["dataset"], *(f"{what}={form.get(what)}" for what in differ)]
+        )
+        for text, form in zip(texts, forms, strict=True)
+    ]
+
+
 def by_column(document: Mapping[str, Any]) -> tuple[dict[str, Figures], dict[str, Figures]]:
     """All figures of an `evaluation.json`: those of its texts, by model, hook and text, and those of its arms."""
-    texts: dict[str, Figures] = {
-        f"{text['model']} at {text['hook']}, {text['dataset']}": text.get("figures") or {} for text in document["texts"]
-    }
+    figures = [text.get("figures") or {} for text in document["texts"]]
+    texts: dict[str, Figures] = dict(zip(text_names(document["texts"]), figures, strict=True))
     arms: dict[str, list[Mapping[str, Any]]] = {}
     for entry in document["saes"]:
         arms.setdefault(entry["arm"], []).append(entry)
@@ -118,7 +135,8 @@ def rows(columns: Mapping[str, Figures], evals: Sequence[str]) -> Iterator[tuple
 def left_out(document: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
     """Evals that say nothing of an SAE or a text: by eval and reason, the arms, or the text's name."""
     found: dict[tuple[str, str], list[str]] = {}
-    named = [(text["dataset"], text) for text in document["texts"]]
+    named = list(zip(text_names(document["texts"]), document["texts"], strict=True))
+    named = named if len(named) > 1 else [(text["dataset"], text) for _, text in named]
     for whose, entry in named + [(entry["arm"], entry) for entry in document["saes"]]:
         for name, result in entry["results"].items():
             if reason := (result or {}).get("not_applicable"):
