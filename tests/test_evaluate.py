@@ -560,14 +560,13 @@ def test_an_sae_of_the_first_positions_is_edited_there(run, tmp_path):
     assert edited.read_rows(subject.text.sample_of(edited)).tolist() == [15, 31, 47, 63]
 
 
-def test_what_causal_refuses_is_left_out_with_its_reason(run, tmp_path, monkeypatch):
-    def refuse(*_args):
-        raise ValueError("No feature is active on 5 of these 9 tokens; take more contexts.")
-
-    monkeypatch.setattr(evals, "win_rate", refuse)
-    document = evaluate(run[1][:1], with_evals("causal", "reconstruction", causal_contexts=4), tmp_path)
+def test_a_text_too_short_for_concepts_is_measured_by_all_other_evals(run, tmp_path):
+    words = [f"word{i} " * 60 for i in range(20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    short = {"dataset": str(tmp_path / "text.jsonl"), "tokens": 32, "causal_contexts": 4}
+    document = evaluate(run[1][:1], with_evals("causal", "reconstruction", **short), tmp_path / "out")
     results = document["saes"][0]["results"]
-    assert results["causal"]["not_applicable"] == "No feature is active on 5 of these 9 tokens; take more contexts."
+    assert "not_applicable" in results["causal"]
     assert "with_sinks" in results["reconstruction"]
 
 
