@@ -260,6 +260,11 @@ def context_size(model: Any) -> int | None:
     return getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a hooked model's inputs go; the wrapper of a Hugging Face model does not move them."""
+    return next(model.parameters()).device
+
+
 def of_head(activations: torch.Tensor, head: int | None) -> torch.Tensor:
     """`[contexts, length, d_in]` activations of one attention head, or of all of them flattened (or of a hook without heads)."""
     return (activations if head is None else activations[:, :, head]).flatten(2)
@@ -274,7 +279,7 @@ def size_at_hook(model: Any, hook_name: str, head: int | None = None) -> int:
     """
     if hook_name not in model.hook_dict:
         raise ValueError(f"{type(model).__name__} has no hook point {hook_name!r}.")
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
     _, cache = model.run_with_cache(tokens, names_filter=[hook_name], prepend_bos=False)
     if hook_name not in cache.keys():  # noqa: SIM118  (TransformerLens' cache is no mapping)
         raise ValueError(

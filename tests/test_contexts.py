@@ -1,14 +1,16 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONTEXT, HOOK, VOCABULARY
+from helpers import CONTEXT, HOOK, VOCABULARY, make_sae
 from sae_lens.saes.sae import SAEMetadata
 
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
 from saelens_cosine.evaluation.comparison import ComparisonSettings
+from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.sharing.features import top_activations
 
 
 def store_of(model, documents, **form):
@@ -124,3 +126,29 @@ def test_an_sae_of_conversations_reads_them_as_it_was_trained(model, monkeypatch
     form = ContextForm.of(SAEMetadata(context_size=4, **trained))
     found = sample_contexts(form.store(model, rows, HOOK, 16, "cpu"), 100)
     assert found.tokens.tolist() == [[20, 5, 6, 7], [8, 9, 10, 20], [5, 6, 7, 8]]
+
+
+class Elsewhere(torch.nn.Module):
+    """A model on another device than tokens that were sampled; says where those come that it is run on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+    def run_with_cache(self, tokens, **_):
+        raise RuntimeError(f"run on {tokens.device.type}")
+
+    def forward(self, tokens, **_):
+        self.run_with_cache(tokens)
+
+
+def test_tokens_go_to_the_models_device():
+    sae, batches = make_sae("cosine_topk"), [torch.zeros(2, 4, dtype=torch.int64)]
+    sae.cfg.metadata.hook_name = HOOK
+    for measure in (
+        lambda: sample_tokens(Elsewhere(), HOOK, batches),
+        lambda: loss_recovered(sae, Elsewhere(), batches, 10.0),
+        lambda: top_activations(sae, Elsewhere(), batches),
+    ):
+        with pytest.raises(RuntimeError, match="run on meta"):
+            measure()

@@ -15,6 +15,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
 from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.models import device_of
 from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
@@ -128,7 +129,7 @@ def loss_recovered(
     Raises:
         ValueError: there are no token batches, or an SAE that does not reconstruct single tokens.
     """
-    batches = list(token_batches)
+    batches = [tokens.to(device_of(model)) for tokens in token_batches]
     if not batches:
         raise ValueError("There are no token batches to predict from.")
     replacement: Any = _Replacement(sae, max_norm_multiple)

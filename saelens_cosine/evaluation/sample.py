@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from saelens_cosine.models import of_head
+from saelens_cosine.models import device_of, of_head
 from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
@@ -134,7 +134,7 @@ def sample_tokens(
     n_contexts = 0
     for batch in token_batches:
         _, cache = model.run_with_cache(
-            batch,
+            batch.to(device_of(model)),
             names_filter=[hook_name],
             stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
             prepend_bos=False,

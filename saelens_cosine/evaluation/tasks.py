@@ -149,8 +149,7 @@ def sample_task(
         for length, rows in by_length.items()
         for start in range(0, len(rows), max(1, TOKENS_AT_ONCE // length))
     ]
-    device = next(model.parameters()).device
-    stacked = (torch.stack([texts[i] for i in rows]).to(device) for rows in batches)
+    stacked = (torch.stack([texts[i] for i in rows]) for rows in batches)
     sample = sample_tokens(model, hook_name, stacked, max_norm_multiple, head=head)
     contexts = torch.tensor([i for rows in batches for i in rows])[sample.contexts]
     order = contexts.argsort(stable=True)

@@ -15,7 +15,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.models import of_head
+from saelens_cosine.models import device_of, of_head
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.training.norm_filter import HighNormFilter
 
@@ -207,7 +207,9 @@ def _at_hook(sae: SAE[Any], model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Activations `[contexts * positions, d_in]` on the SAE's device, heads flattened or the SAE's one picked."""
     hook, head = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index
     stop = extract_stop_at_layer_from_tlens_hook_name(hook)
-    _, cache = model.run_with_cache(tokens, names_filter=[hook], stop_at_layer=stop, prepend_bos=False)
+    _, cache = model.run_with_cache(
+        tokens.to(device_of(model)), names_filter=[hook], stop_at_layer=stop, prepend_bos=False
+    )
     return of_head(cache[hook], head).flatten(0, 1).to(sae.device)
 
 
