@@ -94,7 +94,7 @@ def _local_rows(path: Path) -> Any:
         raise ValueError(
             f"Dataset {str(path)!r} has {len(rows)} rows; at least one to train on and one to hold out are needed."
         )
-    return rows
+    return rows.with_format(None)  # SAELens saves tokens to be read as tensors, of which equal ones have unequal hashes
 
 
 def _read_file(path: Path) -> Any:

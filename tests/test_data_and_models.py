@@ -198,3 +198,13 @@ def test_a_row_without_a_document_is_named(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
     with pytest.raises(ValueError, match=r"nothing in its column 'text'"):
         list(load_text(str(tmp_path / "text.jsonl")).train)
+
+
+def test_rows_of_tokens_that_are_read_as_tensors_leave_no_copy_in_training(tmp_path):
+    rows = [[100 * i + j for j in range(64)] for i in range(40)]
+    saved = Dataset.from_dict({"input_ids": rows * 2})
+    saved.set_format(type="torch", columns=["input_ids"])  # as SAELens' PretokenizeRunner saves them
+    saved.save_to_disk(tmp_path / "tokens")
+    train, heldout = ([tuple(row["input_ids"]) for row in split] for split in load_text(str(tmp_path / "tokens"))[:2])
+    assert set(train) | set(heldout) == set(map(tuple, rows))
+    assert not set(train) & set(heldout)
