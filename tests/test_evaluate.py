@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import make_sae
 from rich.console import Console
-from sae_lens import SAE
+from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import _progress, main
@@ -260,7 +260,7 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
         evaluate(sources[::-1], with_evals("matching"), folder / "out")
 
 
-def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     row, calls = EVALS["dictionary"], []
 
     def interrupted(subject):
@@ -701,6 +701,15 @@ def test_a_sample_knows_its_contexts_and_sinks():
     assert both.high_norm_share == pytest.approx(1 / 64)
     with pytest.raises(ValueError, match="sinks='some'"):
         side_by_side(len, sample, "some")
+
+
+def test_an_sae_that_saebench_cannot_take_is_left_out_and_the_rest_goes_on(tmp_path, monkeypatch):
+    sae = TopKSAE(TopKSAEConfig(d_in=192, d_sae=64, k=8, normalize_activations="layer_norm"))
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "bundled", HOOK
+    sae.save_model(tmp_path / "normalised")
+    monkeypatch.setattr(module, "_check_saebench", lambda subject: None)
+    (entry,) = evaluate([str(tmp_path / "normalised")], with_evals("core", "tokens"), tmp_path / "out")["saes"]
+    assert "normalize_activations='layer_norm'" in entry["results"]["core"]["not_applicable"]
 
 
 def test_a_dead_sae_has_no_causal_figures_and_the_rest_goes_on(tmp_path):

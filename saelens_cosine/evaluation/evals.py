@@ -338,8 +338,10 @@ def _saebench(name: str) -> Callable[[Subject], Any]:
         if not lens and choose_model(name_of_model or "", class_name=TRANSFORMER_LENS).class_name != TRANSFORMER_LENS:
             raise NotApplicable(f"SAEBench runs HookedTransformers, and TransformerLens knows no {name_of_model}.")
         configured = saebench_settings(name, subject.text.dataset, settings.saebench)
+        with _or_not_applicable():
+            prepared = saebench.prepare(subject.sae, subject.source.arm)
         report = saebench.run(
-            [saebench.prepare(subject.sae, subject.source.arm)],
+            [prepared],
             [name],
             subject.folder / "saebench",
             model=model if lens else None,
