@@ -154,7 +154,7 @@ def load_hooked_model(
         block = block if of is None or int(of[1]) >= n_layers else int(of[1])
         raise ValueError(
             f"{name}, loaded as {choice.class_name}, has no hook point {hook!r} under this or another name. "
-            f"In block {block} there are: {_hooks_of(model, block)}."
+            f"It has {n_layers} blocks, numbered from 0. In block {block} there are: {_hooks_of(model, block)}."
         )
     return HookedModel(
         model, name, choice.class_name, hook_name, size_at_hook(model, hook_name), context_size(model), choice.kwargs

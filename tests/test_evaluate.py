@@ -260,7 +260,7 @@ def test_what_is_measured_is_not_measured_again(run, monkeypatch):
         evaluate(sources[::-1], with_evals("matching"), folder / "out")
 
 
-def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(run, tmp_path, monkeypatch):
     row, calls = EVALS["dictionary"], []
 
     def interrupted(subject):
@@ -721,3 +721,11 @@ def test_a_dead_sae_has_no_causal_figures_and_the_rest_goes_on(tmp_path):
     (entry,) = evaluate([str(tmp_path / "dead")], settings, tmp_path / "out")["saes"]
     assert "No feature is active" in entry["results"]["causal"]["not_applicable"]
     assert entry["results"]["reconstruction"]["with_sinks"]["by_norm"]["all_norms"]["overall"]["l0"] == 0
+
+
+def test_too_few_texts_to_probe_are_said_and_the_rest_goes_on(run, tmp_path):
+    settings = with_evals("probing", "probing_baseline", "reconstruction", tasks=("bundled:loop",), task_texts=4)
+    document = evaluate(run[1][:1], settings, tmp_path)
+    refused = [document["saes"][0]["results"]["probing"], document["texts"][0]["results"]["probing_baseline"]]
+    assert all("splits=5" in result["not_applicable"] for result in refused)
+    assert "with_sinks" in document["saes"][0]["results"]["reconstruction"]

@@ -4,6 +4,7 @@ import torch
 from helpers import make_sae, save_inference
 from tokenizers import Tokenizer
 
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.bundled import model_folder, stdlib_corpus
 from saelens_cosine.evaluation import code_concepts, tasks
 from saelens_cosine.evaluation.causal import ablation_precision
@@ -445,3 +446,9 @@ def test_token_concepts_are_the_tokens_last_read():
         tasks.token_concepts(tokens, n_tokens=1, first=2)
     with pytest.raises(ValueError, match="end before position 3"):
         tasks.token_concepts(tokens, first=3)
+
+
+def test_a_text_has_no_more_tokens_than_the_contexts_that_the_sae_was_trained_on(model):
+    form = ContextForm(3)
+    assert sample_task(model, HOOK, TASK, form=form).positions.max() == 2
+    assert concept_run(model, HOOK, TEXTS, form=form).tokens.shape[1] == 3

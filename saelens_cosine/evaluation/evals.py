@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -35,7 +34,6 @@ from saelens_cosine.evaluation.matching import FeatureMatching, Matches
 from saelens_cosine.evaluation.norm_detectors import norm_detectors
 from saelens_cosine.evaluation.norm_noise import norm_noise
 from saelens_cosine.evaluation.norm_response import norm_response, scores_about
-from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
@@ -56,17 +54,6 @@ SPLITS = 5
 
 class NotApplicable(Exception):
     """An eval that says nothing of an SAE, with the reason."""
-
-
-@contextmanager
-def _or_not_applicable() -> Generator[None]:
-    """What a measure refuses, of a dead SAE or of a text without what it needs, is said; the other evals go on."""
-    try:
-        yield
-    except NotFiniteError:
-        raise
-    except ValueError as error:
-        raise NotApplicable(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -113,14 +100,13 @@ def _tokens(text: Text) -> Any:
 
 def _patching(text: Text) -> Any:
     sample = text.sample_of(text.run)
-    with _or_not_applicable():
-        return {
-            name: {
-                context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
-                for context in ("alone", "text")
-            }
-            for name in text.settings.treatments
+    return {
+        name: {
+            context: direction_norm_patching(text.run, text.treated(sample, name), context=context)
+            for context in ("alone", "text")
         }
+        for name in text.settings.treatments
+    }
 
 
 def _probing_baseline(text: Text) -> Any:
@@ -235,8 +221,7 @@ def _score_swap(subject: Subject) -> Any:
         fit_on = sample.contexts % 2 == 0
         return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
 
-    with _or_not_applicable():
-        return subject.by_treatment(of)
+    return subject.by_treatment(of)
 
 
 def _causal(subject: Subject) -> Any:
@@ -258,8 +243,7 @@ def _causal(subject: Subject) -> Any:
             "ablation": ablation_precision(concepts.run, sae, texts, torch.tensor(concepts.labels)),
         }
 
-    with _or_not_applicable():
-        return {name: of(name) for name in settings.treatments}
+    return {name: of(name) for name in settings.treatments}
 
 
 def _features(subject: Subject) -> Any:
@@ -338,8 +322,7 @@ def _saebench(name: str) -> Callable[[Subject], Any]:
         if not lens and choose_model(name_of_model or "", class_name=TRANSFORMER_LENS).class_name != TRANSFORMER_LENS:
             raise NotApplicable(f"SAEBench runs HookedTransformers, and TransformerLens knows no {name_of_model}.")
         configured = saebench_settings(name, subject.text.dataset, settings.saebench)
-        with _or_not_applicable():
-            prepared = saebench.prepare(subject.sae, subject.source.arm)
+        prepared = saebench.prepare(subject.sae, subject.source.arm)
         report = saebench.run(
             [prepared],
             [name],

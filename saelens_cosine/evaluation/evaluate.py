@@ -187,13 +187,14 @@ def _both(ones: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) ->
 
 
 def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:
+    """What a measure finds, or why it refuses this SAE or this text; the other evals go on."""
     start = time.perf_counter()
     try:
         result = plain(measure(of))
-    except NotApplicable as reason:
-        result = {"not_applicable": str(reason)}
     except NotFiniteError as reason:
         result = {"not_applicable": str(reason), "not_finite": reason.bad}
+    except (NotApplicable, ValueError) as reason:
+        result = {"not_applicable": str(reason)}
     return {"result": result, "seconds": time.perf_counter() - start}
 
 

@@ -129,7 +129,7 @@ def sample_task(
         model: as in `sample_tokens`, with its tokenizer.
         hook_name: a hook point of it.
         task: labelled texts.
-        max_tokens: tokens of a text at most, with the beginning-of-sequence token; not more than the model's context.
+        max_tokens: tokens of a text at most, with the beginning-of-sequence token; never more than `form.context_size`.
         max_norm_multiple, head: as in `sample_tokens`.
         form: whether the beginning-of-sequence token begins each text, and which tokens are kept; SAELens' defaults if None.
 
@@ -140,7 +140,7 @@ def sample_task(
         ValueError: a text without tokens.
     """
     form = form or ContextForm()
-    texts = _tokenize(model, task.texts, max_tokens, f"task {task.name!r}", form.prepend_bos)
+    texts = _tokenize(model, task.texts, max_tokens, f"task {task.name!r}", form)
     by_length: dict[int, list[int]] = {}
     for i, tokens in enumerate(texts):
         by_length.setdefault(len(tokens), []).append(i)
@@ -178,7 +178,7 @@ def concept_run(
     Raises:
         ValueError: a text without tokens.
     """
-    contexts = _tokenize(model, texts, max_tokens, "the concepts", (form or ContextForm()).prepend_bos)
+    contexts = _tokenize(model, texts, max_tokens, "the concepts", form or ContextForm())
     read = torch.tensor([len(tokens) - 1 for tokens in contexts])
     padded = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
     return clean_run(model, hook_name, padded, read, head=head)
@@ -230,12 +230,12 @@ def token_concepts(tokens: torch.Tensor, n_tokens: int = 8, per_token: int = 40,
     return TokenConcepts(order, positions[order], labels, [int(read[found[0]]) for found in rows])
 
 
-def _tokenize(model: Any, texts: Sequence[str], max_tokens: int, whose: str, prepend_bos: bool) -> list[torch.Tensor]:
+def _tokenize(model: Any, texts: Sequence[str], max_tokens: int, whose: str, form: ContextForm) -> list[torch.Tensor]:
     if not texts:
         raise ValueError(f"There are no texts in {whose}.")
     bos = model.tokenizer.bos_token_id
-    begin = torch.tensor([bos] if prepend_bos and bos is not None else [], dtype=torch.int64)
-    room = max_tokens - len(begin)
+    begin = torch.tensor([bos] if form.prepend_bos and bos is not None else [], dtype=torch.int64)
+    room = min(max_tokens, form.context_size) - len(begin)
     if room < 1:
         raise ValueError(f"max_tokens={max_tokens} leaves no room for a text after {len(begin)} tokens that begin it.")
     contexts: list[torch.Tensor] = []
