@@ -96,7 +96,7 @@ def test_a_multiple_that_drops_half_of_all_tokens_is_refused(multiple):
     for make, way_out in (
         (HighNormFilter, "None"),
         (settings_of_compare, "None"),
-        (settings_of_evaluate, "--sinks keep"),
+        (settings_of_evaluate, "sinks='keep'"),
         (train_with, "None"),
     ):
         with pytest.raises(ValueError, match=f"max_norm_multiple={multiple} .* {way_out}"):
