@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation.plain import plain, without_secrets
 from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.evaluation.sample import Sinks
+from saelens_cosine.training.norm_filter import check_max_norm_multiple
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,7 @@ class EvaluationSettings:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
         if self.context_size is not None:
             check_context_size(self.context_size)
-        if not (math.isfinite(self.max_norm_multiple) and self.max_norm_multiple > 1):
-            raise ValueError(
-                f"max_norm_multiple={self.max_norm_multiple} is no bound for high norms: it multiplies the median norm. Use a "
-                "finite number well above 1 (the paper: 10); sinks='keep' (--sinks keep) measures every token."
-            )
+        check_max_norm_multiple(self.max_norm_multiple, "sinks='keep' (--sinks keep) to measure every token")
 
     @property
     def treatments(self) -> tuple[str, ...]:

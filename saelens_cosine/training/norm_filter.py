@@ -30,12 +30,14 @@ def token_norms(activations: torch.Tensor) -> torch.Tensor:
     return torch.where(largest.isfinite(), norms.clamp_max(longest), norms).squeeze(-1)
 
 
-def check_max_norm_multiple(multiple: float | None) -> None:
-    """Raise ValueError for a bound that keeps no tokens apart, or half of them."""
+def check_max_norm_multiple(
+    multiple: float | None, keeping_all: str = "None ('none' on the command line) to keep every token"
+) -> None:
+    """Raise ValueError for a bound that keeps no tokens apart, or half of them; `keeping_all` says how to have none."""
     if multiple is not None and not (math.isfinite(multiple) and multiple > 1):
         raise ValueError(
             f"max_norm_multiple={multiple} is no bound for high norms: it multiplies the median norm. Use a finite number "
-            "well above 1 (the paper: 10), or None ('none' on the command line) to keep every token."
+            f"well above 1 (the paper: 10), or {keeping_all}."
         )
 
 
