@@ -1,0 +1,104 @@
+"""Write a file or a folder whole or not at all, whatever stops the process, other writers included.
+
+What is written goes beside its target under a name of its own, is flushed to the disk, and takes the target's name in one
+step. Only then is the step itself flushed. A process that is killed leaves a name that `remove_unfinished` knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = re.compile(r"\.unfinished-[0-9a-f]{16}-")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Generator[Path]:
+    """A name beside `path` to write a file to, with the same ending; it replaces `path` when the block has ended.
+
+    Raises:
+        OSError: as the block, or if the folder cannot be written. `path` is then what it was.
+    """
+    target = Path(path)
+    unfinished = _beside(target)
+    try:
+        yield unfinished
+        _flush(unfinished)
+        unfinished.replace(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _flush(target.parent)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Generator[Path]:
+    """A new folder beside `path` to write files to; it gets the name `path` when the block has ended.
+
+    Raises:
+        FileExistsError: `path` exists and is no empty folder; said before the block.
+        OSError: as the block, or if the folder cannot be written. Nothing is left.
+    """
+    target = Path(path)
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise FileExistsError(f"{target} exists; choose another place, or move it away.")
+    unfinished = _beside(target)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for part in unfinished.rglob("*"):
+            _flush(part)
+        _flush(unfinished)
+        unfinished.replace(target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write whole or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(value: Any, path: str | Path, indent: int | None = 1) -> None:
+    """Write whole or not at all.
+
+    Raises:
+        ValueError: a number that is not finite, which JSON cannot hold.
+    """
+    write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", path)
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove what killed writers have left in this folder itself; only safe while nobody else writes to it."""
+    left = [path for path in folder.iterdir() if _UNFINISHED.match(path.name)]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return left
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".unfinished-{secrets.token_hex(8)}-{target.name}")
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what has been written to a file, or which names a folder holds."""
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
