@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -28,7 +29,8 @@ from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
-from saelens_cosine.training.command import train
+from saelens_cosine.training.command import TrainOptions, train
+from saelens_cosine.training.stop import StopError
 
 EXIT_INTERRUPTED = 130
 
@@ -331,23 +333,50 @@ def _hush_libraries() -> None:
 
 
 _TRAIN_HELP = """\
-saelens-cosine train takes the flags of SAELens' training runner, which follow, and one more:
+saelens-cosine train takes the flags of SAELens' training runner, which follow, and these:
 
   --max-norm-multiple M  drop tokens whose norm is above M times their batch's median before they reach the SAE
                          (default 10; 'none' keeps them). The share dropped is stored in the SAE's metadata.
+  --resume               go on from the newest checkpoint that is whole, exactly where it was; from the start if there is
+                         none yet. Checkpoints are in --checkpoint_path, or in a folder beside --output_path.
+  --overwrite            replace an earlier run in these folders
+  --keep N               newest checkpoints that are kept (default 2)
+  --stop-on SIGNAL       a signal that ends the run with a checkpoint, as SIGINT and SIGTERM do: USR1 for Slurm's --signal
 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
+--n_checkpoints is 10 if not given; --checkpoint_path none writes none.
 """
+
+
+def _signal(text: str) -> int:
+    name = text.upper().removeprefix("SIG")
+    try:
+        return signal.Signals[f"SIG{name}"]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no signal's name (USR1, HUP)") from None
 
 
 def _train(arguments: list[str]) -> int:
     extra = argparse.ArgumentParser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
     extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=_multiple, default=10.0)
+    extra.add_argument("--resume", action="store_true")
+    extra.add_argument("--overwrite", action="store_true")
+    extra.add_argument("--keep", type=int, default=2)
+    extra.add_argument("--stop-on", "--stop_on", type=_signal, action="append", default=[])
     options, rest = extra.parse_known_args(arguments)
     if not rest or {"-h", "--help"} & set(rest):
         print(_TRAIN_HELP)  # noqa: T201
+    chosen = TrainOptions(
+        options.max_norm_multiple, options.resume, options.overwrite, options.keep, tuple(options.stop_on)
+    )
     try:
-        norm_filter = train(rest, options.max_norm_multiple)
+        norm_filter = train(rest, chosen)
+    except StopError as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return stopped.exit_status
+    except KeyboardInterrupt:
+        print("Interrupted before training began.", file=sys.stderr)  # noqa: T201
+        return EXIT_INTERRUPTED
     except (argparse.ArgumentError, ValueError, OSError, FloatingPointError) as error:
         print(f"saelens-cosine train: {error}", file=sys.stderr)  # noqa: T201
         return 2

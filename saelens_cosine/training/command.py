@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sae_lens.llm_sae_training_runner import (
@@ -12,22 +18,57 @@ from sae_lens.llm_sae_training_runner import (
 
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
+from saelens_cosine.files.whole import whole_file, whole_folder
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
+from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
+from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
+from saelens_cosine.training.resume import ResumableRun, SavedState
+from saelens_cosine.training.stop import StopRequests
+
+N_CHECKPOINTS = 10
+"""Checkpoints in the course of a run, where SAELens' --n_checkpoints is not given."""
 
 
-def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> HighNormFilter:
+@dataclass(frozen=True)
+class TrainOptions:
+    """
+    What `saelens-cosine train` takes beside SAELens' flags.
+
+    Args:
+        max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm; None keeps them.
+        resume (bool): Go on from the newest valid checkpoint; from the start if there is none yet.
+        overwrite (bool): Replace an earlier run's SAE and checkpoints.
+        keep (int): Checkpoints that are kept, the newest.
+        stop_signals (tuple[int, ...]): Signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
+    """
+
+    max_norm_multiple: float | None = 10.0
+    resume: bool = False
+    overwrite: bool = False
+    keep: int = 2
+    stop_signals: tuple[int, ...] = ()
+
+
+def train(arguments: Sequence[str], options: TrainOptions | None = None) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
+
+    The SAE is written to SAELens' `--output_path`, checkpoints to `--checkpoint_path`, or beside the SAE.
 
     Raises:
         ValueError: `max_norm_multiple` is no bound, `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
-            such hook or head, or the dataset is empty.
+            such hook or head, the dataset is empty, or the checkpoint to go on from is of another run.
+        FileExistsError: the folders hold an earlier run, and neither `resume` nor `overwrite` is on.
         argparse.ArgumentError: SAELens' parser does not accept the flags.
+        StopError: a signal has stopped the run, which is saved.
     """
-    check_max_norm_multiple(max_norm_multiple)
+    options = options or TrainOptions()
+    check_max_norm_multiple(options.max_norm_multiple)
     cfg = _parse_cfg_args(arguments)
+    seed_everything(cfg.seed)
+    checkpoints, state = _prepare_output(cfg, options)
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
@@ -39,10 +80,102 @@ def train(arguments: Sequence[str], max_norm_multiple: float | None = 10.0) -> H
     elsewhere = cfg.use_cached_activations or cfg.from_pretrained_path is not None
     runner.sae.cfg.metadata.heldout_rule = None if elsewhere else text.rule
     take_next_norms(runner)
-    norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
+    norm_filter = filter_high_norm_tokens(runner, options.max_norm_multiple)
     record_training(runner.sae, cfg)
+    run = ResumableRun(
+        runner,
+        checkpoints,
+        every=math.ceil(cfg.training_tokens / ((cfg.n_checkpoints or N_CHECKPOINTS) + 1)),
+        settings={**cfg.to_dict(), "max_norm_multiple": options.max_norm_multiple, "heldout_rule": text.rule},
+        parts={"norm_filter": norm_filter},
+        go_on="Run the same command with --resume to go on.",
+        stop=StopRequests(options.stop_signals),
+    )
+    if state is not None:
+        run.resume(state)
+        _tell(f"Going on from {state.path}.")
+        about = state.about_budget(run.settings)
+        if about:
+            _tell(about)
+    vars(runner)["save_final_sae"] = _saving_whole(runner.save_final_sae)
     runner.run()
     return norm_filter
+
+
+def _prepare_output(cfg: Any, options: TrainOptions) -> tuple[Checkpoints | None, SavedState | None]:
+    """Folders that can be written, without an earlier run unless it is gone on with or replaced; where to go on."""
+    if options.keep < 1:
+        raise ValueError(f"--keep {options.keep}: at least one checkpoint is kept.")
+    output = None if cfg.output_path is None else Path(cfg.output_path)
+    folder = _checkpoint_folder(cfg, output)
+    cfg.checkpoint_path = None if folder is None else str(folder)
+    places = [place for place in (output, folder) if place is not None]
+    earlier = [place for place in places if place.exists() and (not place.is_dir() or any(place.iterdir()))]
+    if earlier and not options.resume and not options.overwrite:
+        raise FileExistsError(
+            f"{earlier[0]} exists and is not empty. Pass --resume to go on with the run that wrote it, --overwrite to replace "
+            "it, or another --output_path and --checkpoint_path."
+        )
+    for place in places:
+        _check_writable(place)
+    if folder is None:
+        if options.resume:
+            raise ValueError("--resume needs checkpoints, and --checkpoint_path is none.")
+        return None, None
+    checkpoints = Checkpoints(folder, options.keep)
+    checkpoints.clean()
+    if not options.resume:
+        for old in checkpoints.all():
+            shutil.rmtree(old)
+        return checkpoints, None
+    newest = checkpoints.newest(_tell)
+    if newest is None:
+        _tell(f"There is no checkpoint in {folder} yet; training from the start.")
+        return checkpoints, None
+    return checkpoints, SavedState.load(newest)
+
+
+def _checkpoint_folder(cfg: Any, output: Path | None) -> Path | None:
+    """SAELens adds a random name to --checkpoint_path, under which no second run would find it."""
+    if cfg.checkpoint_path is None or cfg.checkpoint_path.partition("/")[0].lower() == "none":
+        return None
+    given = Path(cfg.checkpoint_path).parent
+    if given == Path("checkpoints") and output is not None:  # SAELens' default
+        return output.with_name(f"{output.name}-checkpoints")
+    return given
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(f"Cannot write to {folder}: it is a file. Choose another folder.") from None
+    except OSError as error:
+        raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+
+
+def _saving_whole(save: Any) -> Any:
+    """SAELens' saving of the trained SAE, into a folder that is there whole or not at all."""
+
+    def save_final_sae(sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
+        target = Path(output_path)
+        if not any(target.iterdir()):
+            with whole_folder(target) as folder:
+                save(sae, str(folder), log_feature_sparsity)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            save(sae, scratch, log_feature_sparsity)
+            for file in sorted(Path(scratch).iterdir()):
+                with whole_file(target / file.name) as unfinished:
+                    shutil.copyfile(file, unfinished)
+
+    return save_final_sae
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)  # noqa: T201
 
 
 def _bundled(cfg: Any) -> Any:

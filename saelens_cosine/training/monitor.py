@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -81,6 +81,25 @@ class TrainingMonitor:
                 self.record(name, batch[self.hook_names[name]], self._tokens[name])
         for sae in self.saes.values():
             vars(sae).pop("training_forward_pass", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has measured, and where it stands."""
+        return {
+            name: {
+                "log": [asdict(entry) for entry in self.log[name]],
+                "seconds": self.seconds[name],
+                "steps": self._steps[name],
+                "tokens": self._tokens[name],
+            }
+            for name in self.saes
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there, once attached."""
+        for name, found in state.items():
+            self.log[name] = [TrainingLogEntry(**entry) for entry in found["log"]]
+            self.seconds[name] = found["seconds"]
+            self._steps[name], self._tokens[name] = found["steps"], found["tokens"]
 
     def _timed(self, name: str, forward: Callable[..., TrainStepOutput]) -> Callable[[TrainStepInput], TrainStepOutput]:
         def timed(step_input: TrainStepInput) -> TrainStepOutput:

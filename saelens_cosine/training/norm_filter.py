@@ -65,6 +65,14 @@ class HighNormFilter:
         """Share of the tokens seen so far that was dropped, 0 before the first."""
         return self.tokens_dropped / self.tokens_seen if self.tokens_seen else 0.0
 
+    def state_dict(self) -> dict[str, int]:
+        """What it has counted."""
+        return {"tokens_seen": self.tokens_seen, "tokens_dropped": self.tokens_dropped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting from there."""
+        self.tokens_seen, self.tokens_dropped = state["tokens_seen"], state["tokens_dropped"]
+
     def keep(self, activations: torch.Tensor) -> torch.Tensor:
         """`[tokens, d_in]` activations of one batch -> `[tokens]` booleans.
 

@@ -1,0 +1,292 @@
+"""Runs of SAELens that are stopped anywhere and go on as if they had not been.
+
+SAELens' checkpoint has weights, optimizer, schedules and scales. `ResumableRun` writes the rest beside it, in a folder of its own:
+the place in the data (`training.stream`), random number generators, what the norm filter has counted, what a monitor has logged, and
+the settings, which a run that goes on must share. SAELens reads such a checkpoint as any other.
+
+Wrapped, for want of a seam, are the runner's method that calls `fit` and the trainer's that is called after each step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+
+from saelens_cosine.files.whole import whole_folder, write_json
+from saelens_cosine.training.checkpoints import OWN_FOLDER, Checkpoints
+from saelens_cosine.training.randomness import generator_states, restore_generators
+from saelens_cosine.training.stop import StopError, StopRequests
+from saelens_cosine.training.stream import ResumableStream, StreamState
+
+SCHEMA = "saelens-cosine-checkpoint/1"
+"""Name and version of the layout of what is beside SAELens' files."""
+
+_STATE, _TENSORS = Path(OWN_FOLDER) / "state.json", Path(OWN_FOLDER) / "state.safetensors"
+
+MAY_DIFFER = frozenset(
+    {
+        "output_path",
+        "checkpoint_path",
+        "n_checkpoints",
+        "save_final_checkpoint",
+        "resume_from_checkpoint",
+        "logger",
+        "verbose",
+        "n_eval_batches",
+        "eval_batch_size_prompts",
+        "sae_lens_version",
+        "sae_lens_training_version",
+        "tokens_per_buffer",
+        "device",
+        "llm_device",
+        "act_store_device",
+        "training_tokens",
+    }
+)
+"""Fields of SAELens' runner configs that change no weight, or of which the run says what they change."""
+
+
+class HasState(Protocol):
+    """What a checkpoint keeps as JSON: the norm filter, the monitor."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """
+    What stands beside SAELens' files in a checkpoint.
+
+    Args:
+        path (Path): The checkpoint.
+        plain (dict[str, Any]): What JSON holds.
+        stream (StreamState): The place in the data.
+        generators (dict[str, torch.Tensor]): Those of random numbers.
+    """
+
+    path: Path
+    plain: dict[str, Any]
+    stream: StreamState
+    generators: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> SavedState:
+        """Read a checkpoint that `Checkpoints.newest` has found.
+
+        Raises:
+            ValueError: another version of this package has written it.
+        """
+        plain = json.loads((path / _STATE).read_text())
+        if plain.get("schema") != SCHEMA:
+            raise ValueError(
+                f"Checkpoint {path} has layout {plain.get('schema')!r}, this version of saelens-cosine reads {SCHEMA!r}; "
+                "go on with the version that wrote it."
+            )
+        groups: dict[str, dict[str, Any]] = {"stream": {}, "generators": {}}
+        for name, tensor in load_file(path / _TENSORS).items():
+            group, _, own = name.partition(".")
+            groups[group][own] = tensor
+        return cls(path, plain, StreamState(plain["place"], groups["stream"]), groups["generators"])
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Compare the run that wrote it with the one that is to go on.
+
+        Raises:
+            ValueError: they differ in what decides the weights; names each setting with both values.
+        """
+        then, now = dict(_flat(self.plain["settings"])), dict(_flat(settings))
+        differing = [
+            f"{name} is {_shown(then.get(name))} there and {_shown(now.get(name))} here"
+            for name in sorted(then.keys() | now.keys())
+            if then.get(name) != now.get(name) and not _may_differ(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"Cannot go on from {self.path}: {'; '.join(differing)}. Resume with the settings of that run, or start another "
+                "one in another folder."
+            )
+        before, budget = then["training_tokens"], now["training_tokens"]
+        if budget < before:
+            raise ValueError(
+                f"Cannot go on from {self.path}: training_tokens is {before} there and {budget} here; a budget can grow, not shrink."
+            )
+        if budget > before and now.get("lr_scheduler_name") == "cosineannealing":
+            raise ValueError(
+                f"Cannot go on from {self.path} for {budget} instead of {before} tokens: its learning rate follows a cosine made for "
+                f"{before}, and would rise again. Start another run."
+            )
+
+    def about_budget(self, settings: Mapping[str, Any]) -> str | None:
+        """What a larger budget does to the schedule; None if the budget is the same."""
+        before, budget = self.plain["settings"]["training_tokens"], settings["training_tokens"]
+        if budget == before:
+            return None
+        steps = settings["lr_decay_steps"]
+        then = (
+            f"which ends with a decay to 0 over {steps:,} steps: what is trained after it changes nothing"
+            if steps
+            else "which does not decay"
+        )
+        return (
+            f"The budget is {budget:,} tokens, {before:,} when this run began. The learning rate keeps the schedule of "
+            f"{before:,} tokens, {then}."
+        )
+
+
+@dataclass
+class ResumableRun:
+    """
+    A SAELens runner, single or multi-SAE, with checkpoints that it goes on from exactly.
+
+    Args:
+        runner (Any): Built but not run; everything else that wraps its store is attached already.
+        checkpoints (Checkpoints | None): Where they go; None writes none.
+        every (int): Tokens between two of them.
+        settings (dict[str, Any]): What a run that goes on must share, SAELens' config among it.
+        parts (dict[str, HasState]): What else has a state.
+        go_on (str): How to go on, told when a signal has stopped the run.
+        stop (StopRequests): Signals that stop it.
+    """
+
+    runner: Any
+    checkpoints: Checkpoints | None
+    every: int
+    settings: dict[str, Any]
+    parts: dict[str, HasState] = field(default_factory=dict[str, HasState])
+    go_on: str = "Resume it."
+    stop: StopRequests = field(default_factory=StopRequests)
+    _generators: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+    _trainer: Any = field(default=None, init=False, repr=False)
+    _due: int = field(default=0, init=False, repr=False)
+    _batches_before: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        prefetched = self.runner.cfg.prefetch_llm_batches
+        self._stream = ResumableStream(self.runner.activations_store, int(prefetched) if prefetched else None)
+        multiple = hasattr(self.runner, "saes")
+        self._multiple = multiple
+        vars(self.runner)[
+            "_run_with_interruption_handling" if multiple else "run_trainer_with_interruption_handling"
+        ] = self._fit
+
+    def resume(self, state: SavedState) -> None:
+        """Go on from a checkpoint when the runner runs.
+
+        Raises:
+            ValueError: the checkpoint is of another run, see `SavedState.check`.
+        """
+        state.check(self.settings)
+        self.runner.cfg.resume_from_checkpoint = str(state.path)
+        for name, part in self.parts.items():
+            part.load_state_dict(state.plain["parts"][name])
+        self._stream.restore(state.stream)
+        self._generators = state.plain["generators"], state.generators
+
+    def _fit(self, trainer: Any) -> Any:
+        """SAELens' `fit`, with our saving after each step."""
+        self._trainer = trainer
+        self._due = self._next_due()
+        vars(trainer)["_checkpoint_if_needed"] = self._after_step
+        self._batches_before = self._estimating(trainer) - trainer.n_training_steps
+        final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
+        if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
+            restore_generators(*self._generators)
+        with self.stop.watched():
+            result = trainer.fit()
+        if final and self.checkpoints is not None:
+            name = f"final_{trainer.n_training_samples}"
+            with whole_folder(self.checkpoints.folder / name) as folder, self._saving_to(folder):
+                trainer.save_checkpoint(checkpoint_name=folder.name)
+        return result
+
+    def _estimating(self, trainer: Any) -> int:
+        """Batches that `fit` takes before its first step."""
+        for one in self._trainers(trainer):
+            scaler, kind = one.activation_scaler, one.sae.cfg.normalize_activations
+            if kind == "expected_average_only_in" and scaler.scaling_factor is None:
+                return trainer.cfg.n_batches_for_norm_estimate
+            if kind == "covariance_whitening" and scaler.whitening is None:
+                return trainer.cfg.n_batches_for_norm_estimate
+        return 0
+
+    def _trainers(self, trainer: Any) -> list[Any]:
+        return list(trainer.trainers.values()) if self._multiple else [trainer]
+
+    def _next_due(self) -> int:
+        return (self._trainer.n_training_samples // self.every + 1) * self.every
+
+    def _after_step(self) -> None:
+        tokens, total = self._trainer.n_training_samples, self._trainer.cfg.total_training_samples
+        stopped = self.stop.received is not None and tokens < total
+        if not (stopped or tokens >= self._due or tokens >= total):
+            return
+        self._due = self._next_due()
+        where = "nothing of it is saved, for this run has no checkpoints."
+        if self.checkpoints is not None:
+            saved = self.checkpoints.save(tokens, self._write)
+            where = f"all of it is in {saved}. {self.go_on}"
+        if stopped:
+            assert self.stop.received is not None
+            raise StopError(self.stop.received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
+
+    def _write(self, folder: Path) -> None:
+        trainer = self._trainer
+        counted = [trainer, *self._trainers(trainer)] if self._multiple else [trainer]
+        for one in counted:
+            one.n_training_steps += 1  # SAELens counts the step after it has saved
+        try:
+            state = self._stream.state(self._batches_before + trainer.n_training_steps)
+            with self._saving_to(folder):
+                trainer.save_checkpoint(checkpoint_name=folder.name)
+        finally:
+            for one in counted:
+                one.n_training_steps -= 1
+        plain, generators = generator_states()
+        content = {
+            "schema": SCHEMA,
+            "tokens": trainer.n_training_samples,
+            "place": state.place,
+            "generators": plain,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "settings": self.settings,
+        }
+        write_json(content, folder / _STATE)
+        groups = {"stream": state.tensors, "generators": generators}
+        tensors = {f"{group}.{name}": t.cpu().clone() for group, found in groups.items() for name, t in found.items()}
+        save_file(tensors, folder / _TENSORS)
+
+    @contextmanager
+    def _saving_to(self, folder: Path) -> Generator[None]:
+        cfg = self._trainer.cfg
+        before, cfg.checkpoint_path = cfg.checkpoint_path, str(folder.parent)
+        try:
+            yield
+        finally:
+            cfg.checkpoint_path = before
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+
+def _may_differ(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in MAY_DIFFER or "metadata" in parts or parts[-1] == "device"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return repr(value) if isinstance(value, str) else str(value)

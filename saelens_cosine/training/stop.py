@@ -1,0 +1,60 @@
+"""Stop a run between two steps when its process is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+
+class StopError(Exception):
+    """
+    Training has stopped because a signal said so.
+
+    Args:
+        signal_number: which one.
+        message: where things are and how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+    @property
+    def exit_status(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM: 128 and the signal's number, as shells have it."""
+        return 128 + self.signal_number
+
+
+class StopRequests:
+    """Which signal has come; the second of them ends the process at once.
+
+    Args:
+        further: signals that are taken beside SIGINT and SIGTERM.
+    """
+
+    def __init__(self, further: Iterable[int] = ()):
+        self.received: int | None = None
+        self.signals = (signal.SIGINT, signal.SIGTERM, *further)
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)  # files are written whole or not at all
+        self.received = number
+
+    @contextmanager
+    def watched(self) -> Generator[StopRequests]:
+        """Take the signals; the handlers from before come back at the end. In a thread none are taken."""
+        before: dict[int, Any] = {}
+        try:
+            for number in self.signals:
+                before[number] = signal.signal(number, self)
+        except ValueError:  # only the main thread may
+            pass
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

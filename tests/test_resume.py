@@ -1,0 +1,215 @@
+"""A run that is stopped anywhere and resumed ends with the weights of one that never stopped, bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Array2D, Dataset, Features
+from safetensors.torch import load_file
+
+from saelens_cosine.cli import main
+from saelens_cosine.training.command import TrainOptions, train
+from saelens_cosine.training.resume import ResumableRun
+from saelens_cosine.training.stop import StopError
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """120 documents of uneven length: some shorter than a context, some that give dozens."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(300)]
+    rows = [{"text": " ".join(rng.choice(words, size=int(rng.integers(3, 400))))} for _ in range(120)]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(text, output, **changes) -> list[str]:
+    """16 steps of 256 tokens, in 3 passes of the buffer."""
+    chosen = {
+        "architecture": "cosine_batchtopk",
+        "model_name": "bundled",
+        "dataset_path": str(text),
+        "hook_name": HOOK,
+        "d_in": 192,
+        "d_sae": 48,
+        "k": 6,
+        "training_tokens": 4096,
+        "train_batch_size_tokens": 256,
+        "context_size": 32,
+        "n_batches_in_buffer": 40,
+        "store_batch_size_prompts": 3,
+        "n_checkpoints": 3,
+        "log_to_wandb": "false",
+        "seed": 5,
+        "output_path": str(output),
+        **changes,
+    }
+    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
+    """The signal comes in the middle of a step."""
+    before = ResumableRun._after_step
+
+    def after_step(run: ResumableRun) -> None:
+        if run._trainer.n_training_steps + 1 == steps:
+            os.kill(os.getpid(), number)
+        before(run)
+
+    monkeypatch.setattr(ResumableRun, "_after_step", after_step)
+
+
+def run(arguments, **options):
+    return train(arguments, TrainOptions(**options))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "sae_weights.safetensors")
+
+
+def assert_bit_identical(one: Path, other: Path) -> None:
+    ones, others = weights(one), weights(other)
+    assert ones.keys() == others.keys()
+    for name in ones:
+        assert torch.equal(ones[name], others[name]), name
+    assert (one / "sparsity.safetensors").read_bytes() == (other / "sparsity.safetensors").read_bytes()
+    assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())
+
+
+CASES = {
+    "batchtopk": {},
+    "scaled": {"normalize_activations": "expected_average_only_in", "n_batches_for_norm_estimate": 3},
+    "jumprelu": {"architecture": "per_feature_cosine_jumprelu", "k": None, "target_l0": 6},
+    "gated": {"architecture": "cosine_gated", "k": None, "lr_warm_up_steps": 5, "lr_decay_steps": 5},
+    "saelens": {"architecture": "topk"},
+    "no mixing": {"activations_mixing_fraction": 0},
+    "all mixed": {"activations_mixing_fraction": 1},
+    "single documents": {"disable_concat_sequences": "true", "store_batch_size_prompts": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_and_resumed_ends_with_the_same_bits(case, text, tmp_path, monkeypatch):
+    def arguments(name: str) -> list[str]:
+        return flags(text, tmp_path / name, **CASES[case])
+
+    run(arguments("whole"))
+    for steps in (4, 9):
+        with monkeypatch.context() as patched:
+            stop_after(patched, steps)
+            with pytest.raises(StopError) as stopped:
+                run(arguments("stopped"), resume=True)
+        assert stopped.value.exit_status == 143
+        torch.manual_seed(0)  # another process has other numbers
+        np.random.seed(0)
+    run(arguments("stopped"), resume=True)
+    assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_two_runs_of_one_command_are_bit_identical_and_another_seed_is_not(text, tmp_path):
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        torch.manual_seed(len(name))
+        run(flags(text, tmp_path / name, seed=seed, checkpoint_path="none"))
+    assert_bit_identical(tmp_path / "one", tmp_path / "two")
+    assert not torch.equal(weights(tmp_path / "one")["W_enc"], weights(tmp_path / "other")["W_enc"])
+
+
+def test_cached_activations_are_gone_on_with(text, tmp_path, monkeypatch):
+    rows = np.random.default_rng(1).normal(size=(70, 32, 192)).astype(np.float32)
+    Dataset.from_dict({HOOK: list(rows)}, features=Features({HOOK: Array2D((32, 192), "float32")})).save_to_disk(
+        tmp_path / "cache"
+    )
+    cached = {"use_cached_activations": "true", "cached_activations_path": tmp_path / "cache"}
+    run(flags(text, tmp_path / "whole", **cached))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 7)
+        with pytest.raises(StopError):
+            run(flags(text, tmp_path / "stopped", **cached))
+    run(flags(text, tmp_path / "stopped", **cached), resume=True)
+    assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_the_command_says_where_things_are_and_exits_as_shells_expect(text, tmp_path, monkeypatch, capsys):
+    arguments = ["train", *flags(text, tmp_path / "sae")]
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with monkeypatch.context() as patched:
+            stop_after(patched, 3 if number == signal.SIGINT else 5, number)
+            assert main([*arguments, "--resume"]) == status
+        said = capsys.readouterr().err
+        assert "--resume" in said
+        assert str(tmp_path / "sae-checkpoints") in said
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_without_checkpoints_nothing_is_written_and_a_stop_says_so(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stop_after(monkeypatch, 3)
+    assert main(["train", *flags(text, tmp_path / "sae", checkpoint_path="none")]) == 143
+    assert "nothing of it is saved" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["sae"]  # empty, tested for writing
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "said"),
+    [
+        ("k", 7, "sae.k is 6 there and 7 here"),
+        ("hook_name", "blocks.1.hook_resid_post", f"hook_name is '{HOOK}' there and 'blocks.1.hook_resid_post' here"),
+        ("seed", 6, "seed is 5 there and 6 here"),
+        ("context_size", 16, "context_size is 32 there and 16 here"),
+        ("lr", 0.001, "lr is 0.0003 there and 0.001 here"),
+        ("architecture", "inner_product_batchtopk", "sae.architecture is 'cosine_batchtopk' there"),
+        ("d_sae", 64, "sae.d_sae is 48 there and 64 here"),
+        ("training_tokens", 2048, "training_tokens is 4096 there and 2048 here"),
+        ("max-norm-multiple", "none", "max_norm_multiple is 10 there and None here"),
+    ],
+)
+def test_another_run_is_refused_with_both_values(name, other, said, stopped, text, capsys):
+    before = sorted(stopped.rglob("*"))
+    assert main(["train", *flags(text, stopped / "sae", **{name: other}), "--resume"]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_another_text_is_refused(stopped, text, tmp_path, capsys):
+    (tmp_path / "text.jsonl").write_text(text.read_text().replace("w1 ", "w2 "))
+    for output in (text.with_name("copy.jsonl"), tmp_path / "text.jsonl"):
+        if output.parent == text.parent:
+            output.write_text(text.read_text())
+        assert main(["train", *flags(output, stopped / "sae"), "--resume"]) == 2
+        assert "dataset_path is" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory) -> Path:
+    """A run with the flags of `flags`, stopped after 6 steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patched:
+        stop_after(patched, 6)
+        with pytest.raises(StopError):
+            run(flags(text, folder / "sae"))
+    return folder
+
+
+def test_a_larger_budget_goes_on_and_says_what_becomes_of_the_schedule(text, tmp_path, capsys):
+    run(flags(text, tmp_path / "small", training_tokens=2048))
+    run(flags(text, tmp_path / "small"), resume=True)
+    assert "budget is 4,096 tokens, 2,048 when this run began" in capsys.readouterr().err
+    run(flags(text, tmp_path / "large"))
+    ones, others = weights(tmp_path / "small"), weights(tmp_path / "large")
+    assert all(torch.equal(ones[name], others[name]) for name in ones)  # a constant rate has no end
+
+
+def test_saelens_alone_goes_on_from_a_checkpoint_at_the_right_step(stopped):
+    (checkpoint,) = sorted((stopped / "sae-checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]
+    assert checkpoint.name == str(6 * 256)
+    state = torch.load(checkpoint / "trainer_state.pt")
+    assert (state["n_training_steps"], state["n_training_samples"]) == (6, 6 * 256)
+    assert state["lr_scheduler"]["last_epoch"] == 6
