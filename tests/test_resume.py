@@ -1,6 +1,5 @@
 """A run that is stopped anywhere and resumed ends with the weights of one that never stopped, bit for bit."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,49 +8,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features
-from safetensors.torch import load_file
+from small_runs import HOOK, assert_bit_identical, flags, weights, write_text
 
 from saelens_cosine.cli import main
 from saelens_cosine.training.command import TrainOptions, train
 from saelens_cosine.training.resume import ResumableRun
 from saelens_cosine.training.stop import StopError
 
-HOOK = "blocks.0.hook_resid_post"
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    """120 documents of uneven length: some shorter than a context, some that give dozens."""
-    rng = np.random.default_rng(0)
-    words = [f"w{i}" for i in range(300)]
-    rows = [{"text": " ".join(rng.choice(words, size=int(rng.integers(3, 400))))} for _ in range(120)]
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def flags(text, output, **changes) -> list[str]:
-    """16 steps of 256 tokens, in 3 passes of the buffer."""
-    chosen = {
-        "architecture": "cosine_batchtopk",
-        "model_name": "bundled",
-        "dataset_path": str(text),
-        "hook_name": HOOK,
-        "d_in": 192,
-        "d_sae": 48,
-        "k": 6,
-        "training_tokens": 4096,
-        "train_batch_size_tokens": 256,
-        "context_size": 32,
-        "n_batches_in_buffer": 40,
-        "store_batch_size_prompts": 3,
-        "n_checkpoints": 3,
-        "log_to_wandb": "false",
-        "seed": 5,
-        "output_path": str(output),
-        **changes,
-    }
-    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
@@ -68,19 +35,6 @@ def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
 
 def run(arguments, **options):
     return train(arguments, TrainOptions(**options))
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "sae_weights.safetensors")
-
-
-def assert_bit_identical(one: Path, other: Path) -> None:
-    ones, others = weights(one), weights(other)
-    assert ones.keys() == others.keys()
-    for name in ones:
-        assert torch.equal(ones[name], others[name]), name
-    assert (one / "sparsity.safetensors").read_bytes() == (other / "sparsity.safetensors").read_bytes()
-    assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())
 
 
 CASES = {

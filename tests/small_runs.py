@@ -1,0 +1,56 @@
+"""A training of 16 steps of 256 tokens, in three fillings of its mixing buffer, and how two of them are compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+def write_text(path: Path) -> Path:
+    """120 documents of uneven length: some shorter than a context, some that give dozens."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(300)]
+    rows = [{"text": " ".join(rng.choice(words, size=int(rng.integers(3, 400))))} for _ in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def flags(text, output, **changes) -> list[str]:
+    """Of `saelens-cosine train`; a checkpoint every 1024 tokens, 4 in all. A value of None leaves a flag out."""
+    chosen = {
+        "architecture": "cosine_batchtopk",
+        "model_name": "bundled",
+        "dataset_path": str(text),
+        "hook_name": HOOK,
+        "d_in": 192,
+        "d_sae": 48,
+        "k": 6,
+        "training_tokens": 4096,
+        "train_batch_size_tokens": 256,
+        "context_size": 32,
+        "n_batches_in_buffer": 40,
+        "store_batch_size_prompts": 3,
+        "n_checkpoints": 3,
+        "log_to_wandb": "false",
+        "seed": 5,
+        "output_path": str(output),
+        **changes,
+    }
+    return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "sae_weights.safetensors")
+
+
+def assert_bit_identical(one: Path, other: Path) -> None:
+    ones, others = weights(one), weights(other)
+    assert ones.keys() == others.keys()
+    for name in ones:
+        assert torch.equal(ones[name], others[name]), name
+    assert (one / "sparsity.safetensors").read_bytes() == (other / "sparsity.safetensors").read_bytes()
+    assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())
