@@ -161,6 +161,15 @@ def test_a_larger_budget_goes_on_and_says_what_becomes_of_the_schedule(text, tmp
     assert all(torch.equal(ones[name], others[name]) for name in ones)  # a constant rate has no end
 
 
+def test_a_run_that_has_trained_to_its_end_writes_the_same_sae_again(text, tmp_path):
+    run(flags(text, tmp_path / "whole"))
+    run(flags(text, tmp_path / "again"))
+    for file in (tmp_path / "again").iterdir():
+        file.unlink()
+    run(flags(text, tmp_path / "again"), resume=True)
+    assert_bit_identical(tmp_path / "whole", tmp_path / "again")
+
+
 def test_saelens_alone_goes_on_from_a_checkpoint_at_the_right_step(stopped):
     (checkpoint,) = sorted((stopped / "sae-checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]
     assert checkpoint.name == str(6 * 256)

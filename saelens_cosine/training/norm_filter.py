@@ -72,6 +72,7 @@ class HighNormFilter:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting from there."""
         self.tokens_seen, self.tokens_dropped = state["tokens_seen"], state["tokens_dropped"]
+        self._note()  # a run that has nothing left to train sees no more tokens
 
     def keep(self, activations: torch.Tensor) -> torch.Tensor:
         """`[tokens, d_in]` activations of one batch -> `[tokens]` booleans.
@@ -98,10 +99,13 @@ class HighNormFilter:
         keep = torch.stack([self.keep(at_hook) for at_hook in activations.values()]).all(dim=0)
         self.tokens_seen += len(keep)
         self.tokens_dropped += len(keep) - int(keep.sum())
+        self._note()
+        return {hook: at_hook[keep] for hook, at_hook in activations.items()}
+
+    def _note(self) -> None:
         for sae in self.saes:
             sae.cfg.metadata.max_norm_multiple = self.max_norm_multiple
             sae.cfg.metadata.high_norm_share_dropped = self.dropped_share
-        return {hook: at_hook[keep] for hook, at_hook in activations.items()}
 
     def _refuse_non_finite(self, activations: dict[str, torch.Tensor]) -> None:
         for hook, at_hook in activations.items():
