@@ -29,7 +29,7 @@ from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
-from saelens_cosine.training.command import TrainOptions, train
+from saelens_cosine.training.command import train
 from saelens_cosine.training.stop import StopError
 
 EXIT_INTERRUPTED = 130
@@ -366,11 +366,15 @@ def _train(arguments: list[str]) -> int:
     options, rest = extra.parse_known_args(arguments)
     if not rest or {"-h", "--help"} & set(rest):
         print(_TRAIN_HELP)  # noqa: T201
-    chosen = TrainOptions(
-        options.max_norm_multiple, options.resume, options.overwrite, options.keep, tuple(options.stop_on)
-    )
     try:
-        norm_filter = train(rest, chosen)
+        norm_filter = train(
+            rest,
+            options.max_norm_multiple,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            keep=options.keep,
+            stop_signals=options.stop_on,
+        )
     except StopError as stopped:
         print(stopped, file=sys.stderr)  # noqa: T201
         return stopped.exit_status

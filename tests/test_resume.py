@@ -11,7 +11,7 @@ from datasets import Array2D, Dataset, Features
 from small_runs import HOOK, assert_bit_identical, flags, weights, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.training.command import TrainOptions, train
+from saelens_cosine.training.command import train
 from saelens_cosine.training.resume import ResumableRun
 from saelens_cosine.training.stop import StopError
 
@@ -34,7 +34,7 @@ def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
 
 
 def run(arguments, **options):
-    return train(arguments, TrainOptions(**options))
+    return train(arguments, **options)
 
 
 CASES = {

@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,26 @@ N_CHECKPOINTS = 10
 """Checkpoints in the course of a run, where SAELens' --n_checkpoints is not given."""
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """
-    What `saelens-cosine train` takes beside SAELens' flags.
-
-    Args:
-        max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm; None keeps them.
-        resume (bool): Go on from the newest valid checkpoint; from the start if there is none yet.
-        overwrite (bool): Replace an earlier run's SAE and checkpoints.
-        keep (int): Checkpoints that are kept, the newest.
-        stop_signals (tuple[int, ...]): Signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
-    """
-
-    max_norm_multiple: float | None = 10.0
-    resume: bool = False
-    overwrite: bool = False
-    keep: int = 2
-    stop_signals: tuple[int, ...] = ()
-
-
-def train(arguments: Sequence[str], options: TrainOptions | None = None) -> HighNormFilter:
+def train(
+    arguments: Sequence[str],
+    max_norm_multiple: float | None = 10.0,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep: int = 2,
+    stop_signals: Sequence[int] = (),
+) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
 
     The SAE is written to SAELens' `--output_path`, checkpoints to `--checkpoint_path`, or beside the SAE.
+
+    Args:
+        arguments: SAELens' flags.
+        max_norm_multiple: drop tokens above this multiple of their batch's median norm; None keeps them.
+        resume: go on from the newest valid checkpoint; from the start if there is none yet.
+        overwrite: replace an earlier run's SAE and checkpoints.
+        keep: checkpoints that are kept, the newest.
+        stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
 
     Raises:
         ValueError: `max_norm_multiple` is no bound, `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
@@ -64,11 +59,10 @@ def train(arguments: Sequence[str], options: TrainOptions | None = None) -> High
         argparse.ArgumentError: SAELens' parser does not accept the flags.
         StopError: a signal has stopped the run, which is saved.
     """
-    options = options or TrainOptions()
-    check_max_norm_multiple(options.max_norm_multiple)
+    check_max_norm_multiple(max_norm_multiple)
     cfg = _parse_cfg_args(arguments)
     seed_everything(cfg.seed)
-    checkpoints, state = _prepare_output(cfg, options)
+    checkpoints, state = _prepare_output(cfg, resume, overwrite, keep)
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
@@ -80,16 +74,16 @@ def train(arguments: Sequence[str], options: TrainOptions | None = None) -> High
     elsewhere = cfg.use_cached_activations or cfg.from_pretrained_path is not None
     runner.sae.cfg.metadata.heldout_rule = None if elsewhere else text.rule
     take_next_norms(runner)
-    norm_filter = filter_high_norm_tokens(runner, options.max_norm_multiple)
+    norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
     record_training(runner.sae, cfg)
     run = ResumableRun(
         runner,
         checkpoints,
         every=math.ceil(cfg.training_tokens / ((cfg.n_checkpoints or N_CHECKPOINTS) + 1)),
-        settings={**cfg.to_dict(), "max_norm_multiple": options.max_norm_multiple, "heldout_rule": text.rule},
+        settings={**cfg.to_dict(), "max_norm_multiple": max_norm_multiple, "heldout_rule": text.rule},
         parts={"norm_filter": norm_filter},
         go_on="Run the same command with --resume to go on.",
-        stop=StopRequests(options.stop_signals),
+        stop=StopRequests(stop_signals),
     )
     if state is not None:
         run.resume(state)
@@ -102,16 +96,16 @@ def train(arguments: Sequence[str], options: TrainOptions | None = None) -> High
     return norm_filter
 
 
-def _prepare_output(cfg: Any, options: TrainOptions) -> tuple[Checkpoints | None, SavedState | None]:
+def _prepare_output(cfg: Any, resume: bool, overwrite: bool, keep: int) -> tuple[Checkpoints | None, SavedState | None]:
     """Folders that can be written, without an earlier run unless it is gone on with or replaced; where to go on."""
-    if options.keep < 1:
-        raise ValueError(f"--keep {options.keep}: at least one checkpoint is kept.")
+    if keep < 1:
+        raise ValueError(f"--keep {keep}: at least one checkpoint is kept.")
     output = None if cfg.output_path is None else Path(cfg.output_path)
     folder = _checkpoint_folder(cfg, output)
     cfg.checkpoint_path = None if folder is None else str(folder)
     places = [place for place in (output, folder) if place is not None]
     earlier = [place for place in places if place.exists() and (not place.is_dir() or any(place.iterdir()))]
-    if earlier and not options.resume and not options.overwrite:
+    if earlier and not resume and not overwrite:
         raise FileExistsError(
             f"{earlier[0]} exists and is not empty. Pass --resume to go on with the run that wrote it, --overwrite to replace "
             "it, or another --output_path and --checkpoint_path."
@@ -119,12 +113,12 @@ def _prepare_output(cfg: Any, options: TrainOptions) -> tuple[Checkpoints | None
     for place in places:
         _check_writable(place)
     if folder is None:
-        if options.resume:
+        if resume:
             raise ValueError("--resume needs checkpoints, and --checkpoint_path is none.")
         return None, None
-    checkpoints = Checkpoints(folder, options.keep)
+    checkpoints = Checkpoints(folder, keep)
     checkpoints.clean()
-    if not options.resume:
+    if not resume:
         for old in checkpoints.all():
             shutil.rmtree(old)
         return checkpoints, None
