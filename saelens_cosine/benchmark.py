@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import math
 import statistics
 import tempfile
@@ -29,6 +28,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
+from saelens_cosine.files.whole import write_json
 from saelens_cosine.kernels import selection
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.saes.recipe import TopKRecipeConfig
@@ -190,9 +190,7 @@ class Benchmark:
     def write(self, path: Path) -> None:
         content = {"schema": "saelens-cosine/benchmark/1", "floor_ms": self.floor_ms, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2))
-        partial.rename(path)
+        write_json(content, path, indent=2)
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

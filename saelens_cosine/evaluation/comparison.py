@@ -22,6 +22,7 @@ from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.files.whole import scratch_folder, whole_folder
 from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
@@ -193,12 +194,14 @@ def _compare(
     arms: list[ArmResult] = []
     dropped: list[float] = []
     for seed in range(settings.seeds):
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as workspace:
-            results, share = _run_seed(settings, model, heldout, seed, Path(workspace), progress)
+        with scratch_folder(folder) as workspace:
+            results, share = _run_seed(settings, model, heldout, seed, workspace, progress)
             for arm in results:
                 target = folder / arm.path
                 target.parent.mkdir(exist_ok=True)
-                (Path(workspace) / arm.architecture).rename(target)
+                with whole_folder(target) as unfinished:
+                    for path in (workspace / arm.architecture).iterdir():
+                        path.replace(unfinished / path.name)
         arms.extend(results)
         dropped.append(share)
         comparison = Comparison(

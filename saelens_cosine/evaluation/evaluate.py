@@ -21,11 +21,12 @@ from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.not_finite import NotFiniteError
-from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions, write_json
+from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
 from saelens_cosine.evaluation.training_log import training_log
+from saelens_cosine.files.whole import write_json
 from saelens_cosine.training.recorded import trained
 
 SCHEMA = "saelens-cosine-evaluation/2"

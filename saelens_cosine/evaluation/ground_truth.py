@@ -7,7 +7,6 @@ loaded, and scored in that form, threshold included.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, pa
 from saelens_cosine.evaluation.comparison import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
+from saelens_cosine.files import whole
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
@@ -308,9 +308,7 @@ def as_json(result: GroundTruth) -> dict[str, Any]:
 
 def write_json(result: GroundTruth, path: Path) -> None:
     """Write it whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    whole.write_json(as_json(result), path, indent=2)
 
 
 def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:

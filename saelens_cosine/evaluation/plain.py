@@ -29,13 +29,6 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=1, allow_nan=False))
-    unfinished.replace(path)
-
-
 def as_typed(command: Sequence[str]) -> str:
     """A command line for a shell, without what addresses may hold of secrets: user and password, and all behind `?` or `#`."""
     return shlex.join(without_secrets(part) for part in command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -21,6 +20,7 @@ from saelens_cosine.evaluation.comparison import ArmResult, Comparison
 from saelens_cosine.evaluation.not_finite import shown_number
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
+from saelens_cosine.files import whole
 
 SCHEMA = "saelens-cosine/comparison/1"
 """Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
@@ -82,9 +82,7 @@ def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Write `comparison.json` whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(as_json(comparison), indent=2, allow_nan=False) + "\n")
-    unfinished.replace(path)
+    whole.write_json(as_json(comparison), path, indent=2)
 
 
 _MEASURES: dict[str, tuple[str, str, Callable[[ArmResult], float]]] = {
@@ -269,6 +267,5 @@ def draw(comparison: Comparison, path: Path) -> None:
     for axes in (curves, exponents, quartiles):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    unfinished = path.with_name(f".{path.stem}.unfinished.png")
-    figure.savefig(unfinished, dpi=130)
-    unfinished.replace(path)
+    with whole.whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)

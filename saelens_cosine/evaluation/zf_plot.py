@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from saelens_cosine.evaluation.afa import AFATokens
+from saelens_cosine.files.whole import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -133,9 +134,8 @@ def zf_figure(saes: Sequence[ZFPoints]) -> Figure:
 
 def draw_zf_plot(saes: Sequence[ZFPoints], path: Path) -> None:
     """Write `zf_figure` as a picture, whole or not at all."""
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
-    zf_figure(saes).savefig(unfinished, dpi=150)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        zf_figure(saes).savefig(unfinished, dpi=150)
 
 
 def _band_label(e: float, widths: set[int]) -> str:

@@ -30,12 +30,12 @@ def whole_file(path: str | Path) -> Generator[Path]:
     unfinished = _beside(target)
     try:
         yield unfinished
-        _flush(unfinished)
+        flush(unfinished)
         unfinished.replace(target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 @contextmanager
@@ -54,13 +54,24 @@ def whole_folder(path: str | Path) -> Generator[Path]:
     try:
         yield unfinished
         for part in unfinished.rglob("*"):
-            _flush(part)
-        _flush(unfinished)
+            flush(part)
+        flush(unfinished)
         unfinished.replace(target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
+
+
+@contextmanager
+def scratch_folder(parent: str | Path) -> Generator[Path]:
+    """A new folder in `parent` to work in; it goes when the block has ended, with all that is still in it."""
+    folder = _beside(Path(parent) / "work")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -93,7 +104,7 @@ def _beside(target: Path) -> Path:
     return target.with_name(f".unfinished-{secrets.token_hex(8)}-{target.name}")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the disk hold what has been written to a file, or which names a folder holds."""
     if path.is_symlink() or not (path.is_file() or path.is_dir()):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 
+from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.pretrained import SAELENS, load, locate
 from saelens_cosine.loading.releases import RELEASES, Release
@@ -81,8 +81,8 @@ def convert(
     sae.cfg.device = "cpu"  # what the file says; whoever loads it chooses
     destination.parent.mkdir(parents=True, exist_ok=True)
     # beside the destination, so that a rename completes it
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
-        written = Path(scratch) / "new"
+    with scratch_folder(destination.parent) as scratch:
+        written = scratch / "new"
         sae.save_model(written)
         architecture = sae.cfg.architecture()
         del sae
@@ -91,7 +91,7 @@ def convert(
             verification = verify(located, SAE.load_from_disk(written, device=device), activations)
         conversion = Conversion(destination, architecture, verification)
         if conversion.written:
-            _put(written, destination, aside=Path(scratch) / "old")
+            _put(written, destination, aside=scratch / "old")
         return conversion
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.saes.sae import SAEConfig
 
 from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.files.whole import whole_folder
 from saelens_cosine.loading.saelens import load_saelens
 from saelens_cosine.model_card import model_card, repository_card
 
@@ -144,16 +144,14 @@ def write(bundle: Bundle, folder: str | Path) -> Path:
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Remove it or choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as workspace:
-        whole = Path(workspace) / folder.name
+    with whole_folder(folder) as unfinished:
         for name, source in bundle.files.items():
-            target = whole / name
+            target = unfinished / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(source, bytes):
-                target.write_bytes(source)
+                (unfinished / name).write_bytes(source)
             else:
                 shutil.copyfile(source, target)
-        whole.rename(folder)
     return folder
 
 

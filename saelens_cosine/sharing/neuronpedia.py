@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saelens_cosine.files.whole import whole_folder, write_json
 from saelens_cosine.sharing.features import FeatureDashboard, TokenValue
 
 BATCH = 128
@@ -110,9 +111,10 @@ def write_dashboards(dashboards: Iterable[FeatureDashboard], folder: Path) -> No
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists. Remove it or choose another --output.")
-    folder.mkdir(parents=True)
-    for batch in _batches(dashboards):
-        _write(folder / f"features-{batch[0].index:06d}.json", [asdict(dashboard) for dashboard in batch])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as unfinished:
+        for batch in _batches(dashboards):
+            _write(unfinished / f"features-{batch[0].index:06d}.json", [asdict(dashboard) for dashboard in batch])
 
 
 def _batches(dashboards: Iterable[FeatureDashboard]) -> Iterator[list[FeatureDashboard]]:
@@ -199,6 +201,4 @@ def _read(record: Path | None) -> dict[str, dict[str, str]]:
 
 def _write(path: Path | None, content: Any) -> None:
     if path is not None:
-        unfinished = path.with_name(f".{path.name}.unfinished")
-        unfinished.write_text(json.dumps(content) + "\n")
-        unfinished.replace(path)
+        write_json(content, path, indent=None)

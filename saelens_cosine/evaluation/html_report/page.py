@@ -18,6 +18,7 @@ from saelens_cosine.evaluation.html_report.data import Difference, Estimate, Rep
 from saelens_cosine.evaluation.html_report.svg import STYLES, Axis, breakable, key_mark, style
 from saelens_cosine.evaluation.loss_recovered import CE_NOTE
 from saelens_cosine.evaluation.norm_response import SCALING_NOTE
+from saelens_cosine.files.whole import whole_file
 
 
 class _Section(NamedTuple):
@@ -30,10 +31,10 @@ class _Section(NamedTuple):
 def write_report(data: ReportData, path: str | Path) -> Path:
     """Write `report.html` whole or not at all, and return its path."""
     target = Path(path)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a replacement character in the browser
-    unfinished.write_bytes(render(data).encode("utf-8", "xmlcharrefreplace"))
-    return unfinished.replace(target)
+    with whole_file(target) as unfinished:
+        # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a replacement character in the browser
+        unfinished.write_bytes(render(data).encode("utf-8", "xmlcharrefreplace"))
+    return target
 
 
 def render(data: ReportData) -> str:

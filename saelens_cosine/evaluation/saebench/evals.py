@@ -13,6 +13,7 @@ from typing import Any
 
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.evaluation.saebench.scopes import replaced, within_the_context, working_in
+from saelens_cosine.files.whole import whole_folder
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,9 @@ def text_folder(dataset: str, artifacts: Path) -> str:
         return dataset
     folder = artifacts / "bundled_text"
     if not folder.exists():
-        partial = artifacts / "bundled_text.partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        stdlib_corpus("heldout").to_json(str(partial / "train.jsonl"))
-        partial.replace(folder)
+        artifacts.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as unfinished:
+            stdlib_corpus("heldout").to_json(str(unfinished / "train.jsonl"))
     return str(folder)
 
 

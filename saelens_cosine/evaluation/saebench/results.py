@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from saelens_cosine.files.whole import write_json
+
 SCHEMA = "saelens-cosine/saebench/1"
 """Layout of the record of one eval on one SAE; the number grows when a field changes its meaning or goes."""
 
@@ -138,9 +140,7 @@ def save_record(result: EvalResult, path: Path) -> None:
     record = asdict(result) | {"schema": SCHEMA, "file": Path(result.file).name}
     if result.file_without_high_norm:
         record["file_without_high_norm"] = Path(result.file_without_high_norm).name
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(path)
+    write_json(record, path)
 
 
 def load_record(path: Path) -> EvalResult | None:

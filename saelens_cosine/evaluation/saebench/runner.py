@@ -12,7 +12,6 @@ import importlib
 import io
 import json
 import logging
-import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
@@ -48,6 +47,7 @@ from saelens_cosine.evaluation.saebench.results import (
 )
 from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.training.norm_filter import HighNormFilter
 
@@ -243,19 +243,17 @@ class _Runner:
         if folder.exists() or not (row.pools_tokens or row.name == "absorption"):
             folder.mkdir(parents=True, exist_ok=True)
             return folder
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if row.name == "absorption":
-            self._train_letter_probes(row, config, sae, partial)
-        else:
-            mask = None if multiple is None else HighNormMask(multiple)
-            with contextlib.nullcontext() if mask is None else mask.on(row.module), seeded(0):
-                self._call(row, config, _throwaway(sae, config), partial, partial / "throwaway.json")
-            if mask is not None:
-                counts = {"tokens": mask.tokens_seen, "high_norm_share": mask.tokens_dropped / mask.tokens_seen}
-                (partial / "sinks.json").write_text(json.dumps(counts))
-        partial.replace(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as unfinished:
+            if row.name == "absorption":
+                self._train_letter_probes(row, config, sae, unfinished)
+            else:
+                mask = None if multiple is None else HighNormMask(multiple)
+                with contextlib.nullcontext() if mask is None else mask.on(row.module), seeded(0):
+                    self._call(row, config, _throwaway(sae, config), unfinished, unfinished / "throwaway.json")
+                if mask is not None:
+                    counts = {"tokens": mask.tokens_seen, "high_norm_share": mask.tokens_dropped / mask.tokens_seen}
+                    write_json(counts, unfinished / "sinks.json")
         return folder
 
     def _train_letter_probes(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path) -> None:
@@ -271,29 +269,26 @@ class _Runner:
             )
 
     def _call(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        # SAEBench casts the SAE that it gets, and changes the configuration
-        call = Call(copy.deepcopy(sae).to(self.device), self.device, partial, caches, self.judge)
-        errors = io.StringIO()
-        handler = logging.StreamHandler(errors)
-        handler.setLevel(logging.ERROR)
-        logger = logging.getLogger("sae_bench")
-        logger.addHandler(handler)
-        try:
-            with seeded(getattr(config, "random_seed", 42)):
-                row.call(row.module, copy.deepcopy(config), call)
-        finally:
-            logger.removeHandler(handler)
-        written = [path for path in partial.rglob("*_eval_results.json") if "sae_probes" not in path.parts]
-        if len(written) != 1:
-            raise RuntimeError(
-                f"SAEBench's {row.name} ended without a result file. "
-                + (errors.getvalue().strip() or f"The end of its output: {_tail(self.log)}")
-            )
-        written[0].replace(target)
-        shutil.rmtree(partial)
+        with scratch_folder(target.parent) as scratch, whole_file(target) as unfinished:
+            # SAEBench casts the SAE that it gets, and changes the configuration
+            call = Call(copy.deepcopy(sae).to(self.device), self.device, scratch, caches, self.judge)
+            errors = io.StringIO()
+            handler = logging.StreamHandler(errors)
+            handler.setLevel(logging.ERROR)
+            logger = logging.getLogger("sae_bench")
+            logger.addHandler(handler)
+            try:
+                with seeded(getattr(config, "random_seed", 42)):
+                    row.call(row.module, copy.deepcopy(config), call)
+            finally:
+                logger.removeHandler(handler)
+            written = [path for path in scratch.rglob("*_eval_results.json") if "sae_probes" not in path.parts]
+            if len(written) != 1:
+                raise RuntimeError(
+                    f"SAEBench's {row.name} ended without a result file. "
+                    + (errors.getvalue().strip() or f"The end of its output: {_tail(self.log)}")
+                )
+            written[0].replace(unfinished)
 
     @contextlib.contextmanager
     def _scopes(self) -> Generator[None, None, None]:
