@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
 from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
-from saelens_cosine.evaluation.comparison import Comparison, ComparisonSettings, compare
+from saelens_cosine.evaluation.comparison import SUMMARY, Comparison, ComparisonSettings, compare, open_comparison
 from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_options, run_ground_truth
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
@@ -199,17 +199,20 @@ def _compare(options: Any) -> int:
         context_size=options.context_size,
         eval_tokens=options.eval_tokens,
     )
-    folder = Path(options.output)
+    folder = results = Path(options.output)
 
     def keep(comparison: Comparison) -> None:
-        write_json(comparison, folder / "comparison.json")
-        draw(comparison, folder / "comparison.png")
+        nonlocal results
+        results = output.results
+        for write, name in zip((write_json, draw), SUMMARY, strict=True):
+            with output.file(name) as path:
+                write(comparison, path)
 
     try:
-        with _progress(options.quiet) as progress:
-            comparison = compare(settings, folder, overwrite=options.overwrite, on_progress=progress, on_seed=keep)
+        with open_comparison(folder) as output, _progress(options.quiet) as progress:
+            comparison = compare(settings, output, overwrite=options.overwrite, on_progress=progress, on_seed=keep)
     except (KeyboardInterrupt, InterruptedException):
-        print(f"Interrupted. What was finished is in {folder}.", file=sys.stderr)  # noqa: T201
+        print(f"Interrupted. What was finished is in {results}.", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
     console = Console()
     console.width = max(console.width, 110)  # a wrapped line is read more easily than a cut figure

@@ -18,6 +18,7 @@ from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.loading import from_pretrained
 
 TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
@@ -170,7 +171,7 @@ def test_tables_and_picture(run):
 
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > 1000
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [MANIFEST]
 
 
 def test_it_refuses_to_overwrite_unless_told(run, capsys):
@@ -186,6 +187,14 @@ def test_overwrite_replaces_the_comparison_and_nothing_else_and_not_before_the_m
         folder.mkdir(parents=True)
         (folder / "cfg.json").write_text("{}")
     (tmp_path / "comparison.json").write_text("{}")
+    outside, linked = tmp_path / "elsewhere", tmp_path / "cosine_standard"
+    (outside / "seed0").mkdir(parents=True)
+    linked.symlink_to(outside)
+    mine = [earlier.with_name("seeds_of_mine") / "cfg.json", outside / "seed0" / "cfg.json"]
+    mine += [tmp_path / "cosine_jumprelu" / "seed0" / name for name in ("notes.md", "cfg.json")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
     (tmp_path / "thesis.txt").write_text("three years of work")
     command = ["compare", *TINY, "--arms", "cosine_topk", "--tokens", "12k", "--output", str(tmp_path), "--overwrite"]
     assert main([*command, "--layer", "17"]) == 2  # a typo costs nothing
@@ -193,6 +202,8 @@ def test_overwrite_replaces_the_comparison_and_nothing_else_and_not_before_the_m
     assert main(command) == 0
     assert not earlier.exists()
     assert foreign.exists()
+    assert [path.exists() for path in mine] == [True, True, True, False]
+    assert linked.is_symlink()
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
     assert json.loads((tmp_path / "comparison.json").read_text())["schema"] == SCHEMA
 
@@ -241,7 +252,7 @@ def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp
     settings = ComparisonSettings(arms=("cosine_topk",), tokens=40_000, d_sae=128, k=8, seeds=2)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, folder, on_progress=interrupt_in_the_second_seed)
-    assert [path.name for path in folder.iterdir()] == ["cosine_topk"]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "cosine_topk"]
     assert [path.name for path in (folder / "cosine_topk").iterdir()] == ["seed0"]
     assert SAE.load_from_disk(folder / "cosine_topk" / "seed0").cfg.d_sae == 128
 

@@ -36,7 +36,7 @@ def test_it_runs_prints_and_writes_what_was_asked_for(folder, tmp_path, capfd):
     assert errors == ""  # neither our progress bars nor SAELens'
     assert printed.count("Recovery of known features, mean ± sd over 2 seeds") == 2
     assert printed.count("500 samples without sinks") == printed.count("500 samples with sinks") == 1
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["ground_truth.json"]
+    assert [path.name for path in (tmp_path / "a" / "b").glob("[!.]*")] == ["ground_truth.json"]
     result = json.loads((tmp_path / "a" / "b" / "ground_truth.json").read_text())
     asked = {"samples": 2000, "norm_spreads": [0.5], "seeds": 2, "eval_samples": 500, "sink_share": 0.05, "d_sae": 20}
     asked |= {"k": 3.0, "train_on_sinks": False, "recipe": "paper", "device": "cpu", "model": folder}

@@ -11,6 +11,7 @@ from sae_lens import SAE
 from safetensors.torch import save_file
 
 from saelens_cosine.cli import main
+from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.loading import CheckpointError, from_pretrained
 from saelens_cosine.loading import command as command_module
 from saelens_cosine.loading.command import convert
@@ -25,7 +26,7 @@ def test_converts_and_verifies(source, tmp_path):
     assert result.written
     assert result.architecture == SOURCES[source].architecture
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sae"]
-    assert sorted(path.name for path in (tmp_path / "out" / "sae").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert {path.name for path in (tmp_path / "out" / "sae").iterdir()} == {*command_module.FILES, MANIFEST}
     # the report against numbers worked out here, on activations of our own
     x = make_activations(200, D_IN, seed=3) * 3
     sae = SAE.load_from_disk(tmp_path / "out" / "sae")
@@ -108,25 +109,35 @@ def test_an_existing_destination(tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["kept"]
     assert main(["convert", str(folder), str(out), "--overwrite"]) == 0
     assert SAE.load_from_disk(out).cfg.architecture() == "jumprelu"
-    assert not (out / "kept").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "out"]
+    assert (out / "kept").exists()  # nobody said that it is an SAE
+    first = (out / "sae_weights.safetensors").read_bytes()
+    other = write("global-a", tmp_path / "other")
+    assert main(["convert", str(other), str(out), "--overwrite"]) == 0
+    assert (out / "sae_weights.safetensors").read_bytes() != first
+    assert {path.name for path in out.iterdir()} == {*command_module.FILES, MANIFEST, "kept"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "other", "out"]
 
 
-def test_a_failed_rename_keeps_what_was_there(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", command_module.FILES)
+def test_an_sae_that_somebody_has_changed_is_never_replaced(name, tmp_path, capsys):
     folder, out = write("standard", tmp_path / "foreign"), tmp_path / "out"
-    out.mkdir()
-    (out / "kept").touch()
-    real = type(out).rename
+    convert(folder, out)
+    (out / name).write_bytes((out / name).read_bytes() + b" ")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main(["convert", str(folder), str(out), "--overwrite"]) == 2
+    assert f"{out / name} is not as this package wrote it" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
-    def rename(self, target):
-        if self.name == "new":
-            raise OSError("no space")
-        return real(self, target)
 
-    monkeypatch.setattr(type(out), "rename", rename)
-    with pytest.raises(OSError, match="no space"):
-        convert(folder, out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["kept"]
+def test_an_sae_of_an_earlier_version_is_replaced_and_half_of_one_is_not(tmp_path, capsys):
+    folder, out = write("standard", tmp_path / "foreign"), tmp_path / "out"
+    convert(folder, out)
+    (out / MANIFEST).unlink()
+    assert main(["convert", str(folder), str(out), "--overwrite"]) == 0
+    (out / MANIFEST).unlink()
+    (out / "sae_weights.safetensors").unlink()
+    assert main(["convert", str(folder), str(out), "--overwrite"]) == 2
+    assert "cfg.json" in capsys.readouterr().err
 
 
 def test_the_source_is_never_replaced(tmp_path):

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from saelens_cosine.evaluation.bootstrap import FEWEST_DOCUMENTS, Difference
 from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
+from saelens_cosine.evaluation.earlier import open_evaluation
 from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
@@ -105,6 +106,11 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
     add("--judge-url", help="its OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY")
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder for evaluation.json and report.html")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace the evaluation.json of other SAEs or settings in the output folder; what it measured is kept",
+    )
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -129,10 +135,18 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         saebench=_saebench_settings(options.saebench_settings),
         judge=Judge(options.judge_model, options.judge_url),
     )
-    document = evaluate(
-        options.saes, settings, options.output, progress, options.baseline, command=options.command_line
-    )
-    write_report(report_data(document), options.output / "report.html")
+    with open_evaluation(options.output) as output:
+        document = evaluate(
+            options.saes,
+            settings,
+            output,
+            progress,
+            options.baseline,
+            command=options.command_line,
+            overwrite=options.overwrite,
+        )
+        with output.file("report.html") as path:
+            write_report(report_data(document), path)
     return as_tables(document)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
 from saelens_cosine.activations.contexts import ContextForm, check_context_size, sample_contexts
@@ -22,7 +21,8 @@ from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
 from saelens_cosine.evaluation.sample import sample_tokens
-from saelens_cosine.files.whole import scratch_folder, whole_folder
+from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.registry import check_training_architecture
@@ -31,6 +31,12 @@ from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
+
+SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
+"""What the folder of a trained SAE holds."""
+
+SUMMARY = ("comparison.json", "comparison.png")
+"""What the command writes beside these folders."""
 
 DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
 
@@ -143,7 +149,7 @@ class Comparison:
 
 def compare(
     settings: ComparisonSettings,
-    output: str | Path,
+    output: str | Path | Output,
     *,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -156,23 +162,37 @@ def compare(
 
     Args:
         settings: what to compare.
-        output: folder for the SAEs, without an earlier comparison unless `overwrite`.
-        overwrite: replace an earlier comparison. Other files in the folder are left alone.
+        output: folder for the SAEs, without an earlier comparison unless `overwrite`; or what `open_comparison` gives, for a
+            caller who writes files of the comparison too.
+        overwrite: replace an earlier comparison when this one has ended. Files that this package has not written there, or that
+            somebody has changed since, are left alone.
         on_progress: called with what is being done, how much of it, and out of how much.
         on_seed: called with everything measured so far after each seed.
 
     Raises:
-        FileExistsError: the folder holds an earlier comparison and `overwrite` is off.
+        FileExistsError: the folder holds an earlier comparison and `overwrite` is off, or somebody's file in the place of ours.
+        OutputInUseError: another run writes to the folder.
         OSError: the folder cannot be written.
         ValueError: settings that cannot be run, such as an empty dataset.
     """
-    with ExitStack() as afterwards:
-        return _compare(settings, check_output(output, overwrite), on_progress, on_seed, afterwards)
+    with ExitStack() as afterwards, open_comparison(output) as opened:
+        saes = [f"{arm}/seed{seed}" for arm in settings.arms for seed in range(settings.seeds)]
+        opened.begin(
+            before=written_before(opened.folder),
+            places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
+            overwrite=overwrite,
+        )
+        return _compare(settings, opened, on_progress, on_seed, afterwards)
+
+
+def open_comparison(output: str | Path | Output) -> AbstractContextManager[Output]:
+    """The output folder of a comparison, locked; see `open_output`."""
+    return open_output(output, "comparison", parts=SAE_TRAINING_CLASS_REGISTRY)
 
 
 def _compare(
     settings: ComparisonSettings,
-    folder: Path,
+    output: Output,
     on_progress: Callable[[str, int, int], None] | None,
     on_seed: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
@@ -184,24 +204,12 @@ def _compare(
         afterwards.callback(plant_sinks(model.model, model.hook_name))
     progress("Gathering held-out activations", 0, 1)
     heldout = _HeldOut(settings, model)
-    for path in earlier_results(folder):  # not before everything that a typo can break has been loaded
-        if path.is_dir():
-            shutil.rmtree(path)
-            if not any(path.parent.iterdir()):
-                path.parent.rmdir()
-        else:
-            path.unlink()
     arms: list[ArmResult] = []
     dropped: list[float] = []
     for seed in range(settings.seeds):
-        with scratch_folder(folder) as workspace:
+        with scratch_folder(output.folder) as workspace:
             results, share = _run_seed(settings, model, heldout, seed, workspace, progress)
-            for arm in results:
-                target = folder / arm.path
-                target.parent.mkdir(exist_ok=True)
-                with whole_folder(target) as unfinished:
-                    for path in (workspace / arm.architecture).iterdir():
-                        path.replace(unfinished / path.name)
+            output.add(workspace)
         arms.extend(results)
         dropped.append(share)
         comparison = Comparison(
@@ -212,33 +220,13 @@ def _compare(
     return comparison  # pyright: ignore[reportPossiblyUnboundVariable]  (there is at least one seed)
 
 
-def earlier_results(folder: Path) -> list[Path]:
-    """What a comparison has written to this folder; everything else in it is left alone."""
-    saes = [
-        path
-        for path in folder.glob("*/seed*")
-        if path.parent.name in SAE_TRAINING_CLASS_REGISTRY and (path / SAE_CFG_FILENAME).exists()
-    ]
-    return [*folder.glob("comparison.json"), *folder.glob("comparison.png"), *saes]
-
-
-def check_output(output: str | Path, overwrite: bool) -> Path:
-    """A writable folder without an earlier comparison, or one that may be overwritten; see `compare` for what is raised."""
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError:
-        raise NotADirectoryError(f"Cannot write to {folder}: it is a file. Choose another --output.") from None
-    except OSError as error:
-        raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another --output.") from error
-    if earlier_results(folder) and not overwrite:
-        raise FileExistsError(
-            f"{folder} holds an earlier comparison. Pass --overwrite (overwrite=True) to replace it, or choose another "
-            "--output."
-        )
-    return folder
+def written_before(folder: Path) -> Iterator[str]:
+    """Files of a comparison by a version that kept no list of what it wrote."""
+    yield from SUMMARY
+    for path in folder.glob("*/*/" + SAE_CFG_FILENAME):
+        arm, seed = path.parts[-3:-1]
+        if arm in SAE_TRAINING_CLASS_REGISTRY and re.fullmatch(r"seed\d+", seed):
+            yield from (f"{arm}/{seed}/{file}" for file in SAE_FILES)
 
 
 def _run_seed(
@@ -303,9 +291,10 @@ def _run_seed(
     results: list[ArmResult] = []
     for i, (arm, sae) in enumerate(saes.items()):
         progress("Evaluating on held-out text", i, len(saes))
-        sae.save_inference_model(workspace / arm)
-        saved = SAE.load_from_disk(workspace / arm, device=settings.device)
-        (workspace / arm / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
+        path = f"{arm}/seed{seed}"
+        sae.save_inference_model(workspace / path)
+        saved = SAE.load_from_disk(workspace / path, device=settings.device)
+        (workspace / path / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
         # as saved, of arms that learn one; the magnitude bypass has it at 0
         exponent: Any = saved.norm_exponent if hasattr(sae, "norm_exponent") else None
@@ -313,7 +302,7 @@ def _run_seed(
             ArmResult(
                 architecture=arm,
                 seed=seed,
-                path=f"{arm}/seed{seed}",
+                path=path,
                 reconstruction=reconstruction,
                 ce_loss_recovered=ce,
                 norm_exponent=None

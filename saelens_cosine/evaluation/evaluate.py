@@ -19,6 +19,7 @@ from sae_lens.saes.sae import SAE
 
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
+from saelens_cosine.evaluation.earlier import begin, open_evaluation
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions
@@ -26,6 +27,7 @@ from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
 from saelens_cosine.evaluation.training_log import training_log
+from saelens_cosine.files.output import Output
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.training.recorded import trained
 
@@ -41,20 +43,24 @@ Progress = Callable[[str, int, int], None]
 def evaluate(
     sources: Sequence[str],
     settings: EvaluationSettings,
-    output: str | Path,
+    output: str | Path | Output,
     on_progress: Progress | None = None,
     baseline: str | None = None,
     command: Sequence[str] = (),
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Evaluate SAEs, and write `evaluation.json`; what an earlier run with these settings has measured is not measured again.
 
     Args:
         sources: `[arm=]place[#sae_id]`, see `parse_sources`.
         settings: what to measure.
-        output: folder for `evaluation.json` and, in `measured/`, a file per SAE and evaluation.
+        output: folder for `evaluation.json` and, in `measured/`, a file per SAE and evaluation; or what `open_evaluation` gives,
+            for a caller who writes files of the evaluation too.
         on_progress: called with what is being done, how much of it is done, and how much there is.
         baseline: the arm that others are compared with; chosen by `parse_sources` if None.
         command: the command line that asked for it, if one did; kept as `as_typed` gives it.
+        overwrite: replace the `evaluation.json` of other SAEs or settings when this one has ended; files in `measured/` stay. The
+            command refuses unless told to.
 
     Returns:
         What `evaluation.json` holds.
@@ -62,14 +68,28 @@ def evaluate(
     Raises:
         ValueError: unknown evaluations, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
         CheckpointError, OSError: an SAE, a model or a text that cannot be loaded.
+        FileExistsError: figures of an earlier evaluation would go and `overwrite` is off, or a file there is not ours.
+        OutputInUseError: another run writes to the folder.
         SAEBenchError: an eval of SAEBench that cannot run here; said before anything is measured.
     """
     unknown = [name for name in settings.evals if name not in EVALS]
     if unknown:
         raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
     parsed = parse_sources(sources, baseline)
-    folder = Path(output)
-    (folder / "measured").mkdir(parents=True, exist_ok=True)
+    with open_evaluation(output) as opened:
+        begin(opened, SCHEMA, parsed, settings, overwrite)
+        return _evaluate(parsed, settings, opened, on_progress, command)
+
+
+def _evaluate(
+    parsed: Sequence[Source],
+    settings: EvaluationSettings,
+    output: Output,
+    on_progress: Progress | None,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    folder = output.folder
+    (folder / "measured").mkdir(exist_ok=True)
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -97,7 +117,8 @@ def evaluate(
                 document["texts"].append(measured.text(subject.text))
             document["saes"].append({**measured.sae(subject), "text": texts.index(subject.text)})
             document |= plain(compared(document["saes"]))
-            write_json(document, folder / "evaluation.json")  # after each SAE
+            with output.file("evaluation.json") as path:  # after each SAE
+                write_json(document, path)
     measured.end()
     return document
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from saelens_cosine.evaluation.ground_truth import (
     write_json,
 )
 from saelens_cosine.evaluation.planted import small_model
+from saelens_cosine.files.output import open_output
 
 SMALL = "small"
 """What `--model` calls `planted.small_model()`."""
@@ -81,16 +81,11 @@ def run_ground_truth(options: Any, progress: Callable[[str, int, int], None]) ->
         device=options.device,
     )
     folder: Path = options.output
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another --output.") from error
-    if (folder / FILE).exists() and not options.overwrite:
-        raise FileExistsError(f"{folder / FILE} exists. Pass --overwrite to replace it, or choose another --output.")
-    progress("Loading the synthetic model", 0, 1)
-    result = ground_truth(settings, progress)
-    write_json(result, folder / FILE)
+    with open_output(folder, "ground-truth") as output:
+        output.begin(before=[FILE], places=[FILE], overwrite=options.overwrite)
+        progress("Loading the synthetic model", 0, 1)
+        result = ground_truth(settings, progress)
+        with output.file(FILE) as path:
+            write_json(result, path)
     tables = as_tables(result)
     return tables + as_tables(result, sinks=True) if settings.sink_share else tables

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 
+from saelens_cosine.files.output import open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.pretrained import SAELENS, load, locate
@@ -20,6 +22,9 @@ from saelens_cosine.loading.releases import RELEASES, Release
 from saelens_cosine.loading.verify import Verification, verify
 
 EXIT_DIFFERS = 1
+
+FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
+"""What `convert` writes."""
 
 
 class Conversion(NamedTuple):
@@ -61,14 +66,15 @@ def convert(
         destination: folder that appears complete or not at all.
         check: whether the written SAE is loaded again and compared with its source's formula; it is kept only if they agree.
         activations: `[..., d_in]` to compare on; None takes random ones.
-        overwrite: whether an existing destination is replaced.
+        overwrite: whether an SAE that `convert` has written there before is replaced. Other files in the folder are left alone.
 
     Raises:
-        FileExistsError: the destination exists and `overwrite` is not set.
+        FileExistsError: the destination exists and `overwrite` is not set, or a file of somebody else is in the way.
+        OutputInUseError: another run writes to the destination.
         CheckpointError, ConnectionError: as in `from_pretrained`.
     """
     destination = Path(destination)
-    if destination.exists() and not overwrite:
+    if not overwrite and (destination.is_file() or (destination.is_dir() and any(destination.iterdir()))):
         raise FileExistsError(f"{destination} exists. Choose another folder, or overwrite it (--overwrite).")
     located = locate(source, sae_id, k=k)
     if located.path.resolve().is_relative_to(destination.resolve()):
@@ -77,35 +83,26 @@ def convert(
         raise CheckpointError(
             f"{located.path} is in SAELens' own format: there is no other formula to verify it against."
         )
-    sae = load(located, device=device, dtype=dtype, metadata=metadata)
-    sae.cfg.device = "cpu"  # what the file says; whoever loads it chooses
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # beside the destination, so that a rename completes it
-    with scratch_folder(destination.parent) as scratch:
-        written = scratch / "new"
-        sae.save_model(written)
-        architecture = sae.cfg.architecture()
-        del sae
-        verification = None
-        if check:
-            verification = verify(located, SAE.load_from_disk(written, device=device), activations)
-        conversion = Conversion(destination, architecture, verification)
-        if conversion.written:
-            _put(written, destination, aside=scratch / "old")
-        return conversion
+    with open_output(destination, "sae", keep_empty=False) as output:
+        output.begin(before=_written_before(destination), places=FILES, overwrite=overwrite)
+        sae = load(located, device=device, dtype=dtype, metadata=metadata)
+        sae.cfg.device = "cpu"  # what the file says; whoever loads it chooses
+        with scratch_folder(destination) as written:
+            sae.save_model(written)
+            architecture = sae.cfg.architecture()
+            del sae
+            verification = None
+            if check:
+                verification = verify(located, SAE.load_from_disk(written, device=device), activations)
+            conversion = Conversion(destination, architecture, verification)
+            if conversion.written:
+                output.add(written)
+            return conversion
 
 
-def _put(written: Path, destination: Path, aside: Path) -> None:
-    """Rename `written` to `destination`; what was there goes aside, and comes back if the rename fails."""
-    replaces = destination.exists()
-    if replaces:
-        destination.rename(aside)
-    try:
-        written.rename(destination)
-    except OSError:
-        if replaces:
-            aside.rename(destination)
-        raise
+def _written_before(destination: Path) -> tuple[str, ...]:
+    """Files of a version that kept no list of what it wrote: both or none."""
+    return FILES if all((destination / name).exists() for name in FILES) else ()
 
 
 def add_convert_command(commands: Any) -> None:
@@ -134,7 +131,7 @@ def add_convert_command(commands: Any) -> None:
     add("--k", type=int, help="features per token of the authors' TopK and AbsTopK files, which don't tell")
     add("--model-name", help="metadata: the model, where the files don't tell")
     add("--hook-name", help="metadata: the hook point, where the files don't tell")
-    add("--overwrite", action="store_true", help="replace an existing destination")
+    add("--overwrite", action="store_true", help="replace an SAE that convert has written there before")
     parser.set_defaults(run=_run)
 
 

@@ -47,6 +47,7 @@ from saelens_cosine.evaluation.saebench.results import (
 )
 from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.files.output import open_output
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.training.norm_filter import HighNormFilter
@@ -102,6 +103,7 @@ def run(
 
     Raises:
         ValueError: unknown evals or settings, SAEs of different models, or what `prepare` refuses.
+        OutputInUseError: another run writes to `output`.
         SAEBenchError: with on_problem="raise".
     """
     HighNormFilter(max_norm_multiple)  # refuses multiples that make no sense
@@ -139,16 +141,17 @@ def run(
     skip = {(p.eval, p.sae) for p in problems}
     todo = [(name, sae) for name in EVALS if name in able for sae in prepared if (name, sae.name) not in skip]
     results: dict[tuple[str, str], EvalResult] = {}
-    for done, (name, sae) in enumerate(todo):
-        if on_progress is not None:
-            on_progress(f"{name} of {sae.name}", done, len(todo))
-        try:
-            results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
-        except Exception as error:
-            failure = Failure(name, sae.name, f"{type(error).__name__}: {error}", f"See {runner.log}.")
-            if on_problem == "raise":
-                raise SAEBenchError([failure]) from error
-            problems.append(failure)
+    with open_output(runner.output, "saebench", parts=("*/*", "caches/*/*", "caches/*/*/*")):
+        for done, (name, sae) in enumerate(todo):
+            if on_progress is not None:
+                on_progress(f"{name} of {sae.name}", done, len(todo))
+            try:
+                results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
+            except Exception as error:
+                failure = Failure(name, sae.name, f"{type(error).__name__}: {error}", f"See {runner.log}.")
+                if on_problem == "raise":
+                    raise SAEBenchError([failure]) from error
+                problems.append(failure)
     if on_progress is not None:
         on_progress("done", len(todo), len(todo))
     order = [(name, sae.name) for sae in prepared for name in EVALS]
