@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
-from saelens_cosine.files.whole import remove_unfinished, whole_folder, write_json
+from saelens_cosine.files.whole import whole_folder, write_json
 
 OWN_FOLDER = "saelens_cosine"
 """In a checkpoint of SAELens, what SAELens' own files lack."""
 
 _CHECKSUMS = Path(OWN_FOLDER) / "checksums.json"
+
+_ASIDE = "replaced-"
 
 
 class BrokenCheckpointError(ValueError):
@@ -52,16 +54,29 @@ class Checkpoints:
             OSError: the disk is full, or the folder cannot be written; the checkpoints before are still there.
         """
         target = self.folder / str(tokens)
-        if target in self.all():
-            shutil.rmtree(target)  # a broken one, or the same place of the same run
         self.folder.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            _remove(target)  # a broken one, or the same place of the same run
+        if target.exists():
+            target.rename(_unused(self.folder / f"broken-{tokens}"))
         with whole_folder(target) as unfinished:
             (unfinished / OWN_FOLDER).mkdir()
             write(unfinished)
             write_json(_checksums(unfinished), unfinished / _CHECKSUMS)
         for old in self.all()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
         return target
+
+    def set_aside(self) -> None:
+        """Have no run go on from what is there; it goes with `remove_set_aside`."""
+        for path in self.all():
+            path.rename(_unused(self.folder / f"{_ASIDE}{path.name}"))
+
+    def remove_set_aside(self) -> None:
+        """Remove what `set_aside` has left, once something better is there."""
+        if self.folder.is_dir():
+            for path in self.folder.glob(f"{_ASIDE}*"):
+                _remove(path)
 
     def newest(self, tell: Callable[[str], None]) -> Path | None:
         """The newest one that is what was written; `tell` gets a sentence about each broken one before it."""
@@ -74,11 +89,6 @@ class Checkpoints:
                 return path
         return None
 
-    def clean(self) -> None:
-        """Remove what killed runs have left; while no other run writes here."""
-        if self.folder.is_dir():
-            remove_unfinished(self.folder)
-
 
 def check(checkpoint: Path) -> None:
     """Compare a checkpoint with its checksums.
@@ -86,18 +96,53 @@ def check(checkpoint: Path) -> None:
     Raises:
         BrokenCheckpointError: names the file and what is wrong with it.
     """
-    try:
-        expected = json.loads((checkpoint / _CHECKSUMS).read_text())
-        items = list(expected.items())
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: no {_CHECKSUMS} that can be read.") from error
-    for name, content in items:
+    for name, content in _expected(checkpoint).items():
         try:
             found = _sha256(checkpoint / name)
         except OSError as error:
             raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} cannot be read.") from error
         if found != content:
             raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} is not what was written.")
+
+
+def _expected(checkpoint: Path) -> dict[str, str]:
+    broken = f"Checkpoint {checkpoint} is broken: no {_CHECKSUMS} that can be read."
+    try:
+        expected = json.loads((checkpoint / _CHECKSUMS).read_text())
+        named = {str(PurePosixPath(name)): str(content) for name, content in expected.items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BrokenCheckpointError(broken) from error
+    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in named):
+        raise BrokenCheckpointError(broken)
+    return named
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove the files that were written as this checkpoint, and the folders that this empties; nobody else's."""
+    try:
+        names = [*_expected(checkpoint), str(_CHECKSUMS)]
+    except BrokenCheckpointError:
+        return
+    if checkpoint.is_symlink():
+        return
+    for name in names:
+        path = checkpoint / name
+        if path.parent.resolve() == checkpoint.resolve() / PurePosixPath(name).parent:  # through no link
+            path.unlink(missing_ok=True)
+    for path in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
+        with suppress(OSError):
+            path.rmdir()
+    with suppress(OSError):
+        checkpoint.rmdir()
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import (
     LanguageModelSAETrainingRunner,
     _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]  (SAELens' parser has no public name)
@@ -17,7 +17,8 @@ from sae_lens.llm_sae_training_runner import (
 
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
-from saelens_cosine.files.whole import whole_file, whole_folder
+from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
@@ -26,6 +27,9 @@ from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun, SavedState
 from saelens_cosine.training.stop import StopRequests
+
+SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+"""What SAELens writes as a trained SAE."""
 
 N_CHECKPOINTS = 10
 """Checkpoints in the course of a run, where SAELens' --n_checkpoints is not given."""
@@ -62,7 +66,24 @@ def train(
     check_max_norm_multiple(max_norm_multiple)
     cfg = _parse_cfg_args(arguments)
     seed_everything(cfg.seed)
-    checkpoints, state = _prepare_output(cfg, resume, overwrite, keep)
+    with ExitStack() as open_folders:
+        output = _open_output(cfg, resume, overwrite, open_folders)
+        checkpoints = _open_checkpoints(cfg, resume, overwrite, keep, open_folders)
+        state = _newest(checkpoints) if checkpoints is not None and resume else None
+        norm_filter = _train(cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals))
+        if checkpoints is not None:
+            checkpoints.remove_set_aside()
+    return norm_filter
+
+
+def _train(
+    cfg: Any,
+    max_norm_multiple: float | None,
+    output: Output | None,
+    checkpoints: Checkpoints | None,
+    state: SavedState | None,
+    stop_signals: tuple[int, ...],
+) -> HighNormFilter:
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
@@ -91,79 +112,69 @@ def train(
         about = state.about_budget(run.settings)
         if about:
             _tell(about)
-    vars(runner)["save_final_sae"] = _saving_whole(runner.save_final_sae)
+    if output is not None:
+        vars(runner)["save_final_sae"] = _saving_to(output, runner.save_final_sae)
+    if checkpoints is not None and state is None:
+        checkpoints.set_aside()
     runner.run()
     return norm_filter
 
 
-def _prepare_output(cfg: Any, resume: bool, overwrite: bool, keep: int) -> tuple[Checkpoints | None, SavedState | None]:
-    """Folders that can be written, without an earlier run unless it is gone on with or replaced; where to go on."""
-    if keep < 1:
-        raise ValueError(f"--keep {keep}: at least one checkpoint is kept.")
-    output = None if cfg.output_path is None else Path(cfg.output_path)
-    folder = _checkpoint_folder(cfg, output)
+def _open_output(cfg: Any, resume: bool, overwrite: bool, open_folders: ExitStack) -> Output | None:
+    """The trained SAE's folder, locked, without an earlier SAE unless that is gone on with or replaced."""
+    if cfg.output_path is None:
+        return None
+    output = open_folders.enter_context(open_output(cfg.output_path, "training"))
+    output.begin(before=SAVED_FILES, places=SAVED_FILES, overwrite=overwrite, resume=resume)
+    return output
+
+
+def _open_checkpoints(
+    cfg: Any, resume: bool, overwrite: bool, keep: int, open_folders: ExitStack
+) -> Checkpoints | None:
+    """The checkpoints' folder, locked, without an earlier run's unless they are gone on with or replaced."""
+    folder = _checkpoint_folder(cfg)
     cfg.checkpoint_path = None if folder is None else str(folder)
-    places = [place for place in (output, folder) if place is not None]
-    earlier = [place for place in places if place.exists() and (not place.is_dir() or any(place.iterdir()))]
-    if earlier and not resume and not overwrite:
-        raise FileExistsError(
-            f"{earlier[0]} exists and is not empty. Pass --resume to go on with the run that wrote it, --overwrite to replace "
-            "it, or another --output_path and --checkpoint_path."
-        )
-    for place in places:
-        _check_writable(place)
     if folder is None:
         if resume:
-            raise ValueError("--resume needs checkpoints, and --checkpoint_path is none.")
-        return None, None
+            raise ValueError("--resume goes on from a checkpoint, and --checkpoint_path none writes none.")
+        return None
     checkpoints = Checkpoints(folder, keep)
-    checkpoints.clean()
-    if not resume:
-        for old in checkpoints.all():
-            shutil.rmtree(old)
-        return checkpoints, None
-    newest = checkpoints.newest(_tell)
-    if newest is None:
-        _tell(f"There is no checkpoint in {folder} yet; training from the start.")
-        return checkpoints, None
-    return checkpoints, SavedState.load(newest)
+    open_folders.enter_context(open_output(folder, "checkpoints"))
+    if checkpoints.all() and not (resume or overwrite):
+        raise FileExistsError(
+            f"{folder} holds checkpoints of an earlier run. Pass --resume to go on with it, --overwrite to replace it, or "
+            "another --checkpoint_path."
+        )
+    return checkpoints
 
 
-def _checkpoint_folder(cfg: Any, output: Path | None) -> Path | None:
+def _checkpoint_folder(cfg: Any) -> Path | None:
     """SAELens adds a random name to --checkpoint_path, under which no second run would find it."""
     if cfg.checkpoint_path is None or cfg.checkpoint_path.partition("/")[0].lower() == "none":
         return None
     given = Path(cfg.checkpoint_path).parent
-    if given == Path("checkpoints") and output is not None:  # SAELens' default
+    if given == Path("checkpoints") and cfg.output_path is not None:  # SAELens' default
+        output = Path(cfg.output_path)
         return output.with_name(f"{output.name}-checkpoints")
     return given
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError:
-        raise NotADirectoryError(f"Cannot write to {folder}: it is a file. Choose another folder.") from None
-    except OSError as error:
-        raise type(error)(f"Cannot write to {folder}: {error.strerror}. Choose another folder.") from error
+def _newest(checkpoints: Checkpoints) -> SavedState | None:
+    newest = checkpoints.newest(_tell)
+    if newest is None:
+        _tell(f"There is no checkpoint in {checkpoints.folder} to go on from; training from the start.")
+        return None
+    return SavedState.load(newest)
 
 
-def _saving_whole(save: Any) -> Any:
-    """SAELens' saving of the trained SAE, into a folder that is there whole or not at all."""
+def _saving_to(output: Output, save: Any) -> Any:
+    """SAELens' saving of the trained SAE, of which every file takes its place whole."""
 
-    def save_final_sae(sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
-        target = Path(output_path)
-        if not any(target.iterdir()):
-            with whole_folder(target) as folder:
-                save(sae, str(folder), log_feature_sparsity)
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            save(sae, scratch, log_feature_sparsity)
-            for file in sorted(Path(scratch).iterdir()):
-                with whole_file(target / file.name) as unfinished:
-                    shutil.copyfile(file, unfinished)
+    def save_final_sae(sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:  # noqa: ARG001
+        with scratch_folder(output.folder) as folder:
+            save(sae, str(folder), log_feature_sparsity)
+            output.add(folder)
 
     return save_final_sae
 
