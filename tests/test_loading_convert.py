@@ -1,6 +1,7 @@
 """`saelens-cosine convert`, and that its verification can fail."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,11 @@ def test_nothing_is_written_when_they_differ(tmp_path, monkeypatch, capsys):
 
 def test_an_existing_destination(tmp_path, capsys):
     folder, out = write("standard", tmp_path / "foreign"), tmp_path / "out"
+    out.mkdir()
+    (out / ".saelens-cosine.lock").touch()  # of a run that was killed
+    (out / ".unfinished-0123456789abcdef-work").mkdir()
+    assert main(["convert", str(folder), str(out)]) == 0
+    shutil.rmtree(out)
     out.mkdir()
     (out / "kept").touch()
     assert main(["convert", str(folder), str(out)]) == 2

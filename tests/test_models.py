@@ -232,7 +232,7 @@ def test_the_hook_is_the_callers_to_say(tmp_path, capsys):
     assert main(["evaluate", folder, *flags, "--hook", "transformer.h.2"]) == 0
     (text,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["texts"]
     assert text["hook"] == "transformer.h.2"
-    assert main(["evaluate", folder, *flags, "--hook", "transformer.h.2.mlp.c_fc"]) == 2
+    assert main(["evaluate", folder, *flags, "--overwrite", "--hook", "transformer.h.2.mlp.c_fc"]) == 2
     message = capsys.readouterr().err
     assert "d_in=16" in message
     assert "size 64" in message

@@ -1,13 +1,14 @@
 """A run's output folder: one run at a time, nobody's files but ours replaced, and nothing lost to a kill."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
+from foreign import write as write_foreign
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import comparison
@@ -16,15 +17,6 @@ from saelens_cosine.files import lock, output
 from saelens_cosine.files.lock import LOCK, OutputInUseError, locked
 from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.files.output import open_output
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from saelens_cosine.files.lock import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
 
 
 def contents(folder, but=(MANIFEST, LOCK)):
@@ -50,34 +42,50 @@ def write(folder, files, overwrite=False, before=(), fails=False):
             raise RuntimeError("midway")
 
 
+def in_a_child(run):
+    """The id of a process that runs this, once it has told that it is ready."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(lambda: os.write(tell, b"ready"))
+        finally:
+            os._exit(1)
+    os.close(tell)
+    assert os.read(ready, 5) == b"ready"
+    os.close(ready)
+    return child
+
+
+def kill(child):
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
 @pytest.fixture
 def holder(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
+    """Another process that writes to the folder."""
 
+    def hold(tell):
+        with locked(tmp_path):
+            tell()
+            time.sleep(600)
 
-def commands(folder, tmp_path):
-    shared = ["--output", str(folder)]
-    return (
-        ["compare", *shared, "--overwrite"],
-        ["evaluate", str(tmp_path / "no_sae"), *shared],
-        ["ground-truth", *shared, "--overwrite"],
-        ["convert", str(tmp_path / "no_sae"), str(folder), "--overwrite"],
-    )
+    child = in_a_child(hold)
+    yield child
+    with contextlib.suppress(ProcessLookupError):
+        kill(child)
 
 
 def test_a_second_run_refuses_and_names_the_first(holder, tmp_path, capsys):
-    (tmp_path / "no_sae").mkdir()
-    (tmp_path / "no_sae" / "config.json").write_text("{}")
-    for command in commands(tmp_path, tmp_path)[:3]:
-        assert main([*command]) == 2
+    for command in (["compare", "--overwrite"], ["evaluate", "no_sae"], ["ground-truth", "--overwrite"]):
+        assert main([*command, "--output", str(tmp_path)]) == 2
         message = capsys.readouterr().err
-        assert f"process {holder.pid} on {os.uname().nodename}, started 20" in message, command
+        assert f"process {holder} on {os.uname().nodename}, started 20" in message, command
         assert str(tmp_path / LOCK) in message
-    with pytest.raises(OutputInUseError), open_output(tmp_path, "sae"):
-        pass
+    source = write_foreign("standard", tmp_path.parent / f"{tmp_path.name}-foreign")
+    assert main(["convert", str(source), str(tmp_path), "--overwrite"]) == 2
+    assert f"process {holder}" in capsys.readouterr().err
     with locked(put(tmp_path / "below", {"file": ""})):  # another folder
         pass
 
@@ -89,9 +97,8 @@ def test_a_second_run_of_the_same_process_refuses_too(tmp_path):
 
 
 def test_a_killed_run_is_taken_over_and_what_it_left_is_removed(holder, tmp_path):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert json.loads((tmp_path / LOCK).read_text())["process"] == holder.pid
+    kill(holder)
+    assert json.loads((tmp_path / LOCK).read_text())["process"] == holder
     left = ".unfinished-0123456789abcdef-x"
     put(tmp_path, {f"{left}/cfg.json": "", f"mine/{left}": "", "ours/.unfinished-note": "", f"ours/{left}": ""})
     outside = put(tmp_path.parent / f"{tmp_path.name}-outside", {left: ""})
@@ -103,17 +110,18 @@ def test_a_killed_run_is_taken_over_and_what_it_left_is_removed(holder, tmp_path
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_child_that_outlives_its_run_does_not_hold_the_lock(tmp_path):
-    code = HOLD.replace('print("held', 'import os; child = os.fork(); child or time.sleep(600); print(child, "held')
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) as process:
-        child = int(process.stdout.readline().split()[0])
-        process.kill()
-        process.wait()
-        try:
-            with locked(tmp_path):
-                pass
-        finally:
-            os.kill(child, signal.SIGKILL)
+def test_a_worker_that_outlives_its_run_does_not_hold_the_lock(tmp_path):
+    def hold(tell):
+        with locked(tmp_path):
+            if os.fork() == 0:
+                tell()
+                time.sleep(5)
+                os._exit(0)
+            time.sleep(600)
+
+    kill(in_a_child(hold))
+    with locked(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

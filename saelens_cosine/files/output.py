@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from saelens_cosine.files.lock import locked
+from saelens_cosine.files.lock import LOCK, locked
 from saelens_cosine.files.manifest import MANIFEST, Manifest
 from saelens_cosine.files.whole import flush, remove_unfinished, whole_file
 
@@ -187,6 +187,12 @@ def open_output(
             with suppress(OSError):
                 for parent in made:
                     parent.rmdir()
+
+
+def holds_anything(path: Path) -> bool:
+    """Whether there is a file, or a folder with more in it than runs that were killed leave."""
+    left = (LOCK, MANIFEST, ".unfinished-")
+    return path.is_file() or (path.is_dir() and any(not part.name.startswith(left) for part in path.iterdir()))
 
 
 def _make_writable(folder: Path) -> None:

@@ -14,7 +14,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 
-from saelens_cosine.files.output import open_output
+from saelens_cosine.files.output import holds_anything, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.pretrained import SAELENS, load, locate
@@ -74,7 +74,7 @@ def convert(
         CheckpointError, ConnectionError: as in `from_pretrained`.
     """
     destination = Path(destination)
-    if not overwrite and (destination.is_file() or (destination.is_dir() and any(destination.iterdir()))):
+    if not overwrite and holds_anything(destination):
         raise FileExistsError(f"{destination} exists. Choose another folder, or overwrite it (--overwrite).")
     located = locate(source, sae_id, k=k)
     if located.path.resolve().is_relative_to(destination.resolve()):
