@@ -137,6 +137,12 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", default="runs/compare", help="folder for the SAEs, comparison.json and comparison.png")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with a comparison that was stopped, exactly where it was; from the start if there is none yet",
+    )
+    add("--keep", type=int, default=2, help="newest checkpoints that are kept while a seed is trained")
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -210,7 +216,18 @@ def _compare(options: Any) -> int:
 
     try:
         with open_comparison(folder) as output, _progress(options.quiet) as progress:
-            comparison = compare(settings, output, overwrite=options.overwrite, on_progress=progress, on_seed=keep)
+            comparison = compare(
+                settings,
+                output,
+                overwrite=options.overwrite,
+                resume=options.resume,
+                keep=options.keep,
+                on_progress=progress,
+                on_seed=keep,
+            )
+    except StopError as stopped:
+        print(stopped, file=sys.stderr)  # noqa: T201
+        return stopped.exit_status
     except (KeyboardInterrupt, InterruptedException):
         print(f"Interrupted. What was finished is in {results}.", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED

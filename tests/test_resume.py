@@ -1,5 +1,6 @@
 """A run that is stopped anywhere and resumed ends with the weights of one that never stopped, bit for bit."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_stopped_and_resumed_ends_with_the_same_bits(case, text, tmp_path, monke
         torch.manual_seed(0)  # another process has other numbers
         np.random.seed(0)
     run(arguments("stopped"), resume=True)
+    assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_stopped_again_within_the_row_that_it_went_on_in(tmp_path, monkeypatch):
+    row = json.dumps({"text": " ".join(f"w{i % 300}" for i in range(4000))})
+    text = tmp_path / "long.jsonl"
+    text.write_text(f"{row}\n" * 2 + "".join(json.dumps({"text": f"a {i} " * 3000}) + "\n" for i in range(3)))
+    run(flags(text, tmp_path / "whole"))
+    for steps in (4, 5, 6, 11, 12):
+        with monkeypatch.context() as patched:
+            stop_after(patched, steps)
+            with pytest.raises(StopError):
+                run(flags(text, tmp_path / "stopped"), resume=True)
+    run(flags(text, tmp_path / "stopped"), resume=True)
     assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-from saelens_cosine.activations.contexts import ContextForm, check_context_size, sample_contexts
-from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.data import load_text
+from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.evaluation.comparison_state import ComparisonState
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
@@ -25,12 +25,16 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
-from saelens_cosine.registry import check_training_architecture
-from saelens_cosine.training.monitor import TrainingLogEntry, TrainingMonitor
+from saelens_cosine.training.checkpoints import Checkpoints
+from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.norm_filter import check_max_norm_multiple, filter_high_norm_tokens
+from saelens_cosine.training.norm_filter import filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
+from saelens_cosine.training.resume import ResumableRun
+
+N_CHECKPOINTS = 5
+"""In the course of a seed's training, beside the one at its end."""
 
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
 """What the folder of a trained SAE holds."""
@@ -38,120 +42,14 @@ SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
 SUMMARY = ("comparison.json", "comparison.png")
 """What the command writes beside these folders."""
 
-DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
-
-
-@dataclass
-class ComparisonSettings:
-    """
-    What to train and how to compare it.
-
-    Args:
-        arms (tuple[str, ...]): Architectures registered for training; the first is what the others are compared with.
-        model (str): `bundled`, a TransformerLens or Hugging Face name, or a local folder.
-        dataset (str): `bundled`, a Hugging Face name, or a local file or saved dataset with a text column.
-        layer (int | None): Block whose residual output is hooked; the middle one if None.
-        hook (str | None): A hook point by name instead of a layer.
-        tokens (int): Training tokens of each SAE.
-        k (int): Active features per token (BatchTopK: on average).
-        d_sae (int): Features.
-        seeds (int): Runs with different initialisation and data order.
-        recipe (str): `paper` or `saelens`.
-        max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm, in training and evaluation. None keeps them all in both.
-        plant_sinks (bool): Whether the first position of each context becomes an attention sink of 30 to 300 times the median norm (`planted.plant_sinks`). The default filter drops these, None trains on them.
-        device (str): Where everything runs.
-        context_size (int): Tokens per context, as far as the model allows.
-        eval_tokens (int): Held-out tokens for reconstruction, in contexts from all held-out documents; also the window of the dead fraction.
-        eval_prompts (int): Of their contexts, those for the cross-entropy.
-    """
-
-    arms: tuple[str, ...] = DEFAULT_ARMS
-    model: str = BUNDLED
-    dataset: str = BUNDLED
-    layer: int | None = None
-    hook: str | None = None
-    tokens: int = 1_000_000
-    k: int = 32
-    d_sae: int = 2048
-    seeds: int = 1
-    recipe: str = "paper"
-    max_norm_multiple: float | None = 10.0
-    plant_sinks: bool = False
-    device: str = "cpu"
-    context_size: int = 128
-    eval_tokens: int = 100_000
-    eval_prompts: int = 128
-
-    def __post_init__(self) -> None:
-        self.arms = tuple(check_training_architecture(arm) for arm in self.arms)
-        if not self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
-        batch = get_recipe(self.recipe, self.tokens).runner["train_batch_size_tokens"]
-        if self.tokens < 2 * batch:
-            raise ValueError(f"tokens={self.tokens} is less than two training steps of {batch} tokens.")
-        if not 0 < self.k <= self.d_sae:
-            raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds} must be at least 1.")
-        check_context_size(self.context_size)
-        check_max_norm_multiple(self.max_norm_multiple)
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """
-    One trained SAE: its saved form on held-out text, and how it got there.
-
-    Args:
-        architecture (str): Training architecture.
-        seed (int): Seed of initialisation and data order.
-        path (str): Folder of the SAE, relative to the output folder.
-        reconstruction (Reconstruction): On held-out activations, filtered as in training.
-        ce_loss_recovered (float): On held-out text, high-norm tokens passed through.
-        norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
-        seconds (float): Training time of this SAE alone.
-        log (tuple[TrainingLogEntry, ...]): The course of its training.
-        weights_sha256 (str): Hash of the saved tensors, which tells it from another SAE that is put in its place.
-    """
-
-    architecture: str
-    seed: int
-    path: str
-    reconstruction: Reconstruction
-    ce_loss_recovered: float
-    norm_exponent: tuple[float, float, float] | None
-    seconds: float
-    log: tuple[TrainingLogEntry, ...] = field(repr=False)
-    weights_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """
-    All results of a comparison.
-
-    Args:
-        settings (ComparisonSettings): As resolved.
-        hook_name (str): Hook point.
-        d_in (int): Size of the activations there.
-        high_norm_share_dropped (float): Share of the training tokens that the filter dropped.
-        high_norm_share_dropped_heldout (float): The same for the held-out tokens.
-        arms (tuple[ArmResult, ...]): Seed by seed, in the order of the settings' arms.
-    """
-
-    settings: ComparisonSettings
-    hook_name: str
-    d_in: int
-    high_norm_share_dropped: float
-    high_norm_share_dropped_heldout: float
-    arms: tuple[ArmResult, ...]
-
 
 def compare(
     settings: ComparisonSettings,
     output: str | Path | Output,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    keep: int = 2,
     on_progress: Callable[[str, int, int], None] | None = None,
     on_seed: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
@@ -166,6 +64,9 @@ def compare(
             caller who writes files of the comparison too.
         overwrite: replace an earlier comparison when this one has ended. Files that this package has not written there, or that
             somebody has changed since, are left alone.
+        resume: go on with a comparison of these settings in this folder, exactly where it was: seeds that are finished are not trained
+            again. From the start if there is none. `seeds` may have grown.
+        keep: checkpoints that are kept while a seed is trained, the newest.
         on_progress: called with what is being done, how much of it, and out of how much.
         on_seed: called with everything measured so far after each seed.
 
@@ -173,7 +74,8 @@ def compare(
         FileExistsError: the folder holds an earlier comparison and `overwrite` is off, or somebody's file in the place of ours.
         OutputInUseError: another run writes to the folder.
         OSError: the folder cannot be written.
-        ValueError: settings that cannot be run, such as an empty dataset.
+        ValueError: settings that cannot be run, such as an empty dataset, or that are not those of the comparison to go on with.
+        StopError: SIGINT or SIGTERM has come during training, which is saved.
     """
     with ExitStack() as afterwards, open_comparison(output) as opened:
         saes = [f"{arm}/seed{seed}" for arm in settings.arms for seed in range(settings.seeds)]
@@ -181,8 +83,10 @@ def compare(
             before=written_before(opened.folder),
             places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
             overwrite=overwrite,
+            resume=resume,
         )
-        return _compare(settings, opened, on_progress, on_seed, afterwards)
+        state = ComparisonState(settings, opened, resume=resume, overwrite=overwrite, keep=keep)
+        return _compare(settings, opened, state, on_progress, on_seed, afterwards)
 
 
 def open_comparison(output: str | Path | Output) -> AbstractContextManager[Output]:
@@ -193,6 +97,7 @@ def open_comparison(output: str | Path | Output) -> AbstractContextManager[Outpu
 def _compare(
     settings: ComparisonSettings,
     output: Output,
+    state: ComparisonState,
     on_progress: Callable[[str, int, int], None] | None,
     on_seed: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
@@ -207,9 +112,13 @@ def _compare(
     arms: list[ArmResult] = []
     dropped: list[float] = []
     for seed in range(settings.seeds):
-        with scratch_folder(output.folder) as workspace:
-            results, share = _run_seed(settings, model, heldout, seed, workspace, progress)
-            output.add(workspace)
+        finished = state.finished(seed)
+        if finished is None:
+            with scratch_folder(output.folder) as workspace, state.checkpoints(seed) as checkpoints:
+                finished = _run_seed(settings, model, heldout, seed, workspace, checkpoints, state, progress)
+                output.add(workspace)
+                state.note(seed, *finished)
+        results, share = finished
         arms.extend(results)
         dropped.append(share)
         comparison = Comparison(
@@ -235,6 +144,8 @@ def _run_seed(
     heldout: _HeldOut,
     seed: int,
     workspace: Path,
+    checkpoints: Checkpoints,
+    state: ComparisonState,
     progress: Callable[[str, int, int], None],
 ) -> tuple[list[ArmResult], float]:
     context_size = _context_size(settings, model)
@@ -284,7 +195,16 @@ def _run_seed(
         every_steps=max(1, config.total_training_steps // 40),
         on_step=lambda tokens: progress(what, min(tokens, settings.tokens), settings.tokens),
     )
+    run = ResumableRun(
+        runner,
+        checkpoints,
+        every=-(-settings.tokens // (N_CHECKPOINTS + 1)),
+        settings=state.settings,
+        parts={"norm_filter": norm_filter, "monitor": monitor},
+        go_on="Run the same command with --resume to go on.",
+    )
     monitor.attach(runner)
+    state.go_on(run, checkpoints)
     torch.manual_seed(seed)
     runner.run()
     monitor.finish()

@@ -31,7 +31,7 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 
 from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, paired_difference
-from saelens_cosine.evaluation.comparison import DEFAULT_ARMS
+from saelens_cosine.evaluation.comparison_results import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.files import whole

@@ -67,7 +67,7 @@ class Output:
         if earlier and not written.exists:
             written.save()
         if resume:
-            self.results = self._new if left else self.folder
+            self.results = self._new if self._new.exists() else self.folder
         else:
             self.results = self._new if earlier else self.folder
             self._old_new = list(left)

@@ -66,7 +66,12 @@ class TrainingMonitor:
         """
         store = runner.activations_store
         batches = store.get_multi_hook_data_loader
-        store.get_multi_hook_data_loader = lambda: self._watch(batches())
+
+        def watched() -> Iterator[dict[str, torch.Tensor]]:
+            source = self._source = batches()  # known before a first batch: a run that goes on may have none left
+            return self._watch(source)
+
+        store.get_multi_hook_data_loader = watched
         for name, sae in self.saes.items():
             self.log[name], self.seconds[name] = [], 0.0
             self._steps[name] = self._tokens[name] = 0
@@ -128,7 +133,6 @@ class TrainingMonitor:
         self._current, self._lap_start = name, now
 
     def _watch(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        self._source = batches
         for batch in batches:
             yield batch
             self._lap(None)

@@ -102,17 +102,8 @@ class SavedState:
         Raises:
             ValueError: they differ in what decides the weights; names each setting with both values.
         """
-        then, now = dict(_flat(self.plain["settings"])), dict(_flat(settings))
-        differing = [
-            f"{name} is {_shown(then.get(name))} there and {_shown(now.get(name))} here"
-            for name in sorted(then.keys() | now.keys())
-            if then.get(name) != now.get(name) and not _may_differ(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"Cannot go on from {self.path}: {'; '.join(differing)}. Resume with the settings of that run, or start another "
-                "one in another folder."
-            )
+        check_same(self.plain["settings"], settings, self.path)
+        then, now = self.plain["settings"], settings
         before, budget = then["training_tokens"], now["training_tokens"]
         if budget < before:
             raise ValueError(
@@ -271,6 +262,25 @@ class ResumableRun:
             yield
         finally:
             cfg.checkpoint_path = before
+
+
+def check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Compare the settings of a run with those of one that is to go on.
+
+    Raises:
+        ValueError: they differ in what decides the weights; names each setting with both values.
+    """
+    before, here = dict(_flat(then)), dict(_flat(now))
+    differing = [
+        f"{name} is {_shown(before.get(name))} there and {_shown(here.get(name))} here"
+        for name in sorted(before.keys() | here.keys())
+        if before.get(name) != here.get(name) and not _may_differ(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"Cannot go on from {path}: {'; '.join(differing)}. Resume with the settings of that run, or start another one in "
+            "another folder."
+        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

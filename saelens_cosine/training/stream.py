@@ -60,8 +60,15 @@ class Rows:
 
     def state(self) -> dict[str, Any]:
         """Rows taken in this pass, and the dataset's own state if that is all there is to it."""
+        if self._start is not None:  # the rest of a row is still being read
+            return self._start
         keeps = self._taken > 0 and _keeps_its_place(self.dataset)
         return {"taken": self._taken, "dataset": self.dataset.state_dict() if keeps else None}
+
+    @property
+    def in_a_row(self) -> bool:
+        """Whether the last row that was taken is being read."""
+        return self._start is None and self._taken > 0
 
     def start_at(self, state: dict[str, Any]) -> None:
         """Begin the next pass behind the rows that were taken; the pass after that begins at the first row again."""
@@ -149,6 +156,7 @@ class ResumableStream:
 
     def __init__(self, store: ActivationsStore, prefetched: int | None = None):
         self.store = store
+        self._rest: torch.Tensor | None = None
         self._start: dict[str, torch.Tensor] = {}
         self._batches: MixedBatches | None = None
         self._ahead: deque[tuple[int, StreamState]] | None = (
@@ -187,9 +195,11 @@ class ResumableStream:
 
         def begun() -> Generator[torch.Tensor]:
             del vars(store)["_iterate_raw_dataset_tokens"]  # for this pass only
+            self._rest = None
             yield rest
             yield from rows()
 
+        self._rest = rest
         vars(store)["_iterate_raw_dataset_tokens"] = begun
 
     def _now(self) -> StreamState:
@@ -200,10 +210,12 @@ class ResumableStream:
             place["cached_row"] = store.current_row_idx
         if isinstance(store.dataset, Rows):
             place["rows"] = store.dataset.state()
-            place["n_dataset_processed"] += place["rows"]["taken"] > 0  # SAELens counts a row when it takes the next
+            place["n_dataset_processed"] += store.dataset.in_a_row  # SAELens counts a row when it takes the next
             cut: Any = getattr(store, "iterable_sequences", None)
             inner = None if cut is None else cut.gi_yieldfrom
-            if inner is not None and not store.disable_concat_sequences:
+            if self._rest is not None:  # nothing of it has been read yet
+                tensors["tokens"] = self._rest
+            elif inner is not None and not store.disable_concat_sequences:
                 here = _locals(inner, "tokens", "offset")
                 tensors["tokens"] = here["tokens"][here["offset"] :]
         if self._batches is not None:

@@ -1,0 +1,135 @@
+"""What a comparison is asked, and what it finds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from saelens_cosine.activations.contexts import check_context_size
+from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.evaluation.reconstruction import NormBin, Reconstruction
+from saelens_cosine.registry import check_training_architecture
+from saelens_cosine.training.monitor import TrainingLogEntry
+from saelens_cosine.training.norm_filter import check_max_norm_multiple
+from saelens_cosine.training.recipe import get_recipe
+
+DEFAULT_ARMS = ("inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk")
+
+
+@dataclass
+class ComparisonSettings:
+    """
+    What to train and how to compare it.
+
+    Args:
+        arms (tuple[str, ...]): Architectures registered for training; the first is what the others are compared with.
+        model (str): `bundled`, a TransformerLens or Hugging Face name, or a local folder.
+        dataset (str): `bundled`, a Hugging Face name, or a local file or saved dataset with a text column.
+        layer (int | None): Block whose residual output is hooked; the middle one if None.
+        hook (str | None): A hook point by name instead of a layer.
+        tokens (int): Training tokens of each SAE.
+        k (int): Active features per token (BatchTopK: on average).
+        d_sae (int): Features.
+        seeds (int): Runs with different initialisation and data order.
+        recipe (str): `paper` or `saelens`.
+        max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm, in training and evaluation. None keeps them all in both.
+        plant_sinks (bool): Whether the first position of each context becomes an attention sink of 30 to 300 times the median norm (`planted.plant_sinks`). The default filter drops these, None trains on them.
+        device (str): Where everything runs.
+        context_size (int): Tokens per context, as far as the model allows.
+        eval_tokens (int): Held-out tokens for reconstruction, in contexts from all held-out documents; also the window of the dead fraction.
+        eval_prompts (int): Of their contexts, those for the cross-entropy.
+    """
+
+    arms: tuple[str, ...] = DEFAULT_ARMS
+    model: str = BUNDLED
+    dataset: str = BUNDLED
+    layer: int | None = None
+    hook: str | None = None
+    tokens: int = 1_000_000
+    k: int = 32
+    d_sae: int = 2048
+    seeds: int = 1
+    recipe: str = "paper"
+    max_norm_multiple: float | None = 10.0
+    plant_sinks: bool = False
+    device: str = "cpu"
+    context_size: int = 128
+    eval_tokens: int = 100_000
+    eval_prompts: int = 128
+
+    def __post_init__(self) -> None:
+        self.arms = tuple(check_training_architecture(arm) for arm in self.arms)
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
+        batch = get_recipe(self.recipe, self.tokens).runner["train_batch_size_tokens"]
+        if self.tokens < 2 * batch:
+            raise ValueError(f"tokens={self.tokens} is less than two training steps of {batch} tokens.")
+        if not 0 < self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} must be at least 1.")
+        check_context_size(self.context_size)
+        check_max_norm_multiple(self.max_norm_multiple)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """
+    One trained SAE: its saved form on held-out text, and how it got there.
+
+    Args:
+        architecture (str): Training architecture.
+        seed (int): Seed of initialisation and data order.
+        path (str): Folder of the SAE, relative to the output folder.
+        reconstruction (Reconstruction): On held-out activations, filtered as in training.
+        ce_loss_recovered (float): On held-out text, high-norm tokens passed through.
+        norm_exponent (tuple[float, float, float] | None): Mean, minimum and maximum; None for scores without one.
+        seconds (float): Training time of this SAE alone.
+        log (tuple[TrainingLogEntry, ...]): The course of its training.
+        weights_sha256 (str): Hash of the saved tensors, which tells it from another SAE that is put in its place.
+    """
+
+    architecture: str
+    seed: int
+    path: str
+    reconstruction: Reconstruction
+    ce_loss_recovered: float
+    norm_exponent: tuple[float, float, float] | None
+    seconds: float
+    log: tuple[TrainingLogEntry, ...] = field(repr=False)
+    weights_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    All results of a comparison.
+
+    Args:
+        settings (ComparisonSettings): As resolved.
+        hook_name (str): Hook point.
+        d_in (int): Size of the activations there.
+        high_norm_share_dropped (float): Share of the training tokens that the filter dropped.
+        high_norm_share_dropped_heldout (float): The same for the held-out tokens.
+        arms (tuple[ArmResult, ...]): Seed by seed, in the order of the settings' arms.
+    """
+
+    settings: ComparisonSettings
+    hook_name: str
+    d_in: int
+    high_norm_share_dropped: float
+    high_norm_share_dropped_heldout: float
+    arms: tuple[ArmResult, ...]
+
+
+def arm_from_json(found: dict[str, Any]) -> ArmResult:
+    """An arm's result from what `dataclasses.asdict` and JSON have made of it."""
+    exponent: list[float] | None = found["norm_exponent"]
+    reconstruction: dict[str, Any] = {**found["reconstruction"]}
+    reconstruction["by_norm"] = tuple(NormBin(**values) for values in reconstruction["by_norm"])
+    restored: dict[str, Any] = {
+        "reconstruction": Reconstruction(**reconstruction),
+        "norm_exponent": exponent and tuple(exponent),
+        "log": tuple(TrainingLogEntry(**entry) for entry in found["log"]),
+    }
+    return ArmResult(**{**found, **restored})

@@ -1,0 +1,104 @@
+"""How far a comparison has come, so that it can be gone on with: seeds that are finished, checkpoints of the one that is not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, arm_from_json
+from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.whole import write_text
+from saelens_cosine.training.checkpoints import Checkpoints
+from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
+
+FOLDER = ".comparison-run"
+"""In the folder of the results."""
+
+MAY_DIFFER = frozenset({"seeds", "device"})
+"""Settings that change nothing of a seed that is finished or begun."""
+
+
+class ComparisonState:
+    """
+    The state of a comparison in its output folder.
+
+    Args:
+        settings: of the comparison.
+        output: where its results go; `begin` has been called.
+        resume: go on with what is there.
+        overwrite: replace it.
+        keep: checkpoints that are kept of a seed.
+
+    Raises:
+        FileExistsError: there are checkpoints of an unfinished comparison, and neither `resume` nor `overwrite` is on.
+    """
+
+    def __init__(self, settings: ComparisonSettings, output: Output, *, resume: bool, overwrite: bool, keep: int):
+        self.settings = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
+        self.settings |= {"arms": list(settings.arms), "training_tokens": settings.tokens}
+        self.output, self.resume, self.keep = output, resume, keep
+        if not (resume or overwrite):
+            for path in sorted((output.folder / FOLDER).glob("seed*")):
+                if Checkpoints(path).all():
+                    raise FileExistsError(
+                        f"{output.folder} holds a comparison that is not finished ({path}). Pass --resume to go on with it, "
+                        "--overwrite to replace it, or choose another folder."
+                    )
+
+    def finished(self, seed: int) -> tuple[list[ArmResult], float] | None:
+        """A seed's results and the share that its filter dropped; None if it has to be trained.
+
+        Raises:
+            ValueError: it was trained with other settings; names them with both values.
+        """
+        path = self.output.results / FOLDER / f"seed{seed}.json"
+        if not self.resume or not path.exists():
+            return None
+        try:
+            found: Any = json.loads(path.read_text())
+            settings, arms, share = found["settings"], [arm_from_json(arm) for arm in found["arms"]], found["share"]
+        except (ValueError, KeyError, TypeError) as error:
+            _tell(f"{path} is broken ({type(error).__name__}); seed {seed} goes on from its newest checkpoint.")
+            return None
+        check_same(settings, self.settings, path)
+        if not all((self.output.results / arm.path).is_dir() for arm in arms):
+            return None
+        return arms, share
+
+    @contextmanager
+    def checkpoints(self, seed: int) -> Generator[Checkpoints]:
+        """Those of a seed, which go when it is finished."""
+        folder = self.output.results / FOLDER / f"seed{seed}"
+        with open_output(folder, "checkpoints", keep_empty=False):
+            checkpoints = Checkpoints(folder, self.keep)
+            if not self.resume:
+                checkpoints.set_aside()
+            yield checkpoints
+            checkpoints.set_aside()
+            checkpoints.remove_set_aside()
+        with suppress(OSError):  # somebody's files
+            folder.rmdir()
+
+    def go_on(self, run: ResumableRun, checkpoints: Checkpoints) -> None:
+        """Have a run go on from the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is of another comparison.
+        """
+        newest = checkpoints.newest(_tell) if self.resume else None
+        if newest is not None:
+            run.resume(SavedState.load(newest))
+
+    def note(self, seed: int, arms: list[ArmResult], share: float) -> None:
+        """A seed is finished, and its SAEs are in their places."""
+        content = {"settings": self.settings, "arms": [asdict(arm) for arm in arms], "share": share}
+        with self.output.file(f"{FOLDER}/seed{seed}.json") as path:
+            write_text(json.dumps(content), path)  # NaN as Python has it, for `comparison.json` is what others read
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)  # noqa: T201
