@@ -28,6 +28,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
+from saelens_cosine.devices import check_device
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.kernels import selection
 from saelens_cosine.registry import check_training_architecture
@@ -93,8 +94,11 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is none of {', '.join(DTYPES)}.")
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be positive.")
+        for name in ("d_in", "d_sae", "batch", "k", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.k > self.d_sae:
+            raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
         for arm in self.arms:
             architecture, _, kernels = arm.partition("/")
             if arm in SAELENS_ARMS:
@@ -207,6 +211,7 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
         settings: what to measure.
         on_progress: called with what is being done, how much of it is done, and how much there is.
     """
+    check_device(settings.device)
     report = on_progress or (lambda _what, _done, _total: None)
     clock = Clock(settings.device)
     batches = [_activations(settings, seed) for seed in range(4)]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import transformers
@@ -34,6 +34,9 @@ from saelens_cosine.training.stop import StopError
 
 EXIT_INTERRUPTED = 130
 
+FAULTS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+"""What is said in one line, with exit status 2."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
@@ -41,17 +44,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     if args[:1] == ["train"]:  # everything behind it is SAELens' own
         return _train(args[1:])
-    options = parser.parse_args(args)
+    options, unknown = parser.parse_known_args(args)
+    if unknown:
+        command = f"{parser.prog} {options.command}"
+        print(f"{command}: unrecognized arguments: {' '.join(unknown)}. See {command} --help.", file=sys.stderr)  # noqa: T201
+        return 2
     options.command_line = (parser.prog, *args)
     try:
         return options.run(options)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, SAEBenchError) as error:
+    except SAEBenchError as error:  # a line for each eval
         print(f"saelens-cosine {options.command}: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    except FAULTS as error:
+        return _fault(options.command, error)
+
+
+def _fault(command: str, error: BaseException) -> int:
+    print(f"saelens-cosine {command}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong option with a line, not with all that there are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="saelens-cosine", description="Train, compare and load cosine-scored sparse autoencoders in SAELens."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -171,10 +192,9 @@ def _count(text: str) -> int:
     """An integer, also written 1_500_000, 1e6, 500k or 2M."""
     factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())
     try:
-        value = float(text[:-1]) * factor if factor else float(text)
-    except ValueError:
+        return int(float(text[:-1]) * factor if factor else float(text))
+    except (ValueError, OverflowError):  # of infinity and NaN too
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (1500000, 1.5M, 500k)") from None
-    return int(value)
 
 
 def _multiple(text: str) -> float | None:
@@ -377,7 +397,7 @@ def _signal(text: str) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    extra = argparse.ArgumentParser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
+    extra = _Parser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
     extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=_multiple, default=10.0)
     extra.add_argument("--resume", action="store_true")
     extra.add_argument("--overwrite", action="store_true")
@@ -401,9 +421,8 @@ def _train(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted before training began.", file=sys.stderr)  # noqa: T201
         return EXIT_INTERRUPTED
-    except (argparse.ArgumentError, ValueError, OSError, FloatingPointError) as error:
-        print(f"saelens-cosine train: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+    except FAULTS as error:
+        return _fault("train", error)
     print(  # noqa: T201
         f"High-norm tokens dropped: {norm_filter.dropped_share:.2%} of {norm_filter.tokens_seen:,}.", file=sys.stderr
     )

@@ -135,7 +135,14 @@ def _read_folder(folder: Path) -> Any:
 def _from_hub(name: str, streaming: bool) -> tuple[Any, Any]:
     from datasets import load_dataset
 
-    rows = load_dataset(name, split="train", streaming=streaming)
+    try:
+        rows = load_dataset(name, split="train", streaming=streaming)
+    except OSError as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(
+            f"Cannot load dataset {name!r}: {str(error).rstrip('.')}. Name one on the Hugging Face Hub that can be reached, a local "
+            f"file or folder, or {BUNDLED!r}."
+        ) from error
     if next(iter(rows), None) is None:
         raise ValueError(f"Dataset {name!r} is empty; there is nothing to train on.")
     heldout, train = rows.take(HELDOUT_DOCUMENTS), rows.skip(HELDOUT_DOCUMENTS)

@@ -92,7 +92,7 @@ def choose_model(
     if class_name in (None, TRANSFORMER_LENS, HUGGING_FACE):
         if hook is not None and (class_name is None or block_of(hook) is None):  # there is nothing to translate
             chosen = TRANSFORMER_LENS if LENS_HOOK.match(hook) else HUGGING_FACE
-        if not _known_to_transformer_lens(name):
+        if not known_to_transformer_lens(name):
             chosen = HUGGING_FACE
     refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - _BRIDGE_TAKES}.get(chosen, frozenset())
     if lost := {key: value for key, value in given.items() if key in refused}:
@@ -136,7 +136,13 @@ def load_hooked_model(
     if layer is not None and hook is not None:
         raise ValueError(f"layer={layer} and hook={hook!r} both say where to hook; give one.")
     choice = choose_model(name, hook, class_name, kwargs)
-    model = _load(name, device, *choice)
+    try:
+        model = _load(name, device, *choice)
+    except OSError as error:
+        raise OSError(
+            f"Cannot load model {name!r}: {error} Name one on the Hugging Face Hub that can be reached, a local folder, or "
+            f"{BUNDLED!r}."
+        ) from error
     if hasattr(model, "cfg"):
         n_layers: int = model.cfg.n_layers
         layer_hook = "blocks.{}.hook_resid_post"
@@ -220,7 +226,7 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
         bundled: Any = load_bundled_model(device)
         return bundled if dtype is None else bundled.to(dtype, print_details=False)
     path = str(model_folder()) if name == BUNDLED else name
-    if class_name == HUGGING_FACE and not Path(path).exists() and _known_to_transformer_lens(path):
+    if class_name == HUGGING_FACE and not Path(path).exists() and known_to_transformer_lens(path):
         path = get_official_model_name(path)  # gpt2-small is gpt2 on the Hub
     loaded = kwargs if dtype is None else {**kwargs, "dtype": dtype}
     if class_name == BRIDGE:  # which SAELens trains on and does not load
@@ -230,7 +236,8 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
     return load_model(class_name, path, device=device, model_from_pretrained_kwargs=loaded)
 
 
-def _known_to_transformer_lens(name: str) -> bool:
+def known_to_transformer_lens(name: str) -> bool:
+    """Whether TransformerLens has a model of this name."""
     if name == BUNDLED:
         return True
     try:

@@ -15,6 +15,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 
 from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.data import load_text
+from saelens_cosine.devices import check_device
 from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings
 from saelens_cosine.evaluation.comparison_state import ComparisonState
 from saelens_cosine.evaluation.plain import weights_sha256
@@ -77,6 +78,7 @@ def compare(
         ValueError: settings that cannot be run, such as an empty dataset, or that are not those of the comparison to go on with.
         StopError: SIGINT or SIGTERM has come during training, which is saved.
     """
+    check_device(settings.device)
     with ExitStack() as afterwards, open_comparison(output) as opened:
         saes = [f"{arm}/seed{seed}" for arm in settings.arms for seed in range(settings.seeds)]
         opened.begin(
@@ -91,7 +93,7 @@ def compare(
 
 def open_comparison(output: str | Path | Output) -> AbstractContextManager[Output]:
     """The output folder of a comparison, locked; see `open_output`."""
-    return open_output(output, "comparison", parts=SAE_TRAINING_CLASS_REGISTRY)
+    return open_output(output, "comparison", parts=SAE_TRAINING_CLASS_REGISTRY, keep_empty=False)
 
 
 def _compare(

@@ -68,6 +68,8 @@ class ComparisonSettings:
             raise ValueError(f"k={self.k} features cannot be active out of d_sae={self.d_sae}.")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1.")
+        if self.eval_tokens < 1 or self.eval_prompts < 1:
+            raise ValueError(f"eval_tokens={self.eval_tokens}, eval_prompts={self.eval_prompts} must be positive.")
         check_context_size(self.context_size)
         check_max_norm_multiple(self.max_norm_multiple)
 

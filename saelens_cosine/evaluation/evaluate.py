@@ -17,6 +17,7 @@ from typing import Any
 
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.devices import check_device
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.earlier import begin, open_evaluation
@@ -75,6 +76,7 @@ def evaluate(
     unknown = [name for name in settings.evals if name not in EVALS]
     if unknown:
         raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
+    check_device(settings.device)
     parsed = parse_sources(sources, baseline)
     with open_evaluation(output) as opened:
         begin(opened, SCHEMA, parsed, settings, overwrite)

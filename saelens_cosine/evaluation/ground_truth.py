@@ -7,6 +7,7 @@ loaded, and scored in that form, threshold included.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -91,8 +92,16 @@ class GroundTruthSettings:
             check_training_architecture(arm)
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
-        if not self.norm_spreads or min(self.norm_spreads) < 0:
-            raise ValueError(f"norm_spreads={self.norm_spreads} must be at least one number, none below 0.")
+        if not self.norm_spreads or not all(math.isfinite(spread) and spread >= 0 for spread in self.norm_spreads):
+            raise ValueError(f"norm_spreads={self.norm_spreads} must be at least one finite number, none below 0.")
+        if self.d_sae is not None and self.d_sae < 1:
+            raise ValueError(
+                f"d_sae={self.d_sae} must be positive, or None (no --d-sae) for as many as there are to find."
+            )
+        if self.k is not None and not 0 < self.k <= (self.d_sae or math.inf):
+            raise ValueError(
+                f"k={self.k} must be positive and at most d_sae, or None (no --k) for as many as are active."
+            )
         if self.seeds < 1 or self.eval_samples < 1 or self.samples < 2 * self.batch:
             raise ValueError(
                 f"seeds={self.seeds}, eval_samples={self.eval_samples}: at least 1; samples={self.samples}: at least two "

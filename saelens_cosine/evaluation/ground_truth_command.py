@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from saelens_cosine.devices import check_device
 from saelens_cosine.evaluation.ground_truth import (
     SYNTH_SAE_BENCH_16K,
     GroundTruthSettings,
@@ -80,8 +81,9 @@ def run_ground_truth(options: Any, progress: Callable[[str, int, int], None]) ->
         eval_samples=options.eval_samples,
         device=options.device,
     )
+    check_device(settings.device)
     folder: Path = options.output
-    with open_output(folder, "ground-truth") as output:
+    with open_output(folder, "ground-truth", keep_empty=False) as output:
         output.begin(before=[FILE], places=[FILE], overwrite=options.overwrite)
         progress("Loading the synthetic model", 0, 1)
         result = ground_truth(settings, progress)

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
-from sae_lens.llm_sae_training_runner import (
-    LanguageModelSAETrainingRunner,
-    _parse_cfg_args,  # pyright: ignore[reportPrivateUsage]  (SAELens' parser has no public name)
-)
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
+from saelens_cosine.training.check import check_run, parse_flags
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
@@ -64,7 +62,8 @@ def train(
         StopError: a signal has stopped the run, which is saved.
     """
     check_max_norm_multiple(max_norm_multiple)
-    cfg = _parse_cfg_args(arguments)
+    cfg = parse_flags(arguments)
+    check_run(cfg)
     seed_everything(cfg.seed)
     with ExitStack() as open_folders:
         output = _open_output(cfg, resume, overwrite, open_folders)
@@ -124,7 +123,7 @@ def _open_output(cfg: Any, resume: bool, overwrite: bool, open_folders: ExitStac
     """The trained SAE's folder, locked, without an earlier SAE unless that is gone on with or replaced."""
     if cfg.output_path is None:
         return None
-    output = open_folders.enter_context(open_output(cfg.output_path, "training"))
+    output = open_folders.enter_context(open_output(cfg.output_path, "training", keep_empty=False))
     output.begin(before=SAVED_FILES, places=SAVED_FILES, overwrite=overwrite, resume=resume)
     return output
 
@@ -140,7 +139,7 @@ def _open_checkpoints(
             raise ValueError("--resume goes on from a checkpoint, and --checkpoint_path none writes none.")
         return None
     checkpoints = Checkpoints(folder, keep)
-    open_folders.enter_context(open_output(folder, "checkpoints"))
+    open_folders.enter_context(open_output(folder, "checkpoints", keep_empty=False))
     if checkpoints.all() and not (resume or overwrite):
         raise FileExistsError(
             f"{folder} holds checkpoints of an earlier run. Pass --resume to go on with it, --overwrite to replace it, or "
