@@ -22,6 +22,7 @@ COMMANDS = {
     "ground-truth": ["--samples", "2k", "--seeds", "1", "--quiet"],
     "evaluate": ["no-such-folder", "--quiet"],
     "benchmark": ["--quiet"],
+    "share": ["no-such-folder", "--neuronpedia", "model/set", "--dry-run", "--quiet"],
 }
 
 
@@ -96,6 +97,10 @@ def test_what_cannot_be_trained_does_not_cost_the_checkpoints_that_it_would_over
         *((command, ["--device", "cuda:977"], "device='cuda:977' cannot be used") for command in COMMANDS),
         *(("compare", ["--tokens", value], value) for value in ("0", "-5", "nan", "1e400", "x")),
         *(("evaluate", ["--tokens", value], value) for value in ("0", "-5", "nan", "1e400")),
+        *(("share", ["--tokens", value], value) for value in ("0", "-5", "nan", "1e400")),
+        *(("share", ["--contexts", value], value) for value in ("0", "-5")),
+        ("share", [], "no-such-folder"),
+        ("evaluate", ["--hook", "nope"], "no-such-folder"),
         *(("ground-truth", ["--samples", value], value) for value in ("0", "nan", "1e400")),
         *(("compare", [f"--{name}", "0"], "0") for name in ("k", "d-sae", "seeds", "eval-tokens")),
         *(("compare", [f"--{name}", "-3"], "-3") for name in ("k", "d-sae", "seeds", "eval-tokens")),

@@ -14,6 +14,7 @@ from sae_lens import ActivationsStore
 
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.data import load_text
+from saelens_cosine.devices import check_device
 from saelens_cosine.models import load_hooked_model
 from saelens_cosine.sharing.features import feature_dashboards, top_activations
 from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
@@ -51,7 +52,7 @@ def check_options(options: Any) -> None:
     """Refuse what cannot be done before anything is loaded or sent.
 
     Raises:
-        ValueError: no target, or not one SAE for Neuronpedia.
+        ValueError: no target, not one SAE for Neuronpedia, nothing to look for, or a device that is not there.
         ModuleNotFoundError, PermissionError: Neuronpedia's client or its key is missing.
     """
     if not options.repo and not options.neuronpedia:
@@ -59,6 +60,9 @@ def check_options(options: Any) -> None:
     if options.neuronpedia:
         if options.neuronpedia.count("/") != 1:
             raise ValueError(f"--neuronpedia {options.neuronpedia!r} must be MODEL/SET, such as gpt2-small/res-cosine.")
+        if options.tokens < 1 or options.contexts < 1:
+            raise ValueError(f"--tokens {options.tokens}, --contexts {options.contexts}: both must be positive.")
+        check_device(options.device)
         folders = saved_saes(options.path)
         if "" not in folders:
             raise ValueError(
