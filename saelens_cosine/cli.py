@@ -30,9 +30,8 @@ from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
-from saelens_cosine.training.stop import StopError
+from saelens_cosine.training.stop import StopError, exit_status, raising_on_sigterm
 
-EXIT_INTERRUPTED = 130
 
 FAULTS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """What is said in one line, with exit status 2."""
@@ -40,7 +39,11 @@ FAULTS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, Modul
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
+    with raising_on_sigterm():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(args: list[str]) -> int:
     parser = _parser()
     if args[:1] == ["train"]:  # everything behind it is SAELens' own
         return _train(args[1:])
@@ -248,9 +251,9 @@ def _compare(options: Any) -> int:
     except StopError as stopped:
         print(stopped, file=sys.stderr)  # noqa: T201
         return stopped.exit_status
-    except (KeyboardInterrupt, InterruptedException):
-        print(f"Interrupted. What was finished is in {results}.", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, InterruptedException) as stopped:
+        print(f"Interrupted. What was finished is in {results}; --resume goes on.", file=sys.stderr)  # noqa: T201
+        return exit_status(stopped)
     console = Console()
     console.width = max(console.width, 110)  # a wrapped line is read more easily than a cut figure
     for table in as_tables(comparison):
@@ -316,9 +319,9 @@ def _evaluate(options: Any) -> int:
     try:
         with _progress(options.quiet) as progress:
             tables = run_evaluate(options, progress)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print(f"Interrupted. Run the same command again to go on; see {options.output}.", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        return exit_status(stopped)
     console = Console()
     console.width = max(console.width, 140)  # names of measures whole
     for table in tables:
@@ -333,9 +336,9 @@ def _ground_truth(options: Any) -> int:
     try:
         with _progress(options.quiet) as progress:
             tables = run_ground_truth(options, progress)
-    except (KeyboardInterrupt, InterruptedException):
+    except (KeyboardInterrupt, InterruptedException) as stopped:
         print("Interrupted. Nothing was written.", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        return exit_status(stopped)
     console = Console()
     console.width = max(console.width, 120)
     for table in tables:
@@ -355,9 +358,9 @@ def _share(options: Any) -> int:
             with _progress(options.quiet) as progress:
                 message = share_on_neuronpedia(options, progress)
             print(message)  # noqa: T201
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("Interrupted. Run the same command again to go on.", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        return exit_status(stopped)
     return 0
 
 
@@ -418,9 +421,9 @@ def _train(arguments: list[str]) -> int:
     except StopError as stopped:
         print(stopped, file=sys.stderr)  # noqa: T201
         return stopped.exit_status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("Interrupted before training began.", file=sys.stderr)  # noqa: T201
-        return EXIT_INTERRUPTED
+        return exit_status(stopped)
     except FAULTS as error:
         return _fault("train", error)
     print(  # noqa: T201

@@ -17,7 +17,7 @@ def write(content):
 def saved(tmp_path, *tokens, keep=9):
     checkpoints = Checkpoints(tmp_path, keep)
     for n in tokens:
-        checkpoints.save(n, write(f"of {n}"))
+        checkpoints.add(n, write(f"of {n}"))
     return checkpoints
 
 
@@ -38,7 +38,7 @@ def test_what_others_have_put_there_is_left(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "weights").write_text("linked")
     (tmp_path / "50").symlink_to(tmp_path / "elsewhere")
-    checkpoints.save(200, write("of 200"))
+    checkpoints.add(200, write("of 200"))
     assert names(tmp_path) == ["100", "200", "50", "7", "elsewhere"]
     assert names(tmp_path / "100") == ["notes.txt"]
     assert (tmp_path / "elsewhere" / "weights").read_text() == "linked"
@@ -66,7 +66,7 @@ def test_a_broken_one_is_named_and_the_one_before_taken(damage, tmp_path):
     assert checkpoints.newest(said.append) == tmp_path / "20"
     assert len(said) == 1
     assert "30 is broken" in said[0]
-    checkpoints.save(30, write("of 30"))  # the run goes on from 20 and comes by again
+    checkpoints.add(30, write("of 30"))  # the run goes on from 20 and comes by again
     assert checkpoints.newest(said.append) == tmp_path / "30"
     assert len(said) == 1
     assert (tmp_path / "10" / "weights").read_text() == "of 10"
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        checkpoints.save(20, full)
+        checkpoints.add(20, full)
     assert names(tmp_path) == ["10"]
     check(tmp_path / "10")
 

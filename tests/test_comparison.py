@@ -171,7 +171,10 @@ def test_tables_and_picture(run):
 
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > 1000
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [MANIFEST]
+    assert [path.name for path in sorted(folder.iterdir()) if path.name.startswith(".")] == [
+        ".comparison-run",
+        MANIFEST,
+    ]
 
 
 def test_it_refuses_to_overwrite_unless_told(run, capsys):
@@ -252,12 +255,12 @@ def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp
     settings = ComparisonSettings(arms=("cosine_topk",), tokens=40_000, d_sae=128, k=8, seeds=2)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, folder, on_progress=interrupt_in_the_second_seed)
-    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "cosine_topk"]
+    assert sorted(path.name for path in folder.iterdir()) == [".comparison-run", MANIFEST, "cosine_topk"]
     assert [path.name for path in (folder / "cosine_topk").iterdir()] == ["seed0"]
     assert SAE.load_from_disk(folder / "cosine_topk" / "seed0").cfg.d_sae == 128
 
 
-def test_ctrl_c_ends_the_command_cleanly(tmp_path):
+def test_ctrl_c_ends_the_command_with_a_checkpoint(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "saelens_cosine", "compare", "--tokens", "2M", "--d-sae", "128", "--k", "8"]
     command += ["--eval-tokens", "4k", "--output", str(folder)]
@@ -265,12 +268,13 @@ def test_ctrl_c_ends_the_command_cleanly(tmp_path):
         deadline = time.monotonic() + 120
         while not list(folder.glob(".unfinished-*")) and time.monotonic() < deadline:
             time.sleep(0.2)
-        time.sleep(4)  # into the training, where SAELens' own signal handler is in place
+        time.sleep(4)  # into the training, most likely
         process.send_signal(signal.SIGINT)
         message = process.communicate(timeout=300)[1]
     assert process.returncode == 130
-    assert f"Interrupted. What was finished is in {folder}" in message
-    assert list(folder.iterdir()) == []
+    assert str(folder) in message
+    assert "--resume" in message or "Interrupted" in message
+    assert not list(folder.glob(".unfinished-*"))
 
 
 def test_other_hooks_and_local_models_and_data(tmp_path):

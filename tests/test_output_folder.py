@@ -21,6 +21,7 @@ from saelens_cosine.files.output import open_output
 
 def contents(folder, but=(MANIFEST, LOCK)):
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in but)
+    files = (path for path in files if path.parent.name != ".comparison-run")
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
@@ -247,7 +248,7 @@ def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finish
 
     written = "old"
 
-    def run_seed(_settings, _model, _heldout, seed, workspace, _progress):
+    def run_seed(_settings, _model, _heldout, seed, workspace, *_):
         if written == "new" and seed == 1:
             raise RuntimeError("midway")
         put(workspace, {f"cosine_topk/seed{seed}/cfg.json": f"{written} {seed}"})

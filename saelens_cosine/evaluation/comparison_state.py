@@ -11,7 +11,6 @@ from typing import Any
 
 from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, arm_from_json
 from saelens_cosine.files.output import Output, open_output
-from saelens_cosine.files.whole import write_text
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
 
@@ -96,8 +95,10 @@ class ComparisonState:
     def note(self, seed: int, arms: list[ArmResult], share: float) -> None:
         """A seed is finished, and its SAEs are in their places."""
         content = {"settings": self.settings, "arms": [asdict(arm) for arm in arms], "share": share}
-        with self.output.file(f"{FOLDER}/seed{seed}.json") as path:
-            write_text(json.dumps(content), path)  # NaN as Python has it, for `comparison.json` is what others read
+        with self.output.file(f"{FOLDER}/seed{seed}.json") as unfinished:
+            unfinished.write_text(
+                json.dumps(content)
+            )  # NaN as Python has it, for `comparison.json` is what others read
 
 
 def _tell(sentence: str) -> None:

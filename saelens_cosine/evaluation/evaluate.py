@@ -91,7 +91,6 @@ def _evaluate(
     command: Sequence[str],
 ) -> dict[str, Any]:
     folder = output.folder
-    (folder / "measured").mkdir(exist_ok=True)
     measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
     document: dict[str, Any] = {
         "schema": SCHEMA,
@@ -196,6 +195,7 @@ class _Measured:
             content = digest([identity, used, row.reads(of), versions()])
             file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"
             if not file.exists():
+                file.parent.mkdir(exist_ok=True)
                 try:
                     write_json(_measure(row.measure, of), file)
                 except saebench.SAEBenchError as error:  # not kept: the next run tries again

@@ -43,7 +43,7 @@ class Checkpoints:
         named = [path for path in self.folder.iterdir() if path.name.isdecimal() and (path / OWN_FOLDER).is_dir()]
         return sorted(named, key=lambda path: int(path.name), reverse=True)
 
-    def save(self, tokens: int, write: Callable[[Path], None]) -> Path:
+    def add(self, tokens: int, write: Callable[[Path], None]) -> Path:
         """Write a checkpoint whole, then remove those that are no longer kept.
 
         Args:

@@ -222,7 +222,7 @@ class ResumableRun:
         self._due = self._next_due()
         where = "nothing of it is saved, for this run has no checkpoints."
         if self.checkpoints is not None:
-            saved = self.checkpoints.save(tokens, self._write)
+            saved = self.checkpoints.add(tokens, self._write)
             where = f"all of it is in {saved}. {self.go_on}"
         if stopped:
             assert self.stop.received is not None

@@ -28,6 +28,33 @@ class StopError(Exception):
         return 128 + self.signal_number
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM has come, where there is nothing to finish first."""
+
+
+def exit_status(stopped: BaseException) -> int:
+    """143 after SIGTERM, 130 after SIGINT, by the exception that has ended a command."""
+    return 128 + (signal.SIGTERM if isinstance(stopped, TerminatedError) else signal.SIGINT)
+
+
+@contextmanager
+def raising_on_sigterm() -> Generator[None]:
+    """Have SIGTERM end a command as SIGINT does, so that locks and unfinished files go. In a thread nothing changes."""
+
+    def terminate(_number: int, _frame: Any) -> None:
+        raise TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # only the main thread may
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StopRequests:
     """Which signal has come; the second of them ends the process at once.
 
