@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.data import load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings, FailedArm
 from saelens_cosine.evaluation.comparison_state import ComparisonState
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
@@ -76,6 +77,7 @@ def compare(
         OutputInUseError: another run writes to the folder.
         OSError: the folder cannot be written.
         ValueError: settings that cannot be run, such as an empty dataset, or that are not those of the comparison to go on with.
+        FloatingPointError: no arm of a seed could be trained to its end. One of several that could not is in `failed`.
         StopError: SIGINT or SIGTERM has come during training, which is saved.
     """
     check_device(settings.device)
@@ -112,6 +114,7 @@ def _compare(
     progress("Gathering held-out activations", 0, 1)
     heldout = _HeldOut(settings, model)
     arms: list[ArmResult] = []
+    failed: list[FailedArm] = []
     dropped: list[float] = []
     for seed in range(settings.seeds):
         finished = state.finished(seed)
@@ -120,11 +123,18 @@ def _compare(
                 finished = _run_seed(settings, model, heldout, seed, workspace, checkpoints, state, progress)
                 output.add(workspace)
                 state.note(seed, *finished)
-        results, share = finished
+        results, failures, share = finished
         arms.extend(results)
+        failed.extend(failures)
         dropped.append(share)
         comparison = Comparison(
-            settings, model.hook_name, model.d_in, sum(dropped) / len(dropped), heldout.dropped_share, tuple(arms)
+            settings,
+            model.hook_name,
+            model.d_in,
+            sum(dropped) / len(dropped),
+            heldout.dropped_share,
+            tuple(arms),
+            tuple(failed),
         )
         if on_seed is not None:
             on_seed(comparison)
@@ -149,7 +159,7 @@ def _run_seed(
     checkpoints: Checkpoints,
     state: ComparisonState,
     progress: Callable[[str, int, int], None],
-) -> tuple[list[ArmResult], float]:
+) -> tuple[list[ArmResult], list[FailedArm], float]:
     context_size = _context_size(settings, model)
     config = multi_runner_config(
         {arm: arm for arm in settings.arms},
@@ -211,8 +221,9 @@ def _run_seed(
     runner.run()
     monitor.finish()
     results: list[ArmResult] = []
-    for i, (arm, sae) in enumerate(saes.items()):
-        progress("Evaluating on held-out text", i, len(saes))
+    trained = {arm: sae for arm, sae in saes.items() if arm not in monitor.failed}
+    for i, (arm, sae) in enumerate(trained.items()):
+        progress("Evaluating on held-out text", i, len(trained))
         path = f"{arm}/seed{seed}"
         sae.save_inference_model(workspace / path)
         saved = SAE.load_from_disk(workspace / path, device=settings.device)
@@ -235,8 +246,9 @@ def _run_seed(
                 weights_sha256=weights_sha256(saved),
             )
         )
-    progress("Evaluating on held-out text", len(saes), len(saes))
-    return results, norm_filter.dropped_share
+    progress("Evaluating on held-out text", len(trained), len(trained))
+    failures = [FailedArm(arm, seed, **asdict(failure)) for arm, failure in monitor.failed.items()]
+    return results, failures, norm_filter.dropped_share
 
 
 def _context_size(settings: ComparisonSettings, model: HookedModel) -> int:

@@ -103,6 +103,24 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class FailedArm:
+    """
+    An SAE whose training became non-finite while that of others went on. It is neither saved nor measured.
+
+    Args:
+        architecture (str): Training architecture.
+        seed (int): Seed of initialisation and data order.
+        training_tokens (int): Tokens trained on before.
+        reason (str): What was not finite.
+    """
+
+    architecture: str
+    seed: int
+    training_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """
     All results of a comparison.
@@ -114,6 +132,7 @@ class Comparison:
         high_norm_share_dropped (float): Share of the training tokens that the filter dropped.
         high_norm_share_dropped_heldout (float): The same for the held-out tokens.
         arms (tuple[ArmResult, ...]): Seed by seed, in the order of the settings' arms.
+        failed (tuple[FailedArm, ...]): Those that are missing there.
     """
 
     settings: ComparisonSettings
@@ -122,6 +141,7 @@ class Comparison:
     high_norm_share_dropped: float
     high_norm_share_dropped_heldout: float
     arms: tuple[ArmResult, ...]
+    failed: tuple[FailedArm, ...] = ()
 
 
 def arm_from_json(found: dict[str, Any]) -> ArmResult:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
-from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, arm_from_json
+from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
@@ -48,8 +48,8 @@ class ComparisonState:
                         "--overwrite to replace it, or choose another folder."
                     )
 
-    def finished(self, seed: int) -> tuple[list[ArmResult], float] | None:
-        """A seed's results and the share that its filter dropped; None if it has to be trained.
+    def finished(self, seed: int) -> tuple[list[ArmResult], list[FailedArm], float] | None:
+        """A seed's results, the arms that failed, and the share that its filter dropped; None if it has to be trained.
 
         Raises:
             ValueError: it was trained with other settings; names them with both values.
@@ -60,13 +60,14 @@ class ComparisonState:
         try:
             found: Any = json.loads(path.read_text())
             settings, arms, share = found["settings"], [arm_from_json(arm) for arm in found["arms"]], found["share"]
+            failed = [FailedArm(**arm) for arm in found["failed"]]
         except (ValueError, KeyError, TypeError) as error:
             _tell(f"{path} is broken ({type(error).__name__}); seed {seed} goes on from its newest checkpoint.")
             return None
         check_same(settings, self.settings, path)
         if not all((self.output.results / arm.path).is_dir() for arm in arms):
             return None
-        return arms, share
+        return arms, failed, share
 
     @contextmanager
     def checkpoints(self, seed: int) -> Generator[Checkpoints]:
@@ -92,13 +93,17 @@ class ComparisonState:
         if newest is not None:
             run.resume(SavedState.load(newest))
 
-    def note(self, seed: int, arms: list[ArmResult], share: float) -> None:
+    def note(self, seed: int, arms: list[ArmResult], failed: list[FailedArm], share: float) -> None:
         """A seed is finished, and its SAEs are in their places."""
-        content = {"settings": self.settings, "arms": [asdict(arm) for arm in arms], "share": share}
+        content = {
+            "settings": self.settings,
+            "arms": [asdict(arm) for arm in arms],
+            "failed": [asdict(arm) for arm in failed],
+            "share": share,
+        }
         with self.output.file(f"{FOLDER}/seed{seed}.json") as unfinished:
-            unfinished.write_text(
-                json.dumps(content)
-            )  # NaN as Python has it, for `comparison.json` is what others read
+            # NaN as Python has it, for `comparison.json` is what others read
+            unfinished.write_text(json.dumps(content))
 
 
 def _tell(sentence: str) -> None:

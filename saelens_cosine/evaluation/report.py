@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
@@ -34,6 +35,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     document = {
         "schema": SCHEMA,
         "arms": [_arm_as_json(arm, comparison) for arm in comparison.arms],
+        "failed": [asdict(arm) for arm in comparison.failed],
         "settings": {
             **asdict(settings),
             "hook_name": comparison.hook_name,
@@ -106,10 +108,27 @@ _TRAINING_METRICS = {
 
 def as_tables(comparison: Comparison) -> list[Table]:
     """Results, FVE by norm, the score's parameters, and with several seeds the paired differences to the first arm."""
-    tables = [*_not_finite(comparison), _results(comparison), _by_norm(comparison), _score_parameters(comparison)]
-    if comparison.settings.seeds > 1 and len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
+    tables = [
+        *_failed(comparison),
+        *_not_finite(comparison),
+        _results(comparison),
+        _by_norm(comparison),
+        _score_parameters(comparison),
+    ]
+    if len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
         tables.append(_differences(comparison))
     return tables
+
+
+def _failed(comparison: Comparison) -> Iterator[Table]:
+    """What was not trained to its end, in red, where anything was not."""
+    if comparison.failed:
+        table = _table("Stopped, neither saved nor measured", ["seed", "after tokens"])
+        table.add_column("because")
+        table.style = table.title_style = "red"
+        for arm in comparison.failed:
+            table.add_row(arm.architecture, str(arm.seed), f"{arm.training_tokens:,}", escape(arm.reason))
+        yield table
 
 
 def _not_finite(comparison: Comparison) -> Iterator[Table]:
@@ -141,7 +160,8 @@ def _results(comparison: Comparison) -> Table:
         [heading for heading, _, _ in _MEASURES.values()],
     )
     for arm, results in _by_arm(comparison).items():
-        table.add_row(arm, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
+        seeds = "" if len(results) == _n_seeds(comparison) else f" ({len(results)} of {_n_seeds(comparison)} seeds)"
+        table.add_row(arm + seeds, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
     # the divergence costs a third of the evaluation: softmaxes over the vocabulary
     table.caption = "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."
     table.caption_justify = "left"
@@ -175,18 +195,24 @@ def _score_parameters(comparison: Comparison) -> Table:
 
 
 def _differences(comparison: Comparison) -> Table:
-    by_arm, first = _by_arm(comparison), comparison.settings.arms[0]
+    by_seed = {arm: {r.seed: r for r in comparison.arms if r.architecture == arm} for arm in comparison.settings.arms}
+    first = comparison.settings.arms[0]
     table = _table(
         f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds", ["measure", "mean", "95 % interval", ""]
     )
     found: list[Difference] = []
     for arm in comparison.settings.arms[1:]:
+        seeds = [seed for seed in by_seed[first] if seed in by_seed[arm]]
+        if len(seeds) < 2:
+            table.add_row(arm, "-", "", "", f"seeds in common: {len(seeds)}; an interval takes 2")
+            continue
+        ours, firsts = [by_seed[arm][seed] for seed in seeds], [by_seed[first][seed] for seed in seeds]
         for measure in ("fve", "ce", "dead"):
             heading, _, get = _MEASURES[measure]
-            if not all(math.isfinite(get(result)) for result in (*by_arm[arm], *by_arm[first])):
+            if not all(math.isfinite(get(result)) for result in (*ours, *firsts)):
                 table.add_row(arm, heading, "[red]nan[/red]", "", "")
                 continue
-            d = paired_difference(list(map(get, by_arm[arm])), list(map(get, by_arm[first])))
+            d = paired_difference(list(map(get, ours)), list(map(get, firsts)))
             found.append(d)
             verdict = "" if d.seen else NO_DIFFERENCE
             table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
@@ -203,13 +229,13 @@ def _table(title: str, headings: list[str]) -> Table:
 
 
 def _by_arm(comparison: Comparison) -> dict[str, list[ArmResult]]:
-    return {
-        arm: [result for result in comparison.arms if result.architecture == arm] for arm in comparison.settings.arms
-    }
+    """Results by arm, without arms that have none."""
+    found = {arm: [r for r in comparison.arms if r.architecture == arm] for arm in comparison.settings.arms}
+    return {arm: results for arm, results in found.items() if results}
 
 
 def _n_seeds(comparison: Comparison) -> int:
-    return len(comparison.arms) // len(comparison.settings.arms)
+    return len({arm.seed for arm in (*comparison.arms, *comparison.failed)})
 
 
 def _mean_and_spread(values: Iterable[float], form: str) -> str:
@@ -230,11 +256,11 @@ def draw(comparison: Comparison, path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     curves, exponents, quartiles = figure.subplots(1, 3)
-    arms = comparison.settings.arms
+    arms = _by_arm(comparison)
     colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
     width = 0.8 / len(arms)
     for result in comparison.arms:
-        colour, first = colours[result.architecture], result.seed == 0
+        colour, first = colours[result.architecture], result == arms[result.architecture][0]
         label = result.architecture if first else None
         tokens = [entry.training_tokens / 1e6 for entry in result.log]
         curves.plot(tokens, [entry.fve for entry in result.log], color=colour, label=label, alpha=0.9, lw=1.4)
@@ -244,8 +270,8 @@ def draw(comparison: Comparison, path: Path) -> None:
             )
             exponents.plot(tokens, mean, color=colour, label=label, lw=1.4)
             exponents.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
-    for i, arm in enumerate(arms):
-        results = [result.reconstruction.by_norm for result in comparison.arms if result.architecture == arm]
+    for i, (arm, trained) in enumerate(arms.items()):
+        results = [result.reconstruction.by_norm for result in trained]
         fves = np.array([[part.fve for part in bins] for bins in results])
         means, spread = fves.mean(axis=0), fves.std(axis=0, ddof=1) if len(results) > 1 else None
         places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,10 +32,27 @@ class TrainingLogEntry:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """
+    Why an SAE is trained no more.
+
+    Args:
+        training_tokens (int): Tokens trained on before.
+        reason (str): What is not finite, and since when.
+    """
+
+    training_tokens: int
+    reason: str
+
+
 @dataclass
 class TrainingMonitor:
     """
     Measures every SAE of a multi-SAE run at regular intervals and times each one's share of the steps.
+
+    An SAE whose loss is no longer finite stops there, with a warning, and the others go on. SAELens' trainer steps through all of
+    them; a stopped one is given a step that does nothing, and weights of 1, so that checkpoints of the others can be written.
 
     Args:
         saes (dict[str, TrainingSAE[Any]]): The runner's SAEs, in its order.
@@ -43,6 +61,7 @@ class TrainingMonitor:
         on_step (Callable[[int], None] | None): Called with the training tokens so far, the coming batch's among them.
         log (dict[str, list[TrainingLogEntry]]): The entries of each SAE.
         seconds (dict[str, float]): Time spent training each SAE: forward, backward and optimizer.
+        failed (dict[str, Failure]): Those that have stopped.
     """
 
     saes: dict[str, TrainingSAE[Any]]
@@ -51,6 +70,7 @@ class TrainingMonitor:
     on_step: Callable[[int], None] | None = None
     log: dict[str, list[TrainingLogEntry]] = field(default_factory=dict[str, list[TrainingLogEntry]])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    failed: dict[str, Failure] = field(default_factory=dict[str, Failure])
     _current: str | None = field(default=None, init=False, repr=False)
     _lap_start: float = field(default=0.0, init=False, repr=False)
     _source: Iterator[dict[str, torch.Tensor]] | None = field(default=None, init=False, repr=False)
@@ -78,12 +98,21 @@ class TrainingMonitor:
             vars(sae)["training_forward_pass"] = self._timed(name, sae.training_forward_pass)
 
     def finish(self) -> None:
-        """Add the entry of the end of training, and give each SAE its own `training_forward_pass` back."""
+        """Add the entry of the end of training, and give each SAE its own `training_forward_pass` back.
+
+        Raises:
+            FloatingPointError: the last step has left no SAE whose weights are finite.
+        """
         self._lap(None)
+        for name, sae in self.saes.items():
+            broken = [part for part, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
+            if broken and name not in self.failed:
+                self._fail(name, self._tokens[name], f"{', '.join(broken)} hold non-finite values after the last step.")
         if self._source is not None:
             batch = next(self._source)
             for name in self.saes:  # the trainer has folded its scale into them
-                self.record(name, batch[self.hook_names[name]], self._tokens[name])
+                if name not in self.failed:
+                    self.record(name, batch[self.hook_names[name]], self._tokens[name])
         for sae in self.saes.values():
             vars(sae).pop("training_forward_pass", None)
 
@@ -95,6 +124,7 @@ class TrainingMonitor:
                 "seconds": self.seconds[name],
                 "steps": self._steps[name],
                 "tokens": self._tokens[name],
+                "failed": asdict(self.failed[name]) if name in self.failed else None,
             }
             for name in self.saes
         }
@@ -105,19 +135,51 @@ class TrainingMonitor:
             self.log[name] = [TrainingLogEntry(**entry) for entry in found["log"]]
             self.seconds[name] = found["seconds"]
             self._steps[name], self._tokens[name] = found["steps"], found["tokens"]
+            if found["failed"] is not None:
+                self.failed[name] = Failure(**found["failed"])
 
     def _timed(self, name: str, forward: Callable[..., TrainStepOutput]) -> Callable[[TrainStepInput], TrainStepOutput]:
         def timed(step_input: TrainStepInput) -> TrainStepOutput:
-            if self._current != name:  # else a forward pass within its own
-                self._lap(None)
-                self._before_step(name, step_input.sae_in)
-                self._lap(name)
-            return forward(step_input=step_input)
+            if self._current == name:  # a forward pass within its own
+                return forward(step_input=step_input)
+            self._lap(None)
+            tokens = self._tokens[name]
+            self._before_step(name, step_input.sae_in)
+            if name in self.failed:
+                return _no_step(self.saes[name], step_input)
+            self._lap(name)
+            try:
+                output = forward(step_input=step_input)
+                if not bool(output.loss.isfinite()):
+                    raise FloatingPointError(
+                        f"Loss is {output.loss.item()} at training step {step_input.n_training_steps}."
+                    )
+            except FloatingPointError as error:
+                self._fail(name, tokens, str(error))
+                return _no_step(self.saes[name], step_input)
+            return output
 
         return timed
 
+    @torch.no_grad()
+    def _fail(self, name: str, training_tokens: int, reason: str) -> None:
+        """Stop an SAE, or the run if it was the last one."""
+        self.failed[name] = Failure(training_tokens, reason)
+        if len(self.failed) == len(self.saes):
+            reasons = "; ".join(
+                f"{arm}, after {end.training_tokens:,} tokens: {end.reason}" for arm, end in self.failed.items()
+            )
+            raise FloatingPointError(reasons if len(self.saes) == 1 else f"No SAE is left to train. {reasons}")
+        warnings.warn(f"{name} stops after {training_tokens:,} tokens, and the others go on: {reason}", stacklevel=2)
+        sae = self.saes[name]
+        for parameter in sae.parameters():
+            parameter.fill_(1)
+        for buffer in sae.buffers():
+            if buffer.is_floating_point():
+                buffer.nan_to_num_(0, 0, 0)
+
     def _before_step(self, name: str, x: torch.Tensor) -> None:
-        if self._steps[name] % self.every_steps == 0:
+        if self._steps[name] % self.every_steps == 0 and name not in self.failed:
             self.record(name, x, self._tokens[name])
         self._steps[name] += 1
         self._tokens[name] += len(x)
@@ -154,3 +216,13 @@ class TrainingMonitor:
                 metrics={key: value.item() for key, value in metrics.items()},
             )
         )
+
+
+def _no_step(sae: TrainingSAE[Any], step_input: TrainStepInput) -> TrainStepOutput:
+    """What a forward pass gives that no feature is active in and no weight learns from."""
+    x = step_input.sae_in
+    codes = x.new_zeros((len(x), sae.cfg.d_sae))
+    loss = torch.zeros((), device=x.device, requires_grad=True)
+    return TrainStepOutput(
+        sae_in=x, sae_out=torch.zeros_like(x), feature_acts=codes, hidden_pre=codes, loss=loss, losses={}
+    )

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
-from saelens_cosine.files.whole import whole_folder, write_json
+from saelens_cosine.files.whole import whole_folder, write_text
 from saelens_cosine.training.checkpoints import OWN_FOLDER, Checkpoints
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.stop import StopError, StopRequests
@@ -249,7 +249,9 @@ class ResumableRun:
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "settings": self.settings,
         }
-        write_json(content, folder / _STATE)
+        write_text(
+            json.dumps(content), folder / _STATE
+        )  # with NaN as Python has it: what a monitor has measured may be
         groups = {"stream": state.tensors, "generators": generators}
         tensors = {f"{group}.{name}": t.cpu().clone() for group, found in groups.items() for name, t in found.items()}
         save_file(tensors, folder / _TENSORS)
