@@ -32,7 +32,6 @@ from saelens_cosine.sharing.command import add_share_options, check_options, sha
 from saelens_cosine.training.command import train
 from saelens_cosine.training.stop import StopError, exit_status, raising_on_sigterm
 
-
 FAULTS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """What is said in one line, with exit status 2."""
 
