@@ -25,6 +25,7 @@ WRITERS = {
 """Calls that leave a file under its name before it is whole, or that move files themselves."""
 OF_OURS = {
     "unfinished": "a name of `whole_file` or a folder of `whole_folder`",
+    "target": "a place below the folder of `whole_folder`",
     "folder": "a temporary folder that is read once and goes",
     "written": "a folder that its caller puts in place",
     "workspace": "likewise",

@@ -142,6 +142,8 @@ def _training_architecture(folder: Path) -> str:
 
 def _read(file: Path, field: str) -> Any:
     """A field of a JSON object; None if there is none, or the file cannot be read."""
+    if not file.is_file():  # a pipe would be waited for, for ever
+        return None
     try:
         return json.loads(file.read_text())[field]
     except (OSError, ValueError, KeyError, TypeError):

@@ -33,6 +33,10 @@ def load_saelens(folder: Path, device: str = "cpu") -> SAE[Any]:
     Raises:
         CheckpointError: a training checkpoint, an architecture that SAELens does not know, or weights that do not fit.
     """
+    for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+        path = Path(folder) / file
+        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
+            raise CheckpointError(f"{path} is no file.")
     name = _inference_architecture(folder)
     try:
         return SAE.load_from_disk(folder, device=device)

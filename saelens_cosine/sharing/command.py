@@ -15,6 +15,7 @@ from sae_lens import ActivationsStore
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.data import load_text
 from saelens_cosine.devices import check_device
+from saelens_cosine.files.names import below, check_name
 from saelens_cosine.models import load_hooked_model
 from saelens_cosine.sharing.features import feature_dashboards, top_activations
 from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
@@ -60,6 +61,7 @@ def check_options(options: Any) -> None:
     if options.neuronpedia:
         if options.neuronpedia.count("/") != 1:
             raise ValueError(f"--neuronpedia {options.neuronpedia!r} must be MODEL/SET, such as gpt2-small/res-cosine.")
+        check_name(options.neuronpedia, "MODEL/SET of --neuronpedia")
         if options.tokens < 1 or options.contexts < 1:
             raise ValueError(f"--tokens {options.tokens}, --contexts {options.contexts}: both must be positive.")
         check_device(options.device)
@@ -125,7 +127,7 @@ def share_on_neuronpedia(options: Any, progress: Progress) -> str:
     dashboards = feature_dashboards(sae, model.model, activations)
     sinks = f"{activations.high_norm_share_dropped:.2%} of {activations.tokens_seen:,} tokens left out as in training"
     if options.dry_run:
-        folder = options.output / "neuronpedia" / f"{layer[1]}-{set_name}"
+        folder = below(options.output / "neuronpedia", f"{layer[1]}-{set_name}", "source on Neuronpedia")
         write_dashboards(dashboards, folder)
         return f"Nothing was sent. Dashboards are in {folder}; {sinks}."
     url = upload_dashboards(

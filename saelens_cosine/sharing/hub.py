@@ -23,6 +23,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.saes.sae import SAEConfig
 
 from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.whole import whole_folder
 from saelens_cosine.loading.saelens import load_saelens
 from saelens_cosine.model_card import model_card, repository_card
@@ -71,9 +72,13 @@ def saved_saes(path: str | Path) -> dict[str, Path]:
         FileNotFoundError: there is none.
     """
     path = Path(path)
-    if (path / SAE_CFG_FILENAME).exists():
+    if (path / SAE_CFG_FILENAME).is_file():
         return {"": path}
-    found = {config.parent.relative_to(path).as_posix(): config.parent for config in path.rglob(SAE_CFG_FILENAME)}
+    found = {
+        config.parent.relative_to(path).as_posix(): config.parent
+        for config in path.rglob(SAE_CFG_FILENAME)
+        if config.is_file()
+    }
     visible = {sae_id: folder for sae_id, folder in sorted(found.items()) if not _hidden(sae_id)}
     if not visible:
         raise FileNotFoundError(
@@ -90,7 +95,7 @@ def load_for_sharing(folder: Path) -> SAE[Any]:
         FileNotFoundError: it has no weights.
         ValueError: a training checkpoint, an architecture that SAELens does not know, or weights that do not fit.
     """
-    if not (folder / SAE_WEIGHTS_FILENAME).exists():
+    if not (folder / SAE_WEIGHTS_FILENAME).is_file():
         raise FileNotFoundError(f"{folder} has {SAE_CFG_FILENAME} but no {SAE_WEIGHTS_FILENAME}.")
     return load_saelens(folder)
 
@@ -110,8 +115,9 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
     """
     if repo_id.count("/") != 1:
         raise ValueError(f"The repository {repo_id!r} must be owner/name, such as your-name/{repo_id.split('/')[-1]}.")
-    if sae_id is not None and not {"", ".."}.isdisjoint(sae_id.split("/")):
-        raise ValueError(f"The id {sae_id!r} must be a relative path in the repository, such as layer_3.")
+    check_name(repo_id, "repository")
+    if sae_id is not None:
+        check_name(sae_id, "id")
     folders = saved_saes(path)
     if sae_id is not None and "" not in folders:
         raise ValueError(
@@ -121,13 +127,16 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
     files: dict[str, Path | bytes] = {}
     for relative, folder in folders.items():
         config = load_for_sharing(folder).cfg
-        name = relative or sae_id or config.metadata.hook_name or folder.resolve().name
+        name = check_name(
+            relative or sae_id or config.metadata.hook_name or folder.resolve().name,
+            "id of the SAE (--id, or the hook name in its metadata)",
+        )
         configs[name] = config
-        files |= {f"{name}/{file}": folder / file for file in SAE_FILES if (folder / file).exists()}
+        files |= {f"{name}/{file}": folder / file for file in SAE_FILES if (folder / file).is_file()}
         files[f"{name}/{CARD}"] = model_card(config, f'SAE.from_pretrained("{repo_id}", "{name}")').encode()
     evaluation, comparison = _find_comparison(Path(path)) or (Path(path), None)
     measured = {
-        name: evaluation / name for name in (COMPARISON, PICTURE) if comparison and (evaluation / name).exists()
+        name: evaluation / name for name in (COMPARISON, PICTURE) if comparison and (evaluation / name).is_file()
     }
     picture = PICTURE if PICTURE in measured else None
     files |= {**measured, CARD: repository_card(repo_id, configs, comparison, picture, license).encode()}
@@ -146,10 +155,10 @@ def write(bundle: Bundle, folder: str | Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as unfinished:
         for name, source in bundle.files.items():
-            target = unfinished / name
+            target = below(unfinished, name, "name of a file")
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(source, bytes):
-                (unfinished / name).write_bytes(source)
+                target.write_bytes(source)
             else:
                 shutil.copyfile(source, target)
     return folder
@@ -213,7 +222,7 @@ def _find_comparison(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The comparison that measured an SAE at or below `path`, and its folder: `path` itself or one that holds it."""
     path = path.resolve()
     for folder in (path, *path.parents[:2]):
-        if (folder / COMPARISON).exists():
+        if (folder / COMPARISON).is_file():
             comparison = _read_comparison(folder / COMPARISON)
             if any((folder / arm["path"]).is_relative_to(path) for arm in comparison["arms"]):
                 return folder, comparison

@@ -47,6 +47,7 @@ from saelens_cosine.evaluation.saebench.results import (
 )
 from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
 from saelens_cosine.evaluation.sample import sample_tokens
+from saelens_cosine.files.names import below
 from saelens_cosine.files.output import open_output
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
@@ -192,7 +193,9 @@ class _Runner:
         """Whether an eval needs no more texts."""
         caches = [self.caches(row, config, multiple) for multiple in {None, self.max_norm_multiple}]
         hooks = {sae.cfg.metadata.hook_name for sae in saes}
-        return row.pools_tokens and all((folder / hook).exists() for folder in caches for hook in hooks)
+        return row.pools_tokens and all(
+            below(folder, hook, "hook name").exists() for folder in caches for hook in hooks
+        )
 
     def score(self, row: Eval, config: Any, sae: PreparedSAE) -> EvalResult:
         multiple = self.max_norm_multiple if row.pools_tokens or row.name == "core" else None
@@ -211,7 +214,9 @@ class _Runner:
             target = folder / f"{sae.name}.without_high_norm.saebench.json"
             without, more = self._run(row, config, sae, masked, target, multiple)
             seconds += more
-            share = json.loads((masked / sae.cfg.metadata.hook_name / "sinks.json").read_text())["high_norm_share"]
+            share = json.loads((below(masked, sae.cfg.metadata.hook_name, "hook name") / "sinks.json").read_text())[
+                "high_norm_share"
+            ]
         result = EvalResult(
             eval=row.name,
             sae=sae.name,
@@ -242,7 +247,7 @@ class _Runner:
 
     def _warm(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
         """Fill an eval's caches with an SAE that is nobody's: the first to be scored would see other random numbers."""
-        folder = caches / sae.cfg.metadata.hook_name
+        folder = below(caches, sae.cfg.metadata.hook_name, "hook name")
         if folder.exists() or not (row.pools_tokens or row.name == "absorption"):
             folder.mkdir(parents=True, exist_ok=True)
             return folder
@@ -311,7 +316,7 @@ class _Runner:
         """Our own, on the first of the tokens that core reads."""
         sae = copy.deepcopy(sae).to(self.device)
         model, context, prompts = self.model, config["context_size"], config["eval_batch_size_prompts"]
-        dataset = text_folder(config["dataset"], caches / sae.cfg.metadata.hook_name)
+        dataset = text_folder(config["dataset"], below(caches, sae.cfg.metadata.hook_name, "hook name"))
         source: Any = sae
         store = ActivationsStore.from_sae(model, source, context_size=context, dataset=dataset)
         store.shuffle_input_dataset(seed=42)  # as core does
