@@ -34,6 +34,7 @@ from saelens_cosine.training.norm_filter import filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun
+from saelens_cosine.training.short_text import name_sizes_of_short_text
 
 N_CHECKPOINTS = 5
 """In the course of a seed's training, beside the one at its end."""
@@ -200,6 +201,7 @@ def _run_seed(
     )
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
+    name_sizes_of_short_text(runner.activations_store)
     what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
     monitor = TrainingMonitor(
         saes,

@@ -24,6 +24,7 @@ from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_m
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun, SavedState
+from saelens_cosine.training.short_text import name_sizes_of_short_text
 from saelens_cosine.training.stop import StopRequests
 
 SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
@@ -95,6 +96,7 @@ def _train(
     runner.sae.cfg.metadata.heldout_rule = None if elsewhere else text.rule
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, max_norm_multiple)
+    name_sizes_of_short_text(runner.activations_store)
     record_training(runner.sae, cfg)
     run = ResumableRun(
         runner,
