@@ -31,6 +31,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.kernels import selection
+from saelens_cosine.progress import shown
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.saes.recipe import TopKRecipeConfig
 
@@ -212,7 +213,7 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
         on_progress: called with what is being done, how much of it is done, and how much there is.
     """
     check_device(settings.device)
-    report = on_progress or (lambda _what, _done, _total: None)
+    report = shown(on_progress)
     clock = Clock(settings.device)
     batches = [_activations(settings, seed) for seed in range(4)]
     with _matmul_precision(settings):

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partialmethod
 from pathlib import Path
@@ -27,13 +27,12 @@ from saelens_cosine.evaluation.comparison import SUMMARY, Comparison, Comparison
 from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_options, run_ground_truth
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
+from saelens_cosine.faults import FAULTS, line_of
 from saelens_cosine.loading.command import add_convert_command
+from saelens_cosine.progress import shown
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
 from saelens_cosine.training.stop import StopError, exit_status, raising_on_sigterm
-
-FAULTS = (argparse.ArgumentError, ValueError, OSError, FloatingPointError, ModuleNotFoundError)
-"""What is said in one line, with exit status 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +61,11 @@ def _run(args: list[str]) -> int:
 
 
 def _fault(command: str, error: BaseException) -> int:
-    print(f"saelens-cosine {command}: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+    """Say it in one line; an error that is not the user's goes on."""
+    line = line_of(error)
+    if line is None:
+        raise error
+    print(f"saelens-cosine {command}: {line}", file=sys.stderr)  # noqa: T201
     return 2
 
 
@@ -264,6 +267,10 @@ def _compare(options: Any) -> int:
     return 0
 
 
+_NO_TERMINAL = (OSError, ValueError)
+"""What writing to a terminal that is gone raises."""
+
+
 @contextmanager
 def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
     """A progress bar per thing that is done; the next one completes those before. Warnings stand above it, each once."""
@@ -290,11 +297,18 @@ def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
         first_line = f"{category.__name__}: {str(message).strip()}".splitlines()[0]
         if first_line not in told:
             told.add(first_line)
-            bar.console.print(first_line, markup=False, highlight=False, soft_wrap=True)
+            with suppress(*_NO_TERMINAL):
+                bar.console.print(first_line, markup=False, highlight=False, soft_wrap=True)
 
-    with warnings.catch_warnings(), bar:
+    with warnings.catch_warnings():
         warnings.showwarning = tell
-        yield progress
+        with suppress(*_NO_TERMINAL):
+            bar.start()
+        try:
+            yield shown(progress)
+        finally:
+            with suppress(*_NO_TERMINAL):
+                bar.stop()
 
 
 def _benchmark(options: Any) -> int:

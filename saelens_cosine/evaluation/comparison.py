@@ -27,6 +27,7 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.model_card import model_card
 from saelens_cosine.models import HookedModel, load_hooked_model
+from saelens_cosine.progress import shown
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
@@ -107,7 +108,7 @@ def _compare(
     on_seed: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
 ) -> Comparison:
-    progress = on_progress or (lambda _what, _done, _total: None)
+    progress = shown(on_progress)
     progress("Loading the model", 0, 1)
     model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
     if settings.plant_sinks:

@@ -30,6 +30,7 @@ from saelens_cosine.evaluation.subject import Loader, Subject, Text
 from saelens_cosine.evaluation.training_log import training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.whole import write_json
+from saelens_cosine.progress import shown
 from saelens_cosine.training.recorded import trained
 
 SCHEMA = "saelens-cosine-evaluation/2"
@@ -91,7 +92,7 @@ def _evaluate(
     command: Sequence[str],
 ) -> dict[str, Any]:
     folder = output.folder
-    measured = _Measured(folder, settings, on_progress or (lambda _what, _done, _total: None), parsed)
+    measured = _Measured(folder, settings, shown(on_progress), parsed)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

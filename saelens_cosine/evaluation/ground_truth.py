@@ -36,6 +36,7 @@ from saelens_cosine.evaluation.comparison_results import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.files import whole
+from saelens_cosine.progress import shown
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
@@ -178,7 +179,7 @@ def ground_truth(
     Raises:
         OSError: a model that is in no folder, and on the Hub cannot be reached.
     """
-    progress = on_progress or (lambda _what, _done, _total: None)
+    progress = shown(on_progress)
     total = len(settings.arms) * len(settings.norm_spreads) * settings.seeds
     runs: list[GroundTruthRun] = []
     for seed in range(settings.seeds):

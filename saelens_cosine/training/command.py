@@ -26,6 +26,7 @@ from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun, SavedState
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 from saelens_cosine.training.stop import StopRequests
+from saelens_cosine.training.wandb_log import wandb_never_stops
 
 SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 """What SAELens writes as a trained SAE."""
@@ -117,7 +118,8 @@ def _train(
         vars(runner)["save_final_sae"] = _saving_to(output, runner.save_final_sae)
     if checkpoints is not None and state is None:
         checkpoints.set_aside()
-    runner.run()
+    with wandb_never_stops(cfg.logger):
+        runner.run()
     return norm_filter
 
 

@@ -1,0 +1,62 @@
+"""Keep a training of SAELens going when Weights & Biases does not.
+
+SAELens has no seam around it: its modules call `wandb`. While a run lasts, that name means a stand-in in the two that a single
+run uses, and the upload of checkpoints is the logger's own method.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import sae_lens.llm_sae_training_runner
+import sae_lens.training.sae_trainer
+import wandb
+from sae_lens import LoggingConfig
+
+MODULES = (sae_lens.llm_sae_training_runner, sae_lens.training.sae_trainer)
+
+
+@contextmanager
+def wandb_never_stops(logger: LoggingConfig) -> Generator[None]:
+    """While the block lasts, the first call of W&B that fails is told of, and the run goes on without W&B.
+
+    Args:
+        logger: of the run's config, which its trainer shares.
+    """
+    with ExitStack() as patched:
+        if logger.log_to_wandb:
+            for module in MODULES:
+                patched.enter_context(patch.object(module, "wandb", _StandIn(logger)))
+            patched.enter_context(patch.object(logger, "log", _kept_going(logger.log, logger)))
+        yield
+
+
+class _StandIn:
+    def __init__(self, logger: LoggingConfig):
+        self._logger = logger
+
+    def __getattr__(self, name: str) -> Any:
+        return _kept_going(getattr(wandb, name), self._logger)
+
+
+def _kept_going(call: Callable[..., Any], logger: LoggingConfig) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def kept_going(*args: Any, **kwargs: Any) -> Any:
+        if not logger.log_to_wandb:
+            return None
+        try:
+            return call(*args, **kwargs)
+        except Exception as error:  # W&B's own, the network's, its files': none is worth a run
+            logger.log_to_wandb = False
+            warnings.warn(
+                f"W&B has failed ({type(error).__name__}: {error}); the run goes on without it. Its figures until here are where "
+                "W&B keeps them (wandb/).",
+                stacklevel=2,
+            )
+
+    return kept_going
