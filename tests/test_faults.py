@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import wandb
+from sae_lens import TrainingSAE
 from safetensors import SafetensorError
 from small_runs import flags, write_text
 
@@ -93,7 +94,7 @@ def test_a_terminal_that_is_gone_costs_no_comparison(text, tmp_path, monkeypatch
 LOGGED = {"log_to_wandb": "true", "wandb_log_frequency": 1, "eval_every_n_wandb_logs": 2, "n_eval_batches": 1}
 
 
-@pytest.mark.parametrize("call", ["init", "log", "Histogram", "log_artifact", "finish"])
+@pytest.mark.parametrize("call", ["init", "log", "log_artifact", "finish"])
 def test_wandb_fails_and_the_sae_is_that_of_a_run_without_it(call, text, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise wandb.errors.CommError(f"{call} has failed")
@@ -110,6 +111,20 @@ def test_wandb_fails_and_the_sae_is_that_of_a_run_without_it(call, text, tmp_pat
         assert (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == (
             tmp_path / "without" / "sae_weights.safetensors"
         ).read_bytes()
+
+
+def test_a_histogram_that_numpy_has_no_bins_for_is_left_out(text, tmp_path, monkeypatch):
+    logged = []
+    for name in ("init", "log_artifact", "finish"):
+        monkeypatch.setattr(wandb, name, lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "log", lambda figures, **_: logged.append(figures))
+    monkeypatch.setattr(TrainingSAE, "log_histograms", lambda _: {"nan": [float("nan")], "fine": [1.0, 2.0]})
+    small = {"training_tokens": 1024, "n_checkpoints": 1}
+    with pytest.warns(UserWarning, match="A histogram for W&B is left out: "):
+        assert main(["train", *flags(text, tmp_path / "sae", **small, **LOGGED)]) == 0
+    drawn = [figures for figures in logged if "nan" in figures]
+    assert len(drawn) == 2  # after two of four steps, and after four
+    assert all(figures["nan"] is None and figures["fine"] is not None for figures in drawn)
 
 
 HUGE = 10**13

@@ -41,7 +41,16 @@ class _StandIn:
         self._logger = logger
 
     def __getattr__(self, name: str) -> Any:
-        return _kept_going(getattr(wandb, name), self._logger)
+        return _histogram if name == "Histogram" else _kept_going(getattr(wandb, name), self._logger)
+
+
+def _histogram(values: Any) -> Any:
+    """W&B's, or None where numpy finds no bins: values that differ by less than 64 floats, or that are not finite."""
+    try:
+        return wandb.Histogram(values)
+    except ValueError as error:
+        warnings.warn(f"A histogram for W&B is left out: {error}", stacklevel=2)
+    return None
 
 
 def _kept_going(call: Callable[..., Any], logger: LoggingConfig) -> Callable[..., Any]:
