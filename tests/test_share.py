@@ -263,9 +263,9 @@ def test_a_training_checkpoint_of_saelens_that_would_load_as_another_function_is
     "breakage, message",
     [
         (lambda path: (path / "sae_weights.safetensors").unlink(), "cfg.json but no sae_weights.safetensors"),
-        (lambda path: (path / "sae_weights.safetensors").write_bytes(b"cut off"), "are not those of a"),
+        (lambda path: (path / "sae_weights.safetensors").write_bytes(b"cut off"), "is damaged"),
         (lambda path: (path / "cfg.json").unlink(), "There is no saved SAE"),
-        (lambda path: _edit(path / "cfg.json", d_sae=12), "are not those of a"),
+        (lambda path: _edit(path / "cfg.json", d_sae=12), "does not fit the cfg.json"),
         (lambda path: _edit(path / "cfg.json", architecture="other"), "'other', which SAELens does not know"),
     ],
 )

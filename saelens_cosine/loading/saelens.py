@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
@@ -13,11 +14,12 @@ from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
-from safetensors import SafetensorError
 
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats import Converted, Format
-from saelens_cosine.loading.tensor_file import read_json
+from saelens_cosine.loading.reading import open_safetensors
+from saelens_cosine.loading.saelens_config import check_config
+from saelens_cosine.loading.tensor_file import read_json, refusing
 
 
 def _nothing_to_convert(path: Path, device: str, dtype: torch.dtype | None) -> Converted:
@@ -31,17 +33,15 @@ def load_saelens(folder: Path, device: str = "cpu") -> SAE[Any]:
     """The SAE that SAELens saved in a folder.
 
     Raises:
-        CheckpointError: a training checkpoint, an architecture that SAELens does not know, or weights that do not fit.
+        CheckpointError: a training checkpoint, an architecture that SAELens does not know, a config that is none, or weights
+            that are damaged, not finite or do not fit it.
     """
     for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
         path = Path(folder) / file
         if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
             raise CheckpointError(f"{path} is no file.")
-    name = _inference_architecture(folder)
-    try:
-        return SAE.load_from_disk(folder, device=device)
-    except (RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The weights in {folder} are not those of a {name!r} SAE: {error}") from error
+    _check_architecture(folder)
+    return _load(folder, device)
 
 
 def inference_form(folder: str | Path, device: str = "cpu") -> SAE[Any]:
@@ -53,11 +53,19 @@ def inference_form(folder: str | Path, device: str = "cpu") -> SAE[Any]:
     Args:
         folder: with `cfg.json`, `sae_weights.safetensors` and, where there was a scale, `activation_scaler.json`.
         device: where the SAE shall be.
+
+    Raises:
+        CheckpointError: a file is damaged, or they do not fit each other.
     """
-    sae: TrainingSAE[Any] = TrainingSAE.load_from_disk(folder, device=device)
+    sae = cast("TrainingSAE[Any]", _load(Path(folder), device, training=True))
     scaler = ActivationScaler()
-    if (Path(folder) / ACTIVATION_SCALER_CFG_FILENAME).exists():
-        scaler.load(Path(folder) / ACTIVATION_SCALER_CFG_FILENAME)
+    scale = Path(folder) / ACTIVATION_SCALER_CFG_FILENAME
+    if scale.exists():
+        factor = read_json(scale).get("scaling_factor")
+        if factor is not None and not (type(factor) in (int, float) and 0 < factor < math.inf):
+            raise CheckpointError(f"'scaling_factor' in {scale} is {factor!r}; expected a positive number.")
+        with refusing(scale):
+            scaler.load(scale)
     if scaler.scaling_factor is not None:
         sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
     if scaler.whitening is not None:
@@ -82,8 +90,26 @@ def inference_copy(sae: SAE[Any]) -> SAE[Any]:
     return SAE.load_from_disk("", device=config["device"], converter=in_memory)
 
 
-def _inference_architecture(folder: Path) -> str:
-    """The architecture of a folder's config, unless it is not one of a saved SAE."""
+def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
+    """SAELens' own loading, of files that were found to be what it takes them for."""
+    check_config(folder / SAE_CFG_FILENAME, training)
+    weights = folder / SAE_WEIGHTS_FILENAME
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} does not exist, or is no file; SAELens keeps it beside {SAE_CFG_FILENAME}.")
+    with open_safetensors(weights) as file:
+        for name, record in file.records.items():
+            if not record.dtype.is_floating_point:
+                raise CheckpointError(f"{name!r} in {weights} is {record.dtype}; expected a floating dtype.")
+    with refusing(weights, f"does not fit the {SAE_CFG_FILENAME} beside it"):
+        sae: SAE[Any] = (TrainingSAE if training else SAE).load_from_disk(folder, device=device)
+    for name, tensor in sae.state_dict().items():
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+            raise CheckpointError(f"{name!r} in {weights} has values that are not finite.")
+    return sae
+
+
+def _check_architecture(folder: Path) -> None:
+    """Refuse a config of an unknown architecture, and one that is not of a saved SAE."""
     config = read_json(folder / SAE_CFG_FILENAME)
     name = str(config.get("architecture", "standard"))
     if name not in SAE_CLASS_REGISTRY and name not in SAE_TRAINING_CLASS_REGISTRY:
@@ -91,13 +117,15 @@ def _inference_architecture(folder: Path) -> str:
             f"{folder} has architecture {name!r}, which SAELens does not know. If a package of yours registers it, import "
             "that first, and do this from Python."
         )
-    # a config from before SAELens 6 becomes one of use, whatever fields it had
-    if name not in SAE_CLASS_REGISTRY or _training_fields(name) & set(handle_config_defaulting(config)):
+    with refusing(
+        folder / SAE_CFG_FILENAME
+    ):  # a config from before SAELens 6 becomes one of use, whatever fields it had
+        training = name not in SAE_CLASS_REGISTRY or _training_fields(name) & set(handle_config_defaulting(config))
+    if training:
         raise CheckpointError(
             f"{folder} is a training checkpoint ({name!r}): SAE.from_pretrained cannot load it, or not as what it is. Write "
             f'its inference form, saelens_cosine.loading.inference_form("{folder}").save_model("a new folder"), and use that.'
         )
-    return name
 
 
 def _training_fields(name: str) -> set[str]:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Generator, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
@@ -224,12 +225,12 @@ def positive_integer(config: Mapping[str, Any], name: str, path: Path) -> int:
 
 
 @contextmanager
-def refusing(path: Path) -> Generator[None]:
+def refusing(path: Path, fault: str = "is damaged or of another format") -> Generator[None]:
     """Turn whatever a damaged file does to the libraries that parse it into a `CheckpointError`."""
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        raise CheckpointError(f"{path} is damaged or of another format ({reason}).") from error
+        reason = shorten(str(error) or "no reason given", 500)
+        raise CheckpointError(f"{path} {fault} ({type(error).__name__}: {reason}).") from error
