@@ -31,6 +31,7 @@ _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "BOOL": torch.bool,
 }
 
 

@@ -92,18 +92,18 @@ def inference_copy(sae: SAE[Any]) -> SAE[Any]:
 
 def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
     """SAELens' own loading, of files that were found to be what it takes them for."""
-    check_config(folder / SAE_CFG_FILENAME, training)
+    expected = check_config(folder / SAE_CFG_FILENAME, training)
     weights = folder / SAE_WEIGHTS_FILENAME
     if not weights.is_file():
         raise CheckpointError(f"{weights} does not exist, or is no file; SAELens keeps it beside {SAE_CFG_FILENAME}.")
     with open_safetensors(weights) as file:
         for name, record in file.records.items():
-            if not record.dtype.is_floating_point:
+            if name in expected and expected[name].is_floating_point() and not record.dtype.is_floating_point:
                 raise CheckpointError(f"{name!r} in {weights} is {record.dtype}; expected a floating dtype.")
     with refusing(weights, f"does not fit the {SAE_CFG_FILENAME} beside it"):
         sae: SAE[Any] = (TrainingSAE if training else SAE).load_from_disk(folder, device=device)
     for name, tensor in sae.state_dict().items():
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
+        if tensor.is_floating_point() and tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise CheckpointError(f"{name!r} in {weights} has values that are not finite.")
     return sae
 

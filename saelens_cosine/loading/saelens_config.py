@@ -9,6 +9,7 @@ from reprlib import repr as short
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
@@ -42,12 +43,15 @@ _METADATA: dict[str, Any] = {
 """Types of the metadata that decide something here; others are passed on as they are."""
 
 
-def check_config(path: Path, training: bool = False) -> None:
+def check_config(path: Path, training: bool = False) -> dict[str, torch.Tensor]:
     """Compare a config with the fields of its architecture.
 
     Args:
         path: the file.
         training: whether it is that of a training checkpoint.
+
+    Returns:
+        The state dict of such an SAE, without data.
 
     Raises:
         CheckpointError: it is no JSON object, its architecture is not known, or a field is missing or of another type.
@@ -71,12 +75,12 @@ def check_config(path: Path, training: bool = False) -> None:
         _check(value, key, _METADATA.get(key, Any), path)
     for size in ("d_in", "d_sae", *(size for size in _SIZES if size in hints and type(config.get(size)) is int)):
         positive_integer(config, size, path)
-    if "k" in hints and "k" in config and not 0 < config["k"] <= config["d_sae"]:
-        raise CheckpointError(f"{path} has k={config['k']} for {config['d_sae']} features.")
+    if "k" in hints and not 0 < config.get("k", 0) <= config["d_sae"]:
+        raise CheckpointError(f"{path} has k={config.get('k')} for {config['d_sae']} features.")
     with refusing(path):
         if not str_to_dtype(config.get("dtype", "float32")).is_floating_point:
             raise CheckpointError(f"'dtype' in {path} is {config['dtype']!r}; expected a floating dtype.")
-        kind.from_dict({**config, "device": "cpu"})
+        return registry[name][0](kind.from_dict({**config, "device": "meta"})).state_dict()
 
 
 def _check(value: Any, name: str, hint: Any, path: Path) -> None:
