@@ -252,7 +252,7 @@ def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finish
         if written == "new" and seed == 1:
             raise RuntimeError("midway")
         put(workspace, {f"cosine_topk/seed{seed}/cfg.json": f"{written} {seed}"})
-        return [], 0.0
+        return [], [], 0.0
 
     monkeypatch.setattr(comparison, "load_hooked_model", Nothing)
     monkeypatch.setattr(comparison, "_HeldOut", Nothing)

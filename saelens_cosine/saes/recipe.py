@@ -25,7 +25,7 @@ from saelens_cosine.training.norm_filter import token_norms
 from saelens_cosine.training.optimizer import fuse_adam_of
 
 PROJECTION_BLOCK = 2**18
-"""Weights whose gradients are projected at a time: 1 MiB in float32."""
+"""Weights whose gradients are projected at a time on a CPU: 1 MiB in float32."""
 
 CHECK_EVERY_STEPS = 10
 """How often a training step looks for non-finite losses: SAELens' default logging interval."""
@@ -221,7 +221,8 @@ class RecipeTrainingSAE(DeadFeatureRevival):
             handle.remove()
             gradient, rows = parameter.grad, parameter.detach()
             assert gradient is not None
-            block = max(1, PROJECTION_BLOCK // rows.shape[1])  # what the cache holds is read once
+            # a CPU reads what its cache holds once; a GPU waits for the launches of many blocks
+            block = max(1, PROJECTION_BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
             for part, row in zip(gradient.split(block), rows.split(block), strict=True):
                 part.addcmul_(row, (part * row).sum(dim=-1, keepdim=True), value=-1)
 
