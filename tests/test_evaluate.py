@@ -493,7 +493,7 @@ def test_saebench_that_cannot_run_is_said_before_any_work(run, tmp_path, capsys,
     flags = ["--evals", "reconstruction", "autointerp", "--quiet", "--output", str(tmp_path), "--context-size", "32"]
     assert main(["evaluate", *run[1], *flags, "--tokens", "600"]) == 2
     assert "autointerp: It asks a language model" in capsys.readouterr().err
-    assert not list((tmp_path / "measured").iterdir())
+    assert not (tmp_path / "measured").exists()
 
 
 def test_an_eval_of_saebench_that_fails_is_told_and_tried_again(run, tmp_path, monkeypatch):
