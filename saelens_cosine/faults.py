@@ -49,7 +49,7 @@ def line_of(error: BaseException) -> str | None:
 
 def _way_out(number: int | None) -> str:
     if number in _FULL:
-        return ". Free some space there, or choose another folder; what was written before is as it was."
+        return ". Free some space, or choose another folder; what was written before is as it was."
     if number == errno.EROFS:
         return ". Choose a folder that can be written; what was written before is as it was."
     return ""

@@ -32,7 +32,9 @@ def whole_file(path: str | Path) -> Generator[Path]:
         yield unfinished
         flush(unfinished)
         unfinished.replace(target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(target)  # what is written to an open file fails without a name
         unfinished.unlink(missing_ok=True)
         raise
     flush(target.parent)
