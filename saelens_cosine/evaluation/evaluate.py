@@ -8,7 +8,6 @@ gathers them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -22,12 +21,13 @@ from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.earlier import begin, open_evaluation
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
+from saelens_cosine.evaluation.kept import keep, read_kept
 from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
-from saelens_cosine.evaluation.training_log import training_log
+from saelens_cosine.evaluation.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.progress import shown
@@ -195,14 +195,14 @@ class _Measured:
             used = {field: settings[field] for field in (*ALWAYS_USED, *row.uses)}
             content = digest([identity, used, row.reads(of), versions()])
             file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"
-            if not file.exists():
-                file.parent.mkdir(exist_ok=True)
+            kept = read_kept(file)
+            if kept is None:
                 try:
-                    write_json(_measure(row.measure, of), file)
+                    kept = _measure(row.measure, of)
                 except saebench.SAEBenchError as error:  # not kept: the next run tries again
                     results[chosen] = {"not_applicable": str(error)}
                     continue
-            kept = json.loads(file.read_text())
+                keep(kept, file)
             results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
         return {"results": results, "seconds": seconds, "figures": plain(figures_by_eval(results))}
 
@@ -250,4 +250,4 @@ def _training_log(source: Source, sae: SAE[Any]) -> dict[str, list[float]] | Non
     log = training_log(source, sae)
     if log is None:
         return None
-    return {name: [entry[name] for entry in log] for name in ("training_tokens", "fve", "l0")}
+    return {name: [entry[name] for entry in log] for name in COURSE}

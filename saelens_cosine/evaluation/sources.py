@@ -8,7 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from saelens_cosine.evaluation.comparison_file import comparison_beside
 
 
 class Source(NamedTuple):
@@ -127,27 +129,18 @@ def _ranks(by_arm: dict[str, list[tuple[str, str | None]]]) -> dict[str, tuple[i
 
 
 def _arms_of(file: Path) -> list[str]:
-    """Arms of a `comparison.json` in its order; none if there is none, or it cannot be read."""
-    arms: Any = _read(file, "arms")
-    try:
-        return list(dict.fromkeys(PurePosixPath(arm["path"]).parent.name for arm in arms or ()))
-    except (TypeError, KeyError):
-        return []
+    """Arms of a `comparison.json` in its order; none if there is none, or it is damaged."""
+    comparison = comparison_beside(file) or {"arms": []}
+    return list(dict.fromkeys(PurePosixPath(arm["path"]).parent.name for arm in comparison["arms"]))
 
 
 def _training_architecture(folder: Path) -> str:
-    metadata: Any = _read(folder / "cfg.json", "metadata")
-    return str(metadata.get("training_architecture")) if isinstance(metadata, dict) else ""
-
-
-def _read(file: Path, field: str) -> Any:
-    """A field of a JSON object; None if there is none, or the file cannot be read."""
-    if not file.is_file():  # a pipe would be waited for, for ever
-        return None
+    if not (folder / "cfg.json").is_file():  # a pipe would be waited for, for ever
+        return ""
     try:
-        return json.loads(file.read_text())[field]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return str(json.loads((folder / "cfg.json").read_text())["metadata"]["training_architecture"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # loading it says what is wrong
+        return ""
 
 
 def _split(text: str) -> tuple[str | None, str, str | None]:

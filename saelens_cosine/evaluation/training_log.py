@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import json
+import os
+import warnings
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.evaluation.comparison_file import comparison_beside
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.sources import Source
+
+COURSE = ("training_tokens", "fve", "l0")
+"""What an evaluation tells of the course of a training."""
 
 
 def training_log(source: Source, sae: SAE[Any]) -> list[dict[str, Any]] | None:
     """Entries of `TrainingLogEntry` from the `comparison.json` beside an SAE; None without one, or of another SAE at its place."""
-    place = Path(source.place)
+    place = Path(os.path.abspath(source.place))
     file = place.parent.parent / "comparison.json"
-    if source.sae_id is not None or not file.is_file():
+    comparison = comparison_beside(file) if source.sae_id is None else None
+    path = f"{place.parent.name}/{place.name}"
+    arms = [arm for arm in comparison["arms"] if arm["path"] == path] if comparison else []
+    if len(arms) != 1 or arms[0].get("weights_sha256") != weights_sha256(sae):
         return None
-    try:
-        arms: list[dict[str, Any]] = json.loads(file.read_text())["arms"]
-        (arm,) = [arm for arm in arms if arm["path"] == f"{place.parent.name}/{place.name}"]
-        return arm["training_log"] if arm["weights_sha256"] == weights_sha256(sae) else None
-    except (ValueError, KeyError, TypeError):
+    log = arms[0].get("training_log")
+    if not (isinstance(log, list) and all(_is_entry(entry) for entry in cast("list[Any]", log))):
+        warnings.warn(f"{file} is damaged: the 'training_log' of {path} is none. Going on without it.", stacklevel=2)
         return None
+    return cast("list[dict[str, Any]]", log)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(
+        name in entry and type(entry[name]) in (int, float, NoneType) for name in COURSE
+    )

@@ -6,7 +6,6 @@ leaves out the import. The layout here is its own: one folder per id, so `SAE.fr
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAEConfig
 
+from saelens_cosine.evaluation.comparison_file import ComparisonFileError, read_comparison
 from saelens_cosine.evaluation.report import SCHEMA
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.whole import whole_folder
@@ -139,7 +139,13 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
         name: evaluation / name for name in (COMPARISON, PICTURE) if comparison and (evaluation / name).is_file()
     }
     picture = PICTURE if PICTURE in measured else None
-    files |= {**measured, CARD: repository_card(repo_id, configs, comparison, picture, license).encode()}
+    try:
+        card = repository_card(repo_id, configs, comparison, picture, license)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if comparison is None:
+            raise
+        raise ComparisonFileError(evaluation / COMPARISON, f"{type(error).__name__}: {error}") from error
+    files |= {**measured, CARD: card.encode()}
     return Bundle(repo_id, tuple(configs), files)
 
 
@@ -230,7 +236,7 @@ def _find_comparison(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _read_comparison(file: Path) -> dict[str, Any]:
-    comparison: dict[str, Any] = json.loads(file.read_text())
+    comparison = read_comparison(file)
     if comparison.get("schema") != SCHEMA:
         raise ValueError(
             f"{file} has schema {comparison.get('schema')!r}, this version reads {SCHEMA!r}. Run the comparison again, or "

@@ -196,7 +196,15 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _read(record: Path | None) -> dict[str, dict[str, str]]:
-    return json.loads(record.read_text()) if record and record.exists() else {}
+    if record is None or not record.exists():
+        return {}
+    try:
+        content: Any = json.loads(record.read_text())
+        return {str(name): dict(sent) for name, sent in content.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{record} is damaged ({error}), so what Neuronpedia has taken before is not known. Move it away to upload all again."
+        ) from error
 
 
 def _write(path: Path | None, content: Any) -> None:

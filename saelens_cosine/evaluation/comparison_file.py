@@ -1,0 +1,46 @@
+"""A `comparison.json` beside SAEs, whoever has had it in hands since `saelens-cosine compare` wrote it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+
+class ComparisonFileError(ValueError):
+    """A `comparison.json` that is not what `compare` writes; names the file, the fault and the way out."""
+
+    def __init__(self, file: Path, fault: str):
+        super().__init__(
+            f"{file} is damaged ({fault}). Move it away to go on without what it tells, or run the comparison again."
+        )
+
+
+def read_comparison(file: Path) -> dict[str, Any]:
+    """A JSON object with `arms`, each of which has a `path`; the rest may be anything.
+
+    Raises:
+        ComparisonFileError: it is something else.
+        OSError: it cannot be read.
+    """
+    try:
+        content: Any = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ComparisonFileError(file, f"no JSON: {error}") from error
+    arms: Any = cast("dict[str, Any]", content).get("arms") if isinstance(content, dict) else None
+    if not isinstance(arms, list):
+        raise ComparisonFileError(file, "no list 'arms'")
+    for arm in cast("list[Any]", arms):
+        if not (isinstance(arm, dict) and isinstance(cast("dict[str, Any]", arm).get("path"), str)):
+            raise ComparisonFileError(file, "an arm without 'path'")
+    return cast("dict[str, Any]", content)
+
+
+def comparison_beside(file: Path) -> dict[str, Any] | None:
+    """The same where it is only an extra: None if there is none, or, with a warning, if it is damaged."""
+    try:
+        return read_comparison(file) if file.is_file() else None
+    except (ComparisonFileError, OSError) as error:
+        warnings.warn(f"{error} Going on without it.", stacklevel=2)
+        return None
