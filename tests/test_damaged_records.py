@@ -49,7 +49,8 @@ def test_what_is_kept_is_taken_only_as_it_was_written(damage, tmp_path):
     assert read_kept(file) is None
     keep(measured, file)
     taken = read_kept(file)
-    assert taken is not None and {name: taken[name] for name in measured} == measured
+    assert taken is not None
+    assert {name: taken[name] for name in measured} == measured
     write(file, damage(file.read_text()))
     with pytest.warns(UserWarning, match=r"fve-0123\.json is damaged .* measured again"):
         assert read_kept(file) is None
