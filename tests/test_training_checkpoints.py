@@ -54,7 +54,7 @@ def test_other_folders_of_saelens_that_cannot_be_loaded(tmp_path):
     config = json.loads((tmp_path / "cfg.json").read_text())
     for changes, message in (
         ({"architecture": "other"}, "'other', which SAELens does not know"),
-        ({"d_sae": config["d_sae"] + 1}, "not those of a 'cosine_topk' SAE"),
+        ({"d_sae": config["d_sae"] + 1}, "does not fit the cfg.json .*CosineTopKSAE"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(CheckpointError, match=message):
