@@ -77,9 +77,9 @@ def test_evaluation_goes_on_without_a_broken_comparison(text, tmp_path):
     with pytest.raises(ComparisonFileError, match=r"comparison\.json is damaged"):
         read_comparison(file)
     places = [str(tmp_path / "b" / "seed0"), str(tmp_path / "a" / "seed0")]
-    with pytest.warns(UserWarning, match=r"comparison\.json is damaged.*without it"):
+    with pytest.warns(UserWarning, match=r"comparison\.json is damaged.*going on without"):
         assert [source.arm for source in parse_sources(places)] == ["b", "a"]
-    with pytest.warns(UserWarning, match=r"comparison\.json is damaged.*without it"):
+    with pytest.warns(UserWarning, match=r"comparison\.json is damaged.*going on without"):
         assert training_log(Source("b", 0, places[0], None), make_sae("cosine_topk")) is None
 
 

@@ -12,9 +12,8 @@ class ComparisonFileError(ValueError):
     """A `comparison.json` that is not what `compare` writes; names the file, the fault and the way out."""
 
     def __init__(self, file: Path, fault: str):
-        super().__init__(
-            f"{file} is damaged ({fault}). Move it away to go on without what it tells, or run the comparison again."
-        )
+        self.fault = f"{file} is damaged ({fault})"
+        super().__init__(f"{self.fault}. Move it away to go on without what it tells, or run the comparison again.")
 
 
 def read_comparison(file: Path) -> dict[str, Any]:
@@ -42,5 +41,8 @@ def comparison_beside(file: Path) -> dict[str, Any] | None:
     try:
         return read_comparison(file) if file.is_file() else None
     except (ComparisonFileError, OSError) as error:
-        warnings.warn(f"{error} Going on without it.", stacklevel=2)
+        fault = error.fault if isinstance(error, ComparisonFileError) else str(error)
+        warnings.warn(
+            f"{fault}; going on without the order of arms and the courses of training that it tells.", stacklevel=2
+        )
         return None
