@@ -19,7 +19,7 @@ def keep(measured: dict[str, Any], file: Path) -> None:
 
 def read_kept(file: Path) -> dict[str, Any] | None:
     """What `keep` has written; None, with a warning that names the file, if it is not that any more, and None if there is none."""
-    if not file.exists():
+    if not file.is_file():
         return None
     try:
         content: Any = json.loads(file.read_text())
