@@ -28,6 +28,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
+from saelens_cosine.console import PlainTable
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.kernels import selection
@@ -199,7 +200,7 @@ class Benchmark:
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = PlainTable(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column.replace("_", " "), justify="right" if i else "left", no_wrap=i == 0)
     return table

@@ -22,6 +22,7 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from saelens_cosine.benchmark import DTYPES, BenchmarkSettings, benchmark
+from saelens_cosine.console import say, visible
 from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
 from saelens_cosine.evaluation.comparison import SUMMARY, Comparison, ComparisonSettings, compare, open_comparison
 from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_options, run_ground_truth
@@ -65,7 +66,7 @@ def _fault(command: str, error: BaseException) -> int:
     line = line_of(error)
     if line is None:
         raise error
-    print(f"saelens-cosine {command}: {line}", file=sys.stderr)  # noqa: T201
+    print(visible(f"saelens-cosine {command}: {line}"), file=sys.stderr)  # noqa: T201
     return 2
 
 
@@ -261,9 +262,9 @@ def _compare(options: Any) -> int:
     for table in as_tables(comparison):
         console.print(table)
     if not options.quiet:
-        console.print(f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:", highlight=False)
+        say(console, f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:")
         for arm in comparison.arms:
-            console.print(f'  SAE.load_from_disk("{folder / arm.path}")', highlight=False)
+            say(console, f'  SAE.load_from_disk("{folder / arm.path}")')
     return 0
 
 
@@ -275,7 +276,7 @@ _NO_TERMINAL = (OSError, ValueError)
 def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
     """A progress bar per thing that is done; the next one completes those before. Warnings stand above it, each once."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -288,7 +289,7 @@ def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
         if what not in tasks:
             for task in bar.task_ids:
                 bar.update(task, completed=bar.tasks[task].total)
-            tasks[what] = bar.add_task(what, total=total)
+            tasks[what] = bar.add_task(visible(what), total=total)
         bar.update(tasks[what], completed=done, total=total)
 
     told: set[str] = set()
@@ -298,7 +299,7 @@ def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
         if first_line not in told:
             told.add(first_line)
             with suppress(*_NO_TERMINAL):
-                bar.console.print(first_line, markup=False, highlight=False, soft_wrap=True)
+                say(bar.console, first_line, wrap=False)
 
     with warnings.catch_warnings():
         warnings.showwarning = tell
@@ -340,7 +341,7 @@ def _evaluate(options: Any) -> int:
     for table in tables:
         console.print(table)
     if not options.quiet:
-        console.print(f"Written to {options.output}: evaluation.json, report.html", highlight=False)
+        say(console, f"Written to {options.output}: evaluation.json, report.html")
     return 0
 
 
@@ -357,7 +358,7 @@ def _ground_truth(options: Any) -> int:
     for table in tables:
         console.print(table)
     if not options.quiet:
-        console.print(f"Written to {options.output}: ground_truth.json", highlight=False)
+        say(console, f"Written to {options.output}: ground_truth.json")
     return 0
 
 

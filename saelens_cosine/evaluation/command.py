@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from saelens_cosine.console import PlainTable
 from saelens_cosine.evaluation.bootstrap import FEWEST_DOCUMENTS, Difference
 from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
 from saelens_cosine.evaluation.earlier import open_evaluation
@@ -251,7 +252,7 @@ def _differences(document: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column)
     return table

@@ -31,6 +31,7 @@ from sae_lens.synthetic import (
 )
 from sae_lens.util import temporary_seed
 
+from saelens_cosine.console import PlainTable
 from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison_results import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
@@ -345,7 +346,7 @@ def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("norm spread")
     table.add_column("architecture", no_wrap=True)
     for heading in headings:

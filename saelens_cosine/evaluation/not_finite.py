@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from rich.text import Text
+
+from saelens_cosine.console import literal
 
 
 class NotFiniteError(ValueError):
@@ -40,9 +43,9 @@ def finite_rows(*rows: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.isfinite().flatten(1).all(dim=-1).cpu() for part in rows]).all(dim=0)
 
 
-def shown_number(value: float, form: str) -> str:
+def shown_number(value: float, form: str) -> str | Text:
     """A number in a format, in rich's red if it is NaN or infinite."""
-    return form.format(value) if math.isfinite(value) else f"[red]{value}[/red]"
+    return form.format(value) if math.isfinite(value) else literal(str(value), "red")
 
 
 def not_finite(results: Mapping[str, Any]) -> dict[str, int]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from saelens_cosine.console import PlainTable, literal
 from saelens_cosine.evaluation.bootstrap import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison
 from saelens_cosine.evaluation.not_finite import shown_number
@@ -127,7 +128,7 @@ def _failed(comparison: Comparison) -> Iterator[Table]:
         table.add_column("because")
         table.style = table.title_style = "red"
         for arm in comparison.failed:
-            table.add_row(arm.architecture, str(arm.seed), f"{arm.training_tokens:,}", escape(arm.reason))
+            table.add_row(arm.architecture, str(arm.seed), f"{arm.training_tokens:,}", arm.reason)
         yield table
 
 
@@ -210,7 +211,7 @@ def _differences(comparison: Comparison) -> Table:
         for measure in ("fve", "ce", "dead"):
             heading, _, get = _MEASURES[measure]
             if not all(math.isfinite(get(result)) for result in (*ours, *firsts)):
-                table.add_row(arm, heading, "[red]nan[/red]", "", "")
+                table.add_row(arm, heading, literal("nan", "red"), "", "")
                 continue
             d = paired_difference(list(map(get, ours)), list(map(get, firsts)))
             found.append(d)
@@ -221,7 +222,7 @@ def _differences(comparison: Comparison) -> Table:
 
 
 def _table(title: str, headings: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = PlainTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("architecture", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -238,7 +239,7 @@ def _n_seeds(comparison: Comparison) -> int:
     return len({arm.seed for arm in (*comparison.arms, *comparison.failed)})
 
 
-def _mean_and_spread(values: Iterable[float], form: str) -> str:
+def _mean_and_spread(values: Iterable[float], form: str) -> str | Text:
     values = list(values)
     mean = shown_number(statistics.mean(values), form)
     if not all(map(math.isfinite, values)):

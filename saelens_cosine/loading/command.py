@@ -14,6 +14,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 
+from saelens_cosine.console import PlainTable, literal, say
 from saelens_cosine.files.output import holds_anything, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.loading.errors import CheckpointError
@@ -145,7 +146,7 @@ def _run(options: Any) -> int:
     if options.source is None or options.destination is None:
         raise ValueError("give a source and a destination, or --list")
     given = {"model_name": options.model_name, "hook_name": options.hook_name}
-    with Console(stderr=True).status(f"Converting {options.source}"):
+    with Console(stderr=True).status(literal(f"Converting {options.source}")):
         conversion = convert(
             options.source,
             options.destination,
@@ -159,19 +160,17 @@ def _run(options: Any) -> int:
             overwrite=options.overwrite,
         )
     if conversion.verification is not None:
-        console.print(str(conversion.verification), highlight=False, soft_wrap=True)
+        say(console, str(conversion.verification), wrap=False)
     if not conversion.written:
-        console.print(f"They do not agree; {conversion.path} was not written.", highlight=False, soft_wrap=True)
+        say(console, f"They do not agree; {conversion.path} was not written.", wrap=False)
         return EXIT_DIFFERS
-    console.print(
-        f'{conversion.architecture} written: SAE.load_from_disk("{conversion.path}")', highlight=False, soft_wrap=True
-    )
+    say(console, f'{conversion.architecture} written: SAE.load_from_disk("{conversion.path}")', wrap=False)
     return 0
 
 
 def _table(name: str, release: Release) -> Table:
     model = release.metadata["model_name"]
-    table = Table(title=f"{name}: {release.format} files of {release.repo_id}, for {model}", title_justify="left")
+    table = PlainTable(title=f"{name}: {release.format} files of {release.repo_id}, for {model}", title_justify="left")
     for column in ("sae_id", "hook", "features", "k", "sha256"):
         table.add_column(column)
     for sae_id, sae in release.saes.items():

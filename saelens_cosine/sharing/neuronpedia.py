@@ -196,7 +196,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _read(record: Path | None) -> dict[str, dict[str, str]]:
-    if record is None or not record.exists():
+    if record is None or not record.is_file():
         return {}
     try:
         content: Any = json.loads(record.read_text())

@@ -1,0 +1,62 @@
+"""What goes to a terminal. Text from outside is shown as it is: rich takes `[a]` for a style and `:key:` for a picture.
+
+Whatever prints the tables, a notebook too, they are made of `PlainTable`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    r"""Text in which control characters, all but tab and newline, are written as `\x1b`: a terminal would obey them."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def literal(text: str, style: str = "") -> Text:
+    """Text that is shown as it is; the style is of its letters, not of what a table fills a cell up with."""
+    return Text.assemble((visible(text), style))
+
+
+def say(console: Console, text: str, wrap: bool = True) -> None:
+    """Print text as it is.
+
+    Args:
+        console: where to.
+        text: a line or several.
+        wrap: at the console's width; off for what is to be copied.
+    """
+    console.print(literal(text), soft_wrap=not wrap)
+
+
+class PlainTable(Table):
+    """A table whose strings are shown as they are. A cell with a style is a `Text`."""
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        return Table.__rich_console__(self._literal(), console, options)
+
+    def __rich_measure__(self, console: Any, options: Any) -> Any:
+        return Table.__rich_measure__(self._literal(), console, options)
+
+    def _literal(self) -> Table:
+        shown = copy.copy(self)
+        shown.title = _cell(self.title, self.title_style or "table.title")
+        shown.caption = _cell(self.caption, self.caption_style or "table.caption")
+        shown.columns = [
+            replace(column, header=_cell(column.header), _cells=[_cell(cell) for cell in column.cells])
+            for column in self.columns
+        ]
+        return shown
+
+
+def _cell(value: Any, style: Any = "") -> Any:
+    return Text(visible(value), style) if isinstance(value, str) else value
