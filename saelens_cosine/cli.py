@@ -29,6 +29,7 @@ from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_opti
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.faults import FAULTS, line_of
+from saelens_cosine.files.secrets import as_typed, without_secrets
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.progress import shown
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
@@ -49,13 +50,13 @@ def _run(args: list[str]) -> int:
     options, unknown = parser.parse_known_args(args)
     if unknown:
         command = f"{parser.prog} {options.command}"
-        print(f"{command}: unrecognized arguments: {' '.join(unknown)}. See {command} --help.", file=sys.stderr)  # noqa: T201
+        print(f"{command}: unrecognized arguments: {as_typed(unknown)}. See {command} --help.", file=sys.stderr)  # noqa: T201
         return 2
     options.command_line = (parser.prog, *args)
     try:
         return options.run(options)
     except SAEBenchError as error:  # a line for each eval
-        print(f"saelens-cosine {options.command}: {error}", file=sys.stderr)  # noqa: T201
+        print(visible(without_secrets(f"saelens-cosine {options.command}: {error}")), file=sys.stderr)  # noqa: T201
         return 2
     except FAULTS as error:
         return _fault(options.command, error)
@@ -74,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
     """Answers a wrong option with a line, not with all that there are."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        self.exit(2, f"{self.prog}: {without_secrets(message)}. See {self.prog} --help.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,7 +300,7 @@ def _progress(quiet: bool) -> Generator[Callable[[str, int, int], None]]:
         if first_line not in told:
             told.add(first_line)
             with suppress(*_NO_TERMINAL):
-                say(bar.console, first_line, wrap=False)
+                say(bar.console, without_secrets(first_line), wrap=False)
 
     with warnings.catch_warnings():
         warnings.showwarning = tell

@@ -8,6 +8,8 @@ import re
 
 from safetensors import SafetensorError
 
+from saelens_cosine.files.secrets import without_secrets
+
 FAULTS = (
     argparse.ArgumentError,
     ValueError,
@@ -30,7 +32,7 @@ def line_of(error: BaseException) -> str | None:
 
     Writers that do not raise `OSError` are given its words here: safetensors has the number in its text, torch nothing at all.
     """
-    said = " ".join(str(error).split())
+    said = without_secrets(" ".join(str(error).split()))
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _MEMORY.search(said)):
         return (
             f"Out of memory: {said.partition(' If reserved')[0] or type(error).__name__}. A smaller batch, fewer features (d_sae), a "

@@ -12,6 +12,7 @@ from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
+from saelens_cosine.files.secrets import without_secrets
 
 TRANSFORMER_LENS = "HookedTransformer"
 HUGGING_FACE = "AutoModelForCausalLM"
@@ -202,7 +203,7 @@ def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key not in LENS_ONLY | PLACEMENT | FOR_ALL or (key == "attn_implementation" and value not in ATTENTION):
             raise ValueError(
-                f"model_from_pretrained_kwargs of this SAE ask for {key}={value!r}. An SAE's file may say how a model's weights "
+                f"model_from_pretrained_kwargs of this SAE ask for {without_secrets(f'{key}={value!r}')}. An SAE's file may say how a model's weights "
                 "are loaded, and not run code from elsewhere or change where it is from. Where the model loads without, take the "
                 "entry out of the SAE's cfg.json."
             )

@@ -8,10 +8,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.evaluation.plain import without_secrets
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source
 from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.secrets import without_secrets
 
 FILES = ("evaluation.json", "report.html")
 """What an evaluation gathers its results in. Those in `measured/` are named by their content, and never replaced."""

@@ -23,12 +23,13 @@ from saelens_cosine.evaluation.earlier import begin, open_evaluation
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.kept import keep, read_kept
 from saelens_cosine.evaluation.not_finite import NotFiniteError
-from saelens_cosine.evaluation.plain import as_typed, digest, plain, versions
+from saelens_cosine.evaluation.plain import digest, plain, versions
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.evaluation.subject import Loader, Subject, Text
 from saelens_cosine.evaluation.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
+from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.progress import shown
 from saelens_cosine.training.recorded import trained
@@ -174,7 +175,7 @@ class _Measured:
             "architecture": subject.sae.cfg.architecture(),
             "held_out": subject.held_out,
             "baseline": subject.baseline and subject.baseline.source.name,
-            "metadata": plain(subject.sae.cfg.metadata.to_dict()),
+            "metadata": scrubbed(plain(subject.sae.cfg.metadata.to_dict())),
             "trained": trained(subject.sae),
             "training": _training_log(source, subject.sae),
             **found,
@@ -200,7 +201,7 @@ class _Measured:
                 try:
                     kept = _measure(row.measure, of)
                 except saebench.SAEBenchError as error:  # not kept: the next run tries again
-                    results[chosen] = {"not_applicable": str(error)}
+                    results[chosen] = {"not_applicable": without_secrets(str(error))}
                     continue
                 keep(kept, file)
             results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
@@ -217,9 +218,9 @@ def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:
     try:
         result = plain(measure(of))
     except NotFiniteError as reason:
-        result = {"not_applicable": str(reason), "not_finite": reason.bad}
+        result = {"not_applicable": without_secrets(str(reason)), "not_finite": reason.bad}
     except (NotApplicable, ValueError) as reason:
-        result = {"not_applicable": str(reason)}
+        result = {"not_applicable": without_secrets(str(reason))}
     return {"result": result, "seconds": time.perf_counter() - start}
 
 

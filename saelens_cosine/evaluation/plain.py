@@ -7,8 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -27,16 +25,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def as_typed(command: Sequence[str]) -> str:
-    """A command line for a shell, without what addresses may hold of secrets: user and password, and all behind `?` or `#`."""
-    return shlex.join(without_secrets(part) for part in command)
-
-
-def without_secrets(text: str) -> str:
-    """Text whose addresses are scheme, host and path alone."""
-    return re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?#]*)[?#]?\S*", r"\1\2", text)
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from saelens_cosine.evaluation.not_finite import shown_number
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.reconstruction import CE_DEFINITION, FVE_DEFINITION
 from saelens_cosine.files import whole
+from saelens_cosine.files.secrets import scrubbed
 
 SCHEMA = "saelens-cosine/comparison/1"
 """Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
@@ -56,7 +57,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    return plain(document)
+    return scrubbed(plain(document))
 
 
 def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:

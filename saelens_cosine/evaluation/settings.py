@@ -8,9 +8,10 @@ from typing import Any
 
 from saelens_cosine.activations.contexts import check_context_size
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.plain import plain, without_secrets
+from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.evaluation.sample import Sinks
+from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.training.norm_filter import check_max_norm_multiple
 
 
@@ -86,9 +87,9 @@ class EvaluationSettings:
         return {"keep": names[:1], "drop": names[1:], "both": names}[self.sinks]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values of all fields, for files: without the judge's key, or a password in its address."""
+        """Plain values of all fields, for files: without secrets."""
         url = self.judge.base_url and without_secrets(self.judge.base_url)
-        return plain({**vars(self), "judge": {"model": self.judge.model, "base_url": url}})
+        return scrubbed(plain({**vars(self), "judge": {"model": self.judge.model, "base_url": url}}))
 
     def tasks_for(self, dataset: str) -> tuple[str, ...]:
         """Names of tasks for an SAE of this text."""

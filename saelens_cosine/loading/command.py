@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from saelens_cosine.console import PlainTable, literal, say
 from saelens_cosine.files.output import holds_anything, open_output
+from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.pretrained import SAELENS, load, locate
@@ -88,6 +89,8 @@ def convert(
         output.begin(before=_written_before(destination), places=FILES, overwrite=overwrite)
         sae = load(located, device=device, dtype=dtype, metadata=metadata)
         sae.cfg.device = "cpu"  # what the file says; whoever loads it chooses
+        for name, value in scrubbed(sae.cfg.metadata.to_dict()).items():
+            sae.cfg.metadata[name] = value
         with scratch_folder(destination) as written:
             sae.save_model(written)
             architecture = sae.cfg.architecture()

@@ -6,6 +6,7 @@ leaves out the import. The layout here is its own: one folder per id, so `SAE.fr
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sae_lens.saes.sae import SAEConfig
 from saelens_cosine.evaluation.comparison_file import ComparisonFileError, read_comparison
 from saelens_cosine.evaluation.report import SCHEMA
 from saelens_cosine.files.names import below, check_name
+from saelens_cosine.files.secrets import published, without_secrets
 from saelens_cosine.files.whole import whole_folder
 from saelens_cosine.loading.saelens import load_saelens
 from saelens_cosine.model_card import model_card, repository_card
@@ -131,14 +133,19 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
             relative or sae_id or config.metadata.hook_name or folder.resolve().name,
             "id of the SAE (--id, or the hook name in its metadata)",
         )
+        for key, value in published(config.metadata.to_dict()).items():
+            config.metadata[key] = value
         configs[name] = config
-        files |= {f"{name}/{file}": folder / file for file in SAE_FILES if (folder / file).is_file()}
+        files |= {f"{name}/{file}": _publishable(folder / file) for file in SAE_FILES if (folder / file).is_file()}
         files[f"{name}/{CARD}"] = model_card(config, f'SAE.from_pretrained("{repo_id}", "{name}")').encode()
     evaluation, comparison = _find_comparison(Path(path)) or (Path(path), None)
     measured = {
-        name: evaluation / name for name in (COMPARISON, PICTURE) if comparison and (evaluation / name).is_file()
+        name: _publishable(evaluation / name)
+        for name in (COMPARISON, PICTURE)
+        if comparison and (evaluation / name).is_file()
     }
     picture = PICTURE if PICTURE in measured else None
+    comparison = published(comparison)
     try:
         card = repository_card(repo_id, configs, comparison, picture, license)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -198,9 +205,18 @@ def upload(bundle: Bundle, *, private: bool = False, replace_card: bool = False)
     except (HTTPError, OSError, RuntimeError) as error:  # an answer of the Hub, no connection, a blob not taken
         cause = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error
         raise OSError(
-            f"The upload to {bundle.repo_id} failed and nothing was published: {cause}\nRun the same command again; what "
+            f"The upload to {bundle.repo_id} failed and nothing was published: {without_secrets(str(cause))}\nRun the same command again; what "
             "the Hub has received is not sent twice."
         ) from error
+
+
+def _publishable(file: Path) -> Path | bytes:
+    """A file as it is or, if it is JSON that tells a secret or a place on this machine, its content without."""
+    if file.suffix != ".json":
+        return file
+    content = json.loads(file.read_text())
+    told = published(content)
+    return file if told == content else json.dumps(told, indent=2).encode()
 
 
 def _publish(bundle: Bundle, private: bool, replace_card: bool) -> Published:

@@ -15,6 +15,7 @@ from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
 from saelens_cosine.training.check import check_run, parse_flags
@@ -91,6 +92,7 @@ def _train(
         runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None
+    _forget_secrets(cfg, runner.sae.cfg.metadata)
     _check_fit(cfg, runner.model)
     # cached activations are of a text that was chosen when they were made, and an SAE that goes on has read another
     elsewhere = cfg.use_cached_activations or cfg.from_pretrained_path is not None
@@ -121,6 +123,13 @@ def _train(
     with wandb_never_stops(cfg.logger):
         runner.run()
     return norm_filter
+
+
+def _forget_secrets(cfg: Any, metadata: Any) -> None:
+    """What the model and the text were loaded with is not saved, nor sent to W&B; whoever loads them has a token of their own."""
+    cfg.model_from_pretrained_kwargs = scrubbed(cfg.model_from_pretrained_kwargs)
+    cfg.dataset_path = without_secrets(cfg.dataset_path)
+    metadata.model_from_pretrained_kwargs, metadata.dataset_path = cfg.model_from_pretrained_kwargs, cfg.dataset_path
 
 
 def _open_output(cfg: Any, resume: bool, overwrite: bool, open_folders: ExitStack) -> Output | None:

@@ -28,7 +28,7 @@ class Judge:
     """
 
     model: str = "gpt-4o-mini"
-    base_url: str | None = None
+    base_url: str | None = field(default=None, repr=False)
     api_key: str | None = field(default=None, repr=False)
 
     @property

@@ -18,6 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.evaluation.plain import digest, fingerprint
+from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.saelens import inference_copy
 from saelens_cosine.models import BLOCK_OUTPUT
 
@@ -184,7 +185,8 @@ def prepare(
     _name_fields(own.cfg)
     own.turn_off_forward_pass_hook_z_reshaping()
     content = content_hash(own, silence_padding)
-    prepared = PreparedSAE(own.eval(), f"{name or own.cfg.architecture()}-{content}".replace("/", "_"), silence_padding)
+    called = check_name(f"{name or own.cfg.architecture()}-{content}".replace("/", "_"), "name of the copy")
+    prepared = PreparedSAE(own.eval(), called, silence_padding)
     _check(prepared)
     return prepared
 

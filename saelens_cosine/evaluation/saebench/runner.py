@@ -49,6 +49,7 @@ from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serv
 from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.files.names import below
 from saelens_cosine.files.output import open_output
+from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.training.norm_filter import HighNormFilter
@@ -149,7 +150,9 @@ def run(
             try:
                 results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
             except Exception as error:
-                failure = Failure(name, sae.name, f"{type(error).__name__}: {error}", f"See {runner.log}.")
+                failure = Failure(
+                    name, sae.name, without_secrets(f"{type(error).__name__}: {error}"), f"See {runner.log}."
+                )
                 if on_problem == "raise":
                     raise SAEBenchError([failure]) from error
                 problems.append(failure)
@@ -180,7 +183,11 @@ class _Runner:
 
     def key(self, row: Eval, config: Any) -> str:
         """Stands for all but the SAE that decides a score."""
-        judge = [self.judge.model, self.judge.base_url] if row.name == "autointerp" else None
+        judge = (
+            [self.judge.model, self.judge.base_url and without_secrets(self.judge.base_url)]
+            if row.name == "autointerp"
+            else None
+        )
         if row.name not in self.data:
             self.data[row.name] = data_contents(row.name, config)
         return digest([row.name, _plain(config), self.model_identity, judge, self.data[row.name], versions()])[:12]
