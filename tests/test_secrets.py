@@ -12,6 +12,7 @@ from test_share import logged_in, save_sae, share  # noqa: F401
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.saebench import Judge
+from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.files.secrets import published, scrubbed, without_secrets
 
 TOKEN = "hf_PlantedPlantedPlanted"
@@ -115,6 +116,21 @@ def test_a_folder_that_is_here_is_no_name_on_the_hub(tmp_path, monkeypatch):
 
 def test_a_judge_does_not_show_its_address():
     assert PASSWORD not in repr(Judge("mine", URL, KEY))
+
+
+def test_what_saebench_prints_is_logged_without_secrets(tmp_path):
+    runner = object.__new__(_Runner)
+    runner.log, runner.quiet, runner.model = tmp_path / "saebench.log", True, None
+    with runner._scopes():
+        print(f"Incorrect API key provided: {KEY} at {URL}")
+    assert "Incorrect API key provided: (hidden) at https://judge:8000/v1\n" in runner.log.read_text()
+
+
+def test_a_damaged_file_is_not_published(tmp_path, capsys):
+    save_sae(tmp_path / "sae")
+    (tmp_path / "sae" / "runner_cfg.json").write_text("{")
+    assert share(tmp_path / "sae", "--repo", "me/saes", "--dry-run", "--output", tmp_path / "out") == 2
+    assert "runner_cfg.json is damaged" in said(capsys)
 
 
 def test_train_saves_and_says_no_token(tmp_path, capsys):

@@ -214,8 +214,13 @@ def _publishable(file: Path) -> Path | bytes:
     """A file as it is or, if it is JSON that tells a secret or a place on this machine, its content without."""
     if file.suffix != ".json":
         return file
-    content = json.loads(file.read_text())
-    told = published(content)
+    try:
+        content = json.loads(file.read_text())
+        told = published(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}), so what it tells is not known. Move it away to go without."
+        ) from error
     return file if told == content else json.dumps(told, indent=2).encode()
 
 

@@ -45,7 +45,13 @@ from saelens_cosine.evaluation.saebench.results import (
     load_record,
     save_record,
 )
-from saelens_cosine.evaluation.saebench.scopes import HighNormMask, seeded, serving, without_shape_checks
+from saelens_cosine.evaluation.saebench.scopes import (
+    HighNormMask,
+    LogWithoutSecrets,
+    seeded,
+    serving,
+    without_shape_checks,
+)
 from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.files.names import below
 from saelens_cosine.files.output import open_output
@@ -309,7 +315,7 @@ class _Runner:
     def _scopes(self) -> Generator[None, None, None]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as scopes:
-            log = scopes.enter_context(self.log.open("a"))
+            log = LogWithoutSecrets(scopes.enter_context(self.log.open("a")))
             scopes.enter_context(contextlib.redirect_stdout(log))
             if self.quiet:
                 scopes.enter_context(contextlib.redirect_stderr(log))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+
+from saelens_cosine.files.secrets import without_secrets
 
 
 @contextlib.contextmanager
@@ -145,3 +148,17 @@ class HighNormMask:
 
 def _norms(acts: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32)
+
+
+class LogWithoutSecrets(io.TextIOBase):
+    """A file to which text goes without secrets: a judge may answer with the key that it was asked with."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def write(self, text: str, /) -> int:
+        self.file.write(without_secrets(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.file.flush()
