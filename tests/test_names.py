@@ -7,6 +7,7 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
+from saelens_cosine.evaluation.saebench import prepare
 from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.loading import CheckpointError, from_pretrained
@@ -98,6 +99,23 @@ def test_saebench_keeps_its_texts_below_its_caches(name, tmp_path):
     runner.max_norm_multiple = None
     with pytest.raises(ValueError, match="hook name"):
         runner.is_warm(Row, None, [sae])
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "a/../../b", "."])
+def test_saebench_s_files_are_called_after_an_arm_without_its_slashes(name):
+    sae = make_sae("cosine_topk")
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "bundled", "blocks.3.hook_resid_post"
+    called = prepare(sae, name).name
+    assert called.startswith(name.replace("/", "_") + "-")
+    assert "/" not in called
+
+
+@pytest.mark.parametrize("name", ["a\x00b", "a\\b", "x" * 300])
+def test_saebench_s_files_are_not_called_what_no_file_is(name):
+    sae = make_sae("cosine_topk")
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = "bundled", "blocks.3.hook_resid_post"
+    with pytest.raises(ValueError, match="name of the copy"):
+        prepare(sae, name)
 
 
 @pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors", "README.md"])
