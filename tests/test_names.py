@@ -7,11 +7,21 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.saebench import prepare
+from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings
+from saelens_cosine.evaluation.comparison_state import ComparisonState
+from saelens_cosine.evaluation.reconstruction import NormBin, Reconstruction
+from saelens_cosine.evaluation.saebench import prepare, run
+from saelens_cosine.evaluation.saebench.results import SCHEMA, load_record
 from saelens_cosine.evaluation.saebench.runner import _Runner
+from saelens_cosine.evaluation.tasks import load_tasks
+from saelens_cosine.files.lock import LOCK
+from saelens_cosine.files.manifest import MANIFEST, Manifest
 from saelens_cosine.files.names import below, check_name
+from saelens_cosine.files.output import open_output
 from saelens_cosine.loading import CheckpointError, from_pretrained
+from saelens_cosine.loading.saelens import SAELENS
 from saelens_cosine.sharing.hub import Bundle, gather, write
+from saelens_cosine.training.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
 
 WRONG = [
     "../x",
@@ -134,3 +144,86 @@ def test_a_pipe_is_not_waited_for(file, sae, tmp_path, capsys):
             from_pretrained(sae)
     else:
         assert gather(sae, "me/saes", "a").files["a/README.md"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, LOCK, "evaluation.json", "report.html"])
+def test_a_pipe_in_an_output_folder_is_not_waited_for(name, tmp_path, capsys):
+    os.mkfifo(tmp_path / name)
+    assert main(["evaluate", str(tmp_path / "no-sae"), "--output", str(tmp_path), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert "Move it away" in error
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path):
+    folder = tmp_path / "100"
+    (folder / OWN_FOLDER).mkdir(parents=True)
+    (folder / OWN_FOLDER / "checksums.json").write_text(json.dumps({"weights": "00"}))
+    os.mkfifo(folder / "weights")
+    with pytest.raises(BrokenCheckpointError, match="weights is not there, or is no file"):
+        check(folder)
+    (folder / OWN_FOLDER / "checksums.json").unlink()
+    os.mkfifo(folder / OWN_FOLDER / "checksums.json")
+    with pytest.raises(BrokenCheckpointError, match="checksums"):
+        check(folder)
+
+
+def test_a_pipe_with_labelled_texts_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "texts.csv")
+    with pytest.raises(FileNotFoundError, match=r"texts\.csv"):
+        load_tasks([str(tmp_path / "texts.csv")])
+
+
+FILE_NAMES = [name for name in WRONG if isinstance(name, str)]
+
+
+@pytest.mark.parametrize("name", FILE_NAMES, ids=repr)
+def test_a_list_of_files_names_none_elsewhere(name, tmp_path):
+    listed = {"files": {"comparison": {name: [{"size": 1, "sha256": "00"}]}}}
+    (tmp_path / MANIFEST).write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match="is no list of this package's files"):
+        Manifest(tmp_path, "comparison")
+    (tmp_path / OWN_FOLDER).mkdir()
+    (tmp_path / OWN_FOLDER / "checksums.json").write_text(json.dumps({name: "00"}))
+    with pytest.raises(BrokenCheckpointError, match="checksums"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/../../b", "a\\..\\b", "a\x00b", "x" * 300])
+def test_a_repository_names_no_file_elsewhere(name):
+    with pytest.raises(CheckpointError, match="must be a relative path"):
+        SAELENS.download("me/saes", name)
+
+
+@pytest.mark.parametrize("place", ["../x", "a/../../b", "x" * 5000, "owner/" + "x" * 200, "a\x00b", "owner/a\x00b"])
+def test_a_source_that_can_be_none_is_a_checkpoint_error(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="is no local folder"):
+        from_pretrained(place)
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs"])
+def test_saebench_calls_no_file_by_a_model_that_leads_elsewhere(name, tmp_path):
+    sae = make_sae("cosine_topk")
+    sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = name, "blocks.0.hook_resid_post"
+    with pytest.raises(ValueError, match="model's name in the SAE's metadata"):
+        run([sae], ["core"], tmp_path / "out")
+
+
+def test_a_record_of_saebench_names_files_beside_it(tmp_path):
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"schema": SCHEMA, "file": "/abs", "file_without_high_norm": None}))
+    with pytest.raises(ValueError, match="must be a relative path"):
+        load_record(record)
+
+
+def test_a_record_of_a_seed_names_saes_below_the_comparison(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    measured = Reconstruction(100, 0.5, 3.0, 0.1, (NormBin(0.0, 1.0, 25, 0.5),))
+    arms = [ArmResult("cosine_topk", 0, "../elsewhere", measured, 0.9, None, 1.0, ())]
+    with open_output(tmp_path / "out", "comparison") as output:
+        output.begin(before=(), places=(), overwrite=False)
+        state = ComparisonState(ComparisonSettings(), output, resume=True, overwrite=False, keep=1)
+        state.note(0, arms, [], 0.0)
+        assert state.finished(0) is None
+    assert "is broken" in capsys.readouterr().err

@@ -46,6 +46,8 @@ def begin(
 
 def _read(file: Path) -> dict[str, Any] | None:
     """A file that `evaluate` has written, of whatever version."""
+    if not file.is_file():  # a pipe would be waited for, for ever
+        return None
     try:
         content: Any = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -334,7 +334,7 @@ def _read_file(name: str) -> _Labelled:
     import pandas as pd
 
     path = Path(name)
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited for, for ever
         raise FileNotFoundError(f"There is no file {name!r}.")
     if path.suffix == ".csv":
         table = pd.read_csv(path, keep_default_na=False, dtype={"text": str})  # "None" and "NA" are texts

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,11 @@ def _open(path: Path) -> tuple[int | None, bool]:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
         with suppress(FileNotFoundError):
-            return os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise OSError(f"{path} is no file, and the place of this package's lock. Move it away.") from None
+            return descriptor, False
     return None, False
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypedDict
 
+from saelens_cosine.files.names import check_name
 from saelens_cosine.files.whole import write_json
 
 MANIFEST = ".saelens-cosine.json"
@@ -90,17 +91,19 @@ def _read(folder: Path) -> dict[str, dict[str, list[Entry]]]:
     if not path.exists():
         return {}
     broken = f"{path} is no list of this package's files. Move it away."
+    if not path.is_file():  # a pipe would be waited for, for ever
+        raise ValueError(broken)
     try:
         content: Any = json.loads(path.read_text())
-        kinds: dict[str, dict[str, list[Entry]]] = content["files"]
-        entries = [(name, e["size"], e["sha256"]) for kind in kinds.values() for name, es in kind.items() for e in es]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return {
+            what: {
+                check_name(name, "file"): [Entry(size=entry["size"], sha256=entry["sha256"]) for entry in entries]
+                for name, entries in kind.items()
+            }
+            for what, kind in content["files"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(broken) from None
-    for name, *_ in entries:
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or parts[0] == "/":
-            raise ValueError(broken)
-    return kinds
 
 
 def _no_link_to(path: Path, folder: Path) -> bool:

@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.util import dtype_to_str, str_to_dtype
 
+from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.releases import release_of
 
@@ -117,7 +118,13 @@ class Format:
             CheckpointError: a file is not the published one.
         """
         folder = posixpath.normpath(folder_name.strip("/") or ".")
-        paths = [_download(repo_id, posixpath.normpath(f"{folder}/{name}"), force_download) for name in self.files]
+        try:
+            names = [
+                check_name(posixpath.normpath(f"{folder}/{name}"), "name of a file on the Hub") for name in self.files
+            ]
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        paths = [_download(repo_id, name, force_download) for name in names]
         if self.config_of_repository is not None:
             with suppress(OSError, EntryNotFoundError):
                 hf_hub_download(repo_id, self.config_of_repository, force_download=force_download)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAE
 from sae_lens.util import dtype_to_str, str_to_dtype
@@ -99,9 +102,9 @@ def locate(
 
 def _locate(source: str | Path, sae_id: str | None, force_download: bool) -> Located:
     path = Path(source).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # False, not an error, for a name that no file can have
         return Located(AUTHORS, path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
         folder, layout = _choose(f"folder {str(source)!r}", files, sae_id)
         return Located(layout, path / folder)
@@ -110,7 +113,7 @@ def _locate(source: str | Path, sae_id: str | None, force_download: bool) -> Loc
         if sae_id not in release.saes:
             raise CheckpointError(f"{source!r} holds {listed(release.saes)}. Name one as sae_id, not {sae_id!r}.")
         repo_id, folder, layout = release.repo_id, release.saes[sae_id].folder, FORMATS[release.format]
-    elif str(source).count("/") == 1 and not path.is_absolute():
+    elif _is_repository(str(source)):
         repo_id = str(source)
         folder, layout = _choose(f"Hub repository {repo_id!r}", _files_of_repository(repo_id), sae_id)
     else:
@@ -144,8 +147,19 @@ def _is_saelens_release(source: str | Path) -> bool:
     # a Hub repository has a slash and a release has none; reading SAELens' directory takes seconds
     name = str(source)
     return (
-        "/" not in name and name not in RELEASES and not Path(name).exists() and name in get_pretrained_saes_directory()
+        "/" not in name
+        and name not in RELEASES
+        and not os.path.exists(name)
+        and name in get_pretrained_saes_directory()
     )
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def _choose(where: str, files: Iterable[str], sae_id: str | None) -> tuple[str, Format]:

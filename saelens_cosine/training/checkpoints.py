@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from saelens_cosine.files.names import check_name
 from saelens_cosine.files.whole import whole_folder, write_json
 
 OWN_FOLDER = "saelens_cosine"
@@ -98,9 +99,11 @@ def check(checkpoint: Path) -> None:
     """
     for name, content in _expected(checkpoint).items():
         try:
-            found = _sha256(checkpoint / name)
+            found = _sha256(checkpoint / name) if (checkpoint / name).is_file() else None
         except OSError as error:
             raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} cannot be read.") from error
+        if found is None:
+            raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} is not there, or is no file.")
         if found != content:
             raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} is not what was written.")
 
@@ -108,13 +111,12 @@ def check(checkpoint: Path) -> None:
 def _expected(checkpoint: Path) -> dict[str, str]:
     broken = f"Checkpoint {checkpoint} is broken: no {_CHECKSUMS} that can be read."
     try:
+        if not (checkpoint / _CHECKSUMS).is_file():  # a pipe would be waited for, for ever
+            raise BrokenCheckpointError(broken)
         expected = json.loads((checkpoint / _CHECKSUMS).read_text())
-        named = {str(PurePosixPath(name)): str(content) for name, content in expected.items()}
+        return {check_name(name, "file"): str(content) for name, content in expected.items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(broken) from error
-    if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in named):
-        raise BrokenCheckpointError(broken)
-    return named
 
 
 def _remove(checkpoint: Path) -> None:

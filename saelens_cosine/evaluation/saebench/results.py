@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from saelens_cosine.files.names import below
 from saelens_cosine.files.whole import write_json
 
 SCHEMA = "saelens-cosine/saebench/1"
@@ -145,13 +146,13 @@ def save_record(result: EvalResult, path: Path) -> None:
 
 def load_record(path: Path) -> EvalResult | None:
     """A result that `save_record` wrote; None if there is none, or of another schema."""
-    if not path.exists():
+    if not path.is_file():
         return None
     record: dict[str, Any] = json.loads(path.read_text())
     if record.pop("schema", None) != SCHEMA:
         return None
     for name in ("file", "file_without_high_norm"):
-        record[name] = record[name] and str(path.parent / record[name])
+        record[name] = record[name] and str(below(path.parent, record[name], f"{name} in {path}"))
     variance = record["variance_explained"]
     record["variance_explained"] = variance and VarianceExplained(**variance)
     return EvalResult(**record)

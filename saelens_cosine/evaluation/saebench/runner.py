@@ -53,7 +53,7 @@ from saelens_cosine.evaluation.saebench.scopes import (
     without_shape_checks,
 )
 from saelens_cosine.evaluation.sample import sample_tokens
-from saelens_cosine.files.names import below
+from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.output import open_output
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
@@ -121,6 +121,7 @@ def run(
     models = sorted({sae.cfg.metadata.model_name for sae in prepared})
     if len(models) != 1:
         raise ValueError(f"A run is on one language model; these SAEs are of {', '.join(models) or 'none'}.")
+    check_name(models[0], "model's name in the SAE's metadata, which SAEBench calls files by,")
     how, *others = [_how_loaded(sae) for sae in prepared]
     if any(other != how for other in others):
         ways = ", ".join(str(one.kwargs) for one in (how, *others))
