@@ -33,6 +33,7 @@ from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.files.secrets import published
 
 HOOK = "blocks.3.hook_resid_post"
 SETTINGS = EvaluationSettings(
@@ -638,12 +639,12 @@ def test_the_page_says_what_each_sae_is(run, tmp_path):
         "recipe": "paper",
         "norm filter in training": "above 10 times the median: 1.23% of the tokens dropped",
         "text": "maybe trained on",
-        "place": str(tmp_path / "told"),
+        "place": "told",
         "sha256": document["saes"][0]["sha256"][:12],
     }
     assert told == known
     unknown = dict.fromkeys(("training tokens", "learning rate", "recipe", "norm filter in training"), "-")
-    names = {"arm": "untold", "place": str(tmp_path / "untold"), "sha256": document["saes"][1]["sha256"][:12]}
+    names = {"arm": "untold", "place": "untold", "sha256": document["saes"][1]["sha256"][:12]}
     assert untold == known | unknown | names
     page = render(report_data(document)).replace("<wbr>", "")
     assert all(f">{value}<" in page for value in known.values())
@@ -658,7 +659,7 @@ def test_the_command_is_told_without_secrets(run, tmp_path):
     document = json.loads((tmp_path / "evaluation.json").read_text())
     told = f"saelens-cosine evaluate 'an arm={run[1][0]}' {' '.join(flags)} --judge-url https://judge:8000/v1"
     assert document["command"] == told
-    assert told in html.unescape((tmp_path / "report.html").read_text())
+    assert published(told) in html.unescape((tmp_path / "report.html").read_text())
     for secret in ("pass", "word@", "secret"):
         assert not [path for path in tmp_path.rglob("*.*") if path.is_file() and secret in path.read_text()], secret
 

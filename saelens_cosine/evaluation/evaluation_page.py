@@ -31,6 +31,7 @@ from saelens_cosine.evaluation.html_report.data import (
 )
 from saelens_cosine.evaluation.not_finite import not_finite
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.files.secrets import published
 from saelens_cosine.sharing.features import Context, TokenValue
 
 IN_TABLE = (
@@ -51,7 +52,7 @@ Entry = Mapping[str, Any]
 
 
 def report_data(document: Mapping[str, Any]) -> ReportData:
-    """The sections of a report that an `evaluation.json` has figures for."""
+    """The sections of a report that an `evaluation.json` has figures for. The page may be published: it tells no places on this machine."""
     arms = by_arm(document["saes"])
     preferred = "without_sinks" if document["settings"]["sinks"] != "keep" else "with_sinks"
     data = ReportData(
@@ -76,7 +77,10 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         listed=tuple(_listed(document)),
         left_out=tuple(LeftOut(name, ", ".join(whose), why) for (name, why), whose in left_out(document).items()),
     )
-    return ReportData.from_dict(data.to_dict())  # null, as JSON holds what is not finite, becomes NaN
+    told = data.to_dict()
+    features = told.pop("features")  # text that was read, as it is
+    # null, as JSON holds what is not finite, becomes NaN
+    return ReportData.from_dict({**published(told), "features": features})
 
 
 def _sae(entry: Entry) -> dict[str, str]:
