@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 from helpers import make_sae
+from sae_lens import LoggingConfig
 from small_runs import HOOK, flags, write_text
 from test_share import logged_in, save_sae, share  # noqa: F401
 
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.saebench import Judge
+from saelens_cosine.evaluation.saebench import Judge, prepare
 from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.files.secrets import published, scrubbed, without_secrets
+from saelens_cosine.training.wandb_log import _kept_going
 
 TOKEN = "hf_PlantedPlantedPlanted"
 KEY = "planted-judge-key"
@@ -202,7 +204,7 @@ def plant(folder: Path) -> Path:
 def test_share_publishes_neither_tokens_nor_places(tmp_path, capsys):
     folder = plant(tmp_path / "sae")
     assert share(folder, "--repo", "me/saes", "--dry-run", "--output", tmp_path / "out") == 0
-    said(capsys)  # where it was written
+    assert "without their place: model_name 'small', dataset_path 'mine.jsonl'" in said(capsys).replace("\n", " ")
     assert_nowhere(tmp_path / "out", planted=(*PLANTED, str(tmp_path)))
     sent = tmp_path / "out" / "hub" / "blocks.3.hook_resid_post"
     assert json.loads((sent / "runner_cfg.json").read_text()) == {
@@ -264,10 +266,41 @@ def test_evaluate_saves_and_says_no_secret(tmp_path, capsys):
         URL,
     ]
     assert main(["evaluate", str(tmp_path / "sae"), *arguments]) == 0, said(capsys)
-    assert (out / "report.html").is_file()
+    page = (out / "report.html").read_text()
+    assert str(tmp_path) not in page  # what is handed around
+    assert "evaluate sae --tokens 600" in page
+    assert json.loads((out / "evaluation.json").read_text())["saes"][0]["place"] == str(tmp_path / "sae")
     assert_nowhere(out, said(capsys))
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     config["metadata"]["model_from_pretrained_kwargs"] = {"token": TOKEN}
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
     assert main(["evaluate", str(tmp_path / "sae"), *arguments[:-2], "--overwrite"]) == 2  # a file asks for nothing
     assert_nowhere(out, said(capsys))
+
+
+def test_what_saebench_saves_of_an_sae_has_no_secrets(tmp_path):
+    sae = prepare(make_sae("cosine_topk"), model_name="bundled", hook_name=HOOK)
+    found = {"sae_cfg_dict": {"metadata": {"token": "abc", "said": TOKEN}}, "eval_result_metrics": {"a": {"b": 0.1}}}
+
+    class Row:
+        name, module = "core", None
+
+        @staticmethod
+        def call(module, config, call):
+            (call.output / "x_eval_results.json").write_text(json.dumps(found))
+
+    runner = _Runner(tmp_path, None, "cpu", Judge(), None, True)
+    runner._call(Row, {}, sae, tmp_path, tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "sae_cfg_dict": {"metadata": {"said": "(hidden)"}},
+        "eval_result_metrics": {"a": {"b": 0.1}},
+    }
+
+
+def test_a_key_that_wandb_echoes_is_not_said():
+    def refuse():
+        raise RuntimeError(f"api_key={KEY} is not known")
+
+    with pytest.warns(UserWarning, match=r"api_key=\(hidden\) is not known") as told:
+        _kept_going(refuse, LoggingConfig())()
+    assert KEY not in str(told[0].message)

@@ -78,15 +78,21 @@ def check_options(options: Any) -> None:
 def share_on_hub(options: Any) -> str:
     """Upload to the Hub, or write what would be; returns what to tell the user."""
     bundle = gather(options.path, options.repo, options.id, options.license)
+    unnamed = ""
+    if bundle.unnamed:
+        unnamed = (
+            f"\nOn this machine only, and published without their place: {', '.join(bundle.unnamed)}. To have others find them, put "
+            "their names on the Hub into the metadata in cfg.json."
+        )
     if options.dry_run:
         folder = write(bundle, options.output / "hub")
-        return f"Nothing was sent. Written to {folder}: {len(bundle.files)} files for {options.repo}."
+        return f"Nothing was sent. Written to {folder}: {len(bundle.files)} files for {options.repo}.{unnamed}"
     if options.quiet:
         disable_progress_bars()
     published = upload(bundle, private=options.private, replace_card=options.replace_card)
     kept = "\nIts README.md was there before and is unchanged; --replace-card writes the new one."
     loads = "".join(f'\n  SAE.from_pretrained("{options.repo}", "{sae_id}")' for sae_id in bundle.sae_ids)
-    return f"{published.url}{loads}{kept if published.card_kept else ''}"
+    return f"{published.url}{loads}{kept if published.card_kept else ''}{unnamed}"
 
 
 def share_on_neuronpedia(options: Any, progress: Progress) -> str:

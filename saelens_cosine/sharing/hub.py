@@ -45,11 +45,13 @@ class Bundle:
         repo_id (str): `owner/name` on the Hub.
         sae_ids (tuple[str, ...]): Folder of each SAE in the repository, the second argument of `SAE.from_pretrained`.
         files (Mapping[str, Path | bytes]): By path in the repository: a local file, or its content.
+        unnamed (tuple[str, ...]): Models and datasets on this machine, by the last name of their place, under which nobody else finds them.
     """
 
     repo_id: str
     sae_ids: tuple[str, ...]
     files: Mapping[str, Path | bytes]
+    unnamed: tuple[str, ...] = ()
 
 
 class Published(NamedTuple):
@@ -127,6 +129,7 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
         )
     configs: dict[str, SAEConfig] = {}
     files: dict[str, Path | bytes] = {}
+    unnamed: dict[str, None] = {}
     for relative, folder in folders.items():
         config = load_for_sharing(folder).cfg
         name = check_name(
@@ -134,6 +137,8 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
             "id of the SAE (--id, or the hook name in its metadata)",
         )
         for key, value in published(config.metadata.to_dict()).items():
+            if key in ("model_name", "dataset_path") and value and value != without_secrets(config.metadata[key]):
+                unnamed[f"{key} {value!r}"] = None
             config.metadata[key] = value
         configs[name] = config
         files |= {f"{name}/{file}": _publishable(folder / file) for file in SAE_FILES if (folder / file).is_file()}
@@ -153,7 +158,7 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
             raise
         raise ComparisonFileError(evaluation / COMPARISON, f"{type(error).__name__}: {error}") from error
     files |= {**measured, CARD: card.encode()}
-    return Bundle(repo_id, tuple(configs), files)
+    return Bundle(repo_id, tuple(configs), files, tuple(unnamed))
 
 
 def write(bundle: Bundle, folder: str | Path) -> Path:

@@ -18,6 +18,8 @@ import sae_lens.training.sae_trainer
 import wandb
 from sae_lens import LoggingConfig
 
+from saelens_cosine.files.secrets import without_secrets
+
 MODULES = (sae_lens.llm_sae_training_runner, sae_lens.training.sae_trainer)
 
 
@@ -63,7 +65,7 @@ def _kept_going(call: Callable[..., Any], logger: LoggingConfig) -> Callable[...
         except Exception as error:  # W&B's own, the network's, its files': none is worth a run
             logger.log_to_wandb = False
             warnings.warn(
-                f"W&B has failed ({type(error).__name__}: {error}); the run goes on without it. Its figures until here are where "
+                f"W&B has failed ({type(error).__name__}: {without_secrets(str(error))}); the run goes on without it. Its figures until here are where "
                 "W&B keeps them (wandb/).",
                 stacklevel=2,
             )

@@ -55,7 +55,7 @@ from saelens_cosine.evaluation.saebench.scopes import (
 from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.output import open_output
-from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.training.norm_filter import HighNormFilter
@@ -310,7 +310,8 @@ class _Runner:
                     f"SAEBench's {row.name} ended without a result file. "
                     + (errors.getvalue().strip() or f"The end of its output: {_tail(self.log)}")
                 )
-            written[0].replace(unfinished)
+            # with the SAE's config, whose metadata may say anything
+            unfinished.write_text(json.dumps(scrubbed(json.loads(written[0].read_text())), indent=2))
 
     @contextlib.contextmanager
     def _scopes(self) -> Generator[None, None, None]:
