@@ -14,7 +14,7 @@ from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.saebench import Judge, prepare
 from saelens_cosine.evaluation.saebench.runner import _Runner
-from saelens_cosine.files.secrets import published, scrubbed, without_secrets
+from saelens_cosine.files.secrets import as_typed, published, scrubbed, without_secrets
 from saelens_cosine.training.wandb_log import _kept_going
 
 TOKEN = "hf_PlantedPlantedPlanted"
@@ -63,6 +63,10 @@ def said(capsys) -> str:
         ("token='abc' and api_key=abc", "token='(hidden)' and api_key=(hidden)"),
         ("""{"token": "abc", 'hf_token': 'abc'}""", """{"token": "(hidden)", 'hf_token': '(hidden)'}"""),
         ("sk-abcdefghijklmnopqrst", "(hidden)"),
+        ("Authorization: Basic dXNlcjpwdw==", "Authorization: Basic (hidden)"),
+        ("Authorization: token abcdef", "Authorization: token (hidden)"),
+        ("X-Api-Key: abcdef, Host: a", "X-Api-Key: (hidden), Host: a"),
+        ("--token=abc --max-token=5", "--token=(hidden) --max-token=5"),
         ("max_tokens=5, bos_token='<s>', tokens: 3, token: a", "max_tokens=5, bos_token='<s>', tokens: 3, token: a"),
         ("No Hugging Face token. Set HF_TOKEN to a token", "No Hugging Face token. Set HF_TOKEN to a token"),
         ("blocks.3.hook_resid_post, gpt2/res-cosine", "blocks.3.hook_resid_post, gpt2/res-cosine"),
@@ -71,6 +75,13 @@ def said(capsys) -> str:
 def test_text_without_secrets(text, told):
     assert without_secrets(text) == told
     assert without_secrets(told) == told
+
+
+def test_what_follows_a_flag_for_a_secret_is_hidden():
+    assert (
+        as_typed(["share", "--hf-token", "abc", "--tokens", "5", "a b"])
+        == "share --hf-token '(hidden)' --tokens 5 'a b'"
+    )
 
 
 def test_a_key_that_says_nothing_is_not_looked_for(monkeypatch):
@@ -82,10 +93,14 @@ def test_entries_that_are_called_like_a_secret_go():
     given = {
         "token": "abc",
         "dtype": "float32",
-        "more": [{"api_key": "abc", "bos_token": "<s>", "tokens": 5}],
+        "more": [{"api_key": "abc", "bos_token": "<s>", "tokens": 5}, {"token": ["abc"], "headers": {"Cookie": "a=b"}}],
         "hf_token": None,
     }
-    assert scrubbed(given) == {"dtype": "float32", "more": [{"bos_token": "<s>", "tokens": 5}], "hf_token": None}
+    assert scrubbed(given) == {
+        "dtype": "float32",
+        "more": [{"bos_token": "<s>", "tokens": 5}, {"headers": {}}],
+        "hf_token": None,
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,6 +116,7 @@ def test_entries_that_are_called_like_a_secret_go():
         ("model_name", "/home/me/models/small", "small"),
         ("model_name", "gpt2", "gpt2"),
         ("reason", "No space left: '/home/me/runs/x' and/or so", "No space left: 'x' and/or so"),
+        ("reason", "No space left: '/home/me/my runs/x', 1/2 and/or so", "No space left: 'x', 1/2 and/or so"),
         ("path", "cosine_topk/seed0", "cosine_topk/seed0"),
         ("hook_name", "blocks.3.hook_resid_post", "blocks.3.hook_resid_post"),
         ("dataset_path", "https://me:word@host/a/b.jsonl?sig=1", "https://host/a/b.jsonl"),

@@ -17,18 +17,24 @@ HIDDEN = "(hidden)"
 _NAME = (
     r"(?:[a-z0-9]+[_-])*(?:(?:auth|access|api|hf|hub|huggingface|refresh|session|secret|bearer|private)[_-]?token"
     r"|api[_-]?key|access[_-]?key|secret[_-]?key|private[_-]?key|passwd|password|passphrase|secret|credentials?"
-    r"|authorization)"
+    r"|authorization|cookie)"
 )
 """What secrets are called. Not `bos_token`, `max_tokens`."""
 
 _CALLED = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _GIVEN = re.compile(
-    rf"""((?:(?<![\w-])(?:{_NAME}|token)["']?\s*=\s*|["'](?:{_NAME}|token)["']\s*:\s*)["']?)(?!\(hidden)[^\s"',;&)}}]+""",
+    rf"""((?:(?<![\w-])-{{0,2}}(?:{_NAME}|token)["']?\s*=\s*|["'](?:{_NAME}|token)["']\s*:\s*|(?<![\w-]){_NAME}:\s*)["']?)"""
+    r"""(?!\(hidden|(?:Bearer|Basic|token)\s)[^\s"',;&)}]+""",
     re.IGNORECASE,
 )
-_BEARER = re.compile(r"\b(Bearer|Basic)\s+(?=\S*[\d_.-])[\w.~+/=-]{4,}", re.IGNORECASE)
-_SHAPED = re.compile(r"(?<![\w-])(?:hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16})")
-"""Tokens of the Hub, GitHub, OpenAI and Amazon, which show what they are."""
+_BEARER = re.compile(
+    r"(?:\b(Bearer|Basic)\s+(?=\S*[\d_.=-])|(?<=authorization: )(token)\s+)[\w.~+/=-]{4,}", re.IGNORECASE
+)
+_SHAPED = re.compile(
+    r"(?<![\w-])(?:hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
+)
+"""Tokens of the Hub, GitHub, GitLab, OpenAI, Amazon and Google, and signed ones (JWT), which show what they are."""
 
 _ADDRESS = re.compile(r"(\w{2,}://?)(?:[^/\s]*@)?([^\s?#]*)[?#]?\S*")
 """With one slash too, as `Path` writes them."""
@@ -49,13 +55,20 @@ _PLACES = (
 )
 """Entries that may be a local folder or file, or else a name on the Hub."""
 
-_PATH = re.compile(r"""(?<![\w:/.~-])(?:file://)?(?:~|[A-Za-z]:)?[\\/][^\s"'\\/:,;()]+[\\/][^\s"':,;()]*""")
+_PATH = re.compile(
+    r"""(?<=')[~]?/[^'\n]+/[^'\n]*(?=')|(?<=")[~]?/[^"\n]+/[^"\n]*(?=")"""  # where there are quotes, blanks belong to it
+    r"""|(?<![\w:/.~-])(?:file://)?(?:~|[A-Za-z]:)?[\\/][^\s"'\\/:,;()]+[\\/][^\s"':,;()]*"""
+)
 """An absolute path of at least two parts in a sentence."""
 
 
 def as_typed(command: Sequence[str]) -> str:
     """A command line for a shell, without secrets."""
-    return shlex.join(without_secrets(part) for part in command)
+    flags = ["", *command]  # before each word
+    hidden = (flag.startswith("-") and _CALLED.fullmatch(flag.lstrip("-")) for flag in flags)
+    return shlex.join(
+        HIDDEN if secret else without_secrets(part) for secret, part in zip(hidden, command, strict=False)
+    )
 
 
 def without_secrets(text: str) -> str:
@@ -63,7 +76,7 @@ def without_secrets(text: str) -> str:
     text = _ADDRESS.sub(r"\1\2", text)
     for secret in _known():
         text = text.replace(secret, HIDDEN)
-    text = _BEARER.sub(rf"\1 {HIDDEN}", text)
+    text = _BEARER.sub(lambda found: f"{found[1] or found[2]} {HIDDEN}", text)
     return _SHAPED.sub(HIDDEN, _GIVEN.sub(rf"\1{HIDDEN}", text))
 
 
@@ -96,7 +109,8 @@ def published(value: Any, name: str = "") -> Any:
 
 
 def _is_secret(name: object, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, str) and _CALLED.fullmatch(name) is not None
+    said = isinstance(value, str | bytes | list | tuple | Mapping)  # not None, True, a number
+    return said and isinstance(name, str) and _CALLED.fullmatch(name) is not None
 
 
 def _is_local(text: str) -> bool:
