@@ -29,7 +29,7 @@ from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_opti
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
 from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.faults import FAULTS, line_of
-from saelens_cosine.files.secrets import as_typed, without_secrets
+from saelens_cosine.files.secrets import as_typed, logged_without_secrets, without_secrets
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.progress import shown
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
@@ -39,7 +39,7 @@ from saelens_cosine.training.stop import StopError, exit_status, raising_on_sigt
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    with raising_on_sigterm():
+    with raising_on_sigterm(), logged_without_secrets():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 
 

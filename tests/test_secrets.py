@@ -1,6 +1,8 @@
 """Nothing that is planted is found in what may be published, nor in what is printed."""
 
 import json
+import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.saebench import Judge, prepare
 from saelens_cosine.evaluation.saebench.runner import _Runner
-from saelens_cosine.files.secrets import as_typed, published, scrubbed, without_secrets
+from saelens_cosine.files.secrets import as_typed, logged_without_secrets, published, scrubbed, without_secrets
 from saelens_cosine.training.wandb_log import _kept_going
 
 TOKEN = "hf_PlantedPlantedPlanted"
@@ -75,6 +77,15 @@ def said(capsys) -> str:
 def test_text_without_secrets(text, told):
     assert without_secrets(text) == told
     assert without_secrets(told) == told
+
+
+def test_what_libraries_log_and_warn_of_is_without_secrets(caplog, capsys):
+    with logged_without_secrets():
+        logging.getLogger("huggingface_hub").warning("HTTP Error 503 while requesting %s %s", "PUT", URL)
+        told = warnings.formatwarning(UserWarning(f"no {TOKEN}"), UserWarning, "a.py", 1)
+    assert caplog.messages[0] == "HTTP Error 503 while requesting PUT https://judge:8000/v1"
+    assert "no (hidden)" in told
+    assert TOKEN in warnings.formatwarning(UserWarning(TOKEN), UserWarning, "a.py", 1)
 
 
 def test_what_follows_a_flag_for_a_secret_is_hidden():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -78,6 +81,29 @@ def without_secrets(text: str) -> str:
         text = text.replace(secret, HIDDEN)
     text = _BEARER.sub(lambda found: f"{found[1] or found[2]} {HIDDEN}", text)
     return _SHAPED.sub(HIDDEN, _GIVEN.sub(rf"\1{HIDDEN}", text))
+
+
+@contextmanager
+def logged_without_secrets() -> Generator[None]:
+    """While the block lasts, what any library logs or warns of is without secrets: the Hub's client tells addresses that are signed."""
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        with suppress(TypeError, ValueError, KeyError):  # a format that is wrong is for logging to complain of
+            made.msg, made.args = without_secrets(made.getMessage()), ()
+        return made
+
+    def formatted(message: Any, *args: Any, **kwargs: Any) -> str:
+        return form(without_secrets(str(message)), *args, **kwargs)
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        warnings.formatwarning = form
 
 
 def scrubbed(value: Any) -> Any:
