@@ -203,9 +203,9 @@ def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key not in LENS_ONLY | PLACEMENT | FOR_ALL or (key == "attn_implementation" and value not in ATTENTION):
             raise ValueError(
-                f"model_from_pretrained_kwargs of this SAE ask for {without_secrets(f'{key}={value!r}')}. An SAE's file may say how a model's weights "
-                "are loaded, and not run code from elsewhere or change where it is from. Where the model loads without, take the "
-                "entry out of the SAE's cfg.json."
+                f"model_from_pretrained_kwargs of this SAE ask for {without_secrets(f'{key}={value!r}')}. An SAE's file may say "
+                "how a model's weights are loaded, and not run code from elsewhere or change where it is from. Where the model "
+                "loads without, take the entry out of the SAE's cfg.json."
             )
         found[key] = str(value).removeprefix("torch.") if key == "dtype" else value
     dtype = found.get("dtype")

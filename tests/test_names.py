@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 from helpers import make_sae
@@ -144,6 +145,22 @@ def test_a_pipe_is_not_waited_for(file, sae, tmp_path, capsys):
             from_pretrained(sae)
     else:
         assert gather(sae, "me/saes", "a").files["a/README.md"]
+
+
+def test_what_is_no_file_is_not_published(sae, tmp_path, monkeypatch):
+    monkeypatch.chdir(sae)  # the place of a socket has at most 107 bytes
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind("runner_cfg.json")
+        (sae / "sparsity.safetensors").symlink_to("/dev/zero")
+        assert set(gather(sae, "me/saes", "a").files) == {
+            "a/cfg.json",
+            "a/sae_weights.safetensors",
+            "a/README.md",
+            "README.md",
+        }
+        (sae / "cfg.json").unlink()
+        (sae / "cfg.json").symlink_to("/dev/zero")
+        assert main(["share", ".", "--repo", "me/saes", "--dry-run", "--output", str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize("name", [MANIFEST, LOCK, "evaluation.json", "report.html"])

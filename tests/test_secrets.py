@@ -81,7 +81,7 @@ def test_text_without_secrets(text, told):
 
 def test_what_libraries_log_and_warn_of_is_without_secrets(caplog, capsys):
     with logged_without_secrets():
-        logging.getLogger("huggingface_hub").warning("HTTP Error 503 while requesting %s %s", "PUT", URL)
+        logging.getLogger("a_library").warning("HTTP Error 503 while requesting %s %s", "PUT", URL)
         told = warnings.formatwarning(UserWarning(f"no {TOKEN}"), UserWarning, "a.py", 1)
     assert caplog.messages[0] == "HTTP Error 503 while requesting PUT https://judge:8000/v1"
     assert "no (hidden)" in told

@@ -52,7 +52,7 @@ Entry = Mapping[str, Any]
 
 
 def report_data(document: Mapping[str, Any]) -> ReportData:
-    """The sections of a report that an `evaluation.json` has figures for. The page may be published: it tells no places on this machine."""
+    """The sections of a report that an `evaluation.json` has figures for, without places on this machine: a page is handed around."""
     arms = by_arm(document["saes"])
     preferred = "without_sinks" if document["settings"]["sinks"] != "keep" else "with_sinks"
     data = ReportData(

@@ -26,7 +26,8 @@ _NAME = (
 
 _CALLED = re.compile(rf"{_NAME}|token", re.IGNORECASE)
 _GIVEN = re.compile(
-    rf"""((?:(?<![\w-])-{{0,2}}(?:{_NAME}|token)["']?\s*=\s*|["'](?:{_NAME}|token)["']\s*:\s*|(?<![\w-]){_NAME}:\s*)["']?)"""
+    rf"""((?:(?<![\w-])-{{0,2}}(?:{_NAME}|token)["']?\s*=\s*|["'](?:{_NAME}|token)["']\s*:\s*"""
+    rf"""|(?<![\w-]){_NAME}:\s*)["']?)"""
     r"""(?!\(hidden|(?:Bearer|Basic|token)\s)[^\s"',;&)}]+""",
     re.IGNORECASE,
 )
@@ -34,8 +35,8 @@ _BEARER = re.compile(
     r"(?:\b(Bearer|Basic)\s+(?=\S*[\d_.=-])|(?<=authorization: )(token)\s+)[\w.~+/=-]{4,}", re.IGNORECASE
 )
 _SHAPED = re.compile(
-    r"(?<![\w-])(?:hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
+    r"(?<![\w-])(?:hf_\w{8,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[A-Z0-9]{16}"
+    r"|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
 )
 """Tokens of the Hub, GitHub, GitLab, OpenAI, Amazon and Google, and signed ones (JWT), which show what they are."""
 
@@ -85,7 +86,7 @@ def without_secrets(text: str) -> str:
 
 @contextmanager
 def logged_without_secrets() -> Generator[None]:
-    """While the block lasts, what any library logs or warns of is without secrets: the Hub's client tells addresses that are signed."""
+    """While the block lasts, what libraries log and warn of is without secrets: the Hub's client tells signed addresses."""
     make, form = logging.getLogRecordFactory(), warnings.formatwarning
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:

@@ -81,8 +81,8 @@ def share_on_hub(options: Any) -> str:
     unnamed = ""
     if bundle.unnamed:
         unnamed = (
-            f"\nOn this machine only, and published without their place: {', '.join(bundle.unnamed)}. To have others find them, put "
-            "their names on the Hub into the metadata in cfg.json."
+            f"\nOn this machine only, and published without their place: {', '.join(bundle.unnamed)}. To have others find "
+            "them, put their names on the Hub into the metadata in cfg.json."
         )
     if options.dry_run:
         folder = write(bundle, options.output / "hub")

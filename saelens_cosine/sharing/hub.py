@@ -45,7 +45,7 @@ class Bundle:
         repo_id (str): `owner/name` on the Hub.
         sae_ids (tuple[str, ...]): Folder of each SAE in the repository, the second argument of `SAE.from_pretrained`.
         files (Mapping[str, Path | bytes]): By path in the repository: a local file, or its content.
-        unnamed (tuple[str, ...]): Models and datasets on this machine, by the last name of their place, under which nobody else finds them.
+        unnamed (tuple[str, ...]): Models and datasets on this machine, which nobody else finds by the last name of their place.
     """
 
     repo_id: str
@@ -210,8 +210,8 @@ def upload(bundle: Bundle, *, private: bool = False, replace_card: bool = False)
     except (HTTPError, OSError, RuntimeError) as error:  # an answer of the Hub, no connection, a blob not taken
         cause = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error
         raise OSError(
-            f"The upload to {bundle.repo_id} failed and nothing was published: {without_secrets(str(cause))}\nRun the same command again; what "
-            "the Hub has received is not sent twice."
+            f"The upload to {bundle.repo_id} failed and nothing was published: {without_secrets(str(cause))}\n"
+            "Run the same command again; what the Hub has received is not sent twice."
         ) from error
 
 

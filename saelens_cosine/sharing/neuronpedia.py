@@ -183,7 +183,8 @@ def _with_retries(what: str, function: Callable[[], _T], attempts: int, wait_s: 
             if attempt == attempts or not _may_pass(error):
                 tries = f" after {attempt} attempts" if attempt > 1 else ""
                 raise OSError(
-                    f"Neuronpedia: {what} failed{tries}: {without_secrets(str(error))} Batches taken before stay uploaded; run it again to go on."
+                    f"Neuronpedia: {what} failed{tries}: {without_secrets(str(error))} Batches taken before stay uploaded; "
+                    "run it again to go on."
                 ) from error
         time.sleep(wait_s * 2 ** (attempt - 1))
     raise ValueError(f"attempts={attempts} must be at least 1.")

@@ -65,8 +65,8 @@ def _kept_going(call: Callable[..., Any], logger: LoggingConfig) -> Callable[...
         except Exception as error:  # W&B's own, the network's, its files': none is worth a run
             logger.log_to_wandb = False
             warnings.warn(
-                f"W&B has failed ({type(error).__name__}: {without_secrets(str(error))}); the run goes on without it. Its figures until here are where "
-                "W&B keeps them (wandb/).",
+                f"W&B has failed ({type(error).__name__}: {without_secrets(str(error))}); the run goes on without it. "
+                "Its figures until here are where W&B keeps them (wandb/).",
                 stacklevel=2,
             )
 
