@@ -34,12 +34,12 @@ from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.progress import shown
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
-from saelens_cosine.training.stop import StopError, exit_status, raising_on_sigterm
+from saelens_cosine.training.stop import StopError, exit_status, raising_on_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    with raising_on_sigterm(), logged_without_secrets():
+    with raising_on_signals(), logged_without_secrets():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 
 

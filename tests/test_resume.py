@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features
+from sae_lens.training._interruption import interrupt_callback
 from small_runs import HOOK, assert_bit_identical, flags, weights, write_text
 
 from saelens_cosine.cli import main
 from saelens_cosine.training.command import train
 from saelens_cosine.training.resume import ResumableRun
-from saelens_cosine.training.stop import StopError
+from saelens_cosine.training.stop import StopError, handled
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +211,9 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
         "compare": ["--dataset", str(text), "--output", str(tmp_path / "out"), "--quiet"],
         "evaluate": [str(tmp_path), "--output", str(tmp_path / "out"), "--quiet"],
     }
-    before = signal.getsignal(signal.SIGTERM)
-    assert main([command, *arguments[command]]) == status
+    left_by_saelens = dict.fromkeys((signal.SIGINT, signal.SIGTERM), interrupt_callback)  # by an earlier training
+    with handled(left_by_saelens):
+        assert main([command, *arguments[command]]) == status
+        assert {each: signal.getsignal(each) for each in left_by_saelens} == left_by_saelens
     assert "Interrupted" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".lock") or ".unfinished" in path.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,21 +38,31 @@ def exit_status(stopped: BaseException) -> int:
 
 
 @contextmanager
-def raising_on_sigterm() -> Generator[None]:
-    """Have SIGTERM end a command as SIGINT does, so that locks and unfinished files go. In a thread nothing changes."""
+def raising_on_signals() -> Generator[None]:
+    """Have SIGTERM end a command as SIGINT does, so that locks and unfinished files go, and SIGINT so too, whatever handler
+    SAELens has left from an earlier training in this process. In a thread nothing changes."""
 
     def terminate(_number: int, _frame: Any) -> None:
         raise TerminatedError
 
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # only the main thread may
+    with handled({signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}):
         yield
-        return
+
+
+@contextmanager
+def handled(handlers: Mapping[int, Any]) -> Generator[None]:
+    """Handle signals in a with block; the handlers from before come back at its end. In a thread nothing changes."""
+    before: dict[int, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            before[number] = signal.signal(number, handler)
+    except ValueError:  # only the main thread may
+        pass
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequests:
@@ -74,14 +84,5 @@ class StopRequests:
     @contextmanager
     def watched(self) -> Generator[StopRequests]:
         """Take the signals; the handlers from before come back at the end. In a thread none are taken."""
-        before: dict[int, Any] = {}
-        try:
-            for number in self.signals:
-                before[number] = signal.signal(number, self)
-        except ValueError:  # only the main thread may
-            pass
-        try:
+        with handled(dict.fromkeys(self.signals, self)):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

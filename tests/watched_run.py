@@ -1,0 +1,102 @@
+"""Trains for a while under watch: memory, open files, threads, and CPU time per step.
+
+As a script: `python watched_run.py SECONDS EVERY FOLDER`, which prints one line of JSON per sample. The run is stopped by SIGTERM, as a
+cluster would, so that its last checkpoint is written too.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass
+class Sample:
+    """What the process holds at one moment; memory in MB, times in seconds since its first step."""
+
+    wall: float
+    cpu: float
+    steps: int
+    memory: float
+    files: int
+    threads: int
+
+
+def watch(seconds: float, every: float, folder: Path) -> list[Sample]:
+    """Run it in a process of its own.
+
+    Args:
+        seconds: how long it trains.
+        every: seconds between two samples.
+        folder: for the text, the SAE and its checkpoints.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__, str(seconds), str(every), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert done.returncode == 143, done.returncode
+    return [Sample(**json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def _run(seconds: float, every: float, folder: Path) -> int:
+    import torch
+    from small_runs import flags, write_text
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from saelens_cosine.cli import main
+
+    torch.set_num_threads(1)
+    steps = 0
+    finished = threading.Event()
+
+    def count(*_):
+        nonlocal steps
+        steps += 1
+
+    def sample():
+        while not steps:
+            time.sleep(0.01)
+        wall, cpu = time.monotonic(), time.process_time()
+        while not finished.wait(every):
+            now = Sample(
+                time.monotonic() - wall,
+                time.process_time() - cpu,
+                steps,
+                int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
+                len(os.listdir("/proc/self/fd")),
+                len(os.listdir("/proc/self/task")),
+            )
+            os.write(stdout, (json.dumps(asdict(now)) + "\n").encode())
+            if now.wall >= seconds:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    register_optimizer_step_post_hook(count)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    command = flags(
+        write_text(folder / "text.jsonl"),
+        folder / "sae",
+        architecture=os.environ.get("WATCHED", "cosine_batchtopk"),
+        d_sae=1024,
+        training_tokens=int(1e10),
+        n_checkpoints=int(1e10 / 100_000),
+    )
+    try:
+        return main(["train", *command])
+    finally:
+        finished.set()
+
+
+if __name__ == "__main__":
+    sys.exit(_run(float(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])))
