@@ -5,13 +5,15 @@ import os
 import signal
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Array2D, Dataset, Features
+from datasets import Array2D, Dataset, Features, IterableDataset
 from sae_lens.training._interruption import interrupt_callback
 from small_runs import HOOK, assert_bit_identical, flags, weights, write_text
 
+from saelens_cosine import data
 from saelens_cosine.cli import main
 from saelens_cosine.training.command import train
 from saelens_cosine.training.resume import ResumableRun
@@ -39,6 +41,16 @@ def run(arguments, **options):
     return train(arguments, **options)
 
 
+def shards(numbers):
+    for number in numbers:
+        for row in np.random.default_rng(number).integers(0, 300, size=(200, 12)):
+            yield {"text": " ".join(f"w{word}" for word in row)}
+
+
+HUB = IterableDataset.from_generator(shards, gen_kwargs={"numbers": list(range(8))})
+"""1600 rows in 8 files, whose order is shuffled as rows are."""
+
+
 CASES = {
     "batchtopk": {},
     "scaled": {"normalize_activations": "expected_average_only_in", "n_batches_for_norm_estimate": 3},
@@ -48,11 +60,19 @@ CASES = {
     "no mixing": {"activations_mixing_fraction": 0},
     "all mixed": {"activations_mixing_fraction": 1},
     "single documents": {"disable_concat_sequences": "true", "store_batch_size_prompts": 2},
+    "prefetched": {"prefetch_llm_batches": 3},
+    "a stream of the Hub": {"dataset_path": "someone/text"},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_and_resumed_ends_with_the_same_bits(case, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHUFFLED_AT_ONCE", 50)
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **options: HUB if name == "someone/text" else load(name, **options)
+    )
+
     def arguments(name: str) -> list[str]:
         return flags(text, tmp_path / name, **CASES[case])
 
