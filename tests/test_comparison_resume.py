@@ -1,7 +1,7 @@
 """`compare` that is stopped and resumed ends with the same comparison.json, times aside."""
 
 import json
-import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -117,10 +117,11 @@ def test_an_overwriting_run_is_gone_on_with_and_the_old_result_stays_until_it_is
     assert left == [".comparison-run"]
 
 
-def test_a_broken_record_of_a_seed_costs_its_evaluation_and_a_word(whole, text, tmp_path, capsys):
-    assert main(command(text, tmp_path)) == 0
-    record = tmp_path / ".comparison-run" / "seed0.json"
-    os.truncate(record, 40)
-    os.utime(record)
-    assert main([*command(text, tmp_path), "--resume"]) in (0, 2)
-    assert "seed0.json" in capsys.readouterr().err
+@pytest.mark.parametrize("damaged", ['{"settings": {"k": 4}, "ar', "[" * 100_000, "[]"])
+def test_a_broken_record_of_a_seed_costs_its_training_and_a_word(damaged, whole, text, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".comparison-run" / "seed0.json").write_text(damaged)
+    assert main([*command(text, tmp_path), "--resume"]) == 0
+    assert "seed0.json is broken" in capsys.readouterr().err
+    assert result(tmp_path) == result(whole)
+    assert weights(tmp_path) == weights(whole)

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import os
 import warnings
 from datetime import datetime
 
@@ -679,10 +680,19 @@ def test_refusals(tmp_path, capsys):
     (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
     assert main(["evaluate", folder, "--output", str(tmp_path / "out"), "--quiet"]) == 2
     assert "hook=None" in capsys.readouterr().err
-    (tmp_path / "settings.json").write_text("[]")
     flags = ["--saebench-settings", str(tmp_path / "settings.json"), "--quiet", "--output", str(tmp_path / "out")]
+    for settings, said in (
+        ("[]", "object of objects"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON: nested too"),
+    ):
+        (tmp_path / "settings.json").write_text(settings)
+        assert main(["evaluate", folder, *flags]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "settings.json").unlink()
+    os.mkfifo(tmp_path / "settings.json")
     assert main(["evaluate", folder, *flags]) == 2
-    assert "object of objects" in capsys.readouterr().err
+    assert "settings.json is not there, or is no file" in capsys.readouterr().err
 
 
 def test_a_sample_knows_its_contexts_and_sinks():

@@ -104,5 +104,10 @@ def test_the_command_keeps_replaces_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (out / "report.html").exists()
     assert run("two", more=["--overwrite"]) == 0
     assert places() == ["two"]
+    good = (out / "evaluation.json").read_text()
+    (out / "evaluation.json").write_text("[" * 100_000)  # no longer ours
+    assert run("two") == 2
+    assert "is never replaced" in capsys.readouterr().err
+    (out / "evaluation.json").write_text(good)
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "report.html", "measured", "notes", MANIFEST}
     assert len(list((out / "measured").iterdir())) == 2

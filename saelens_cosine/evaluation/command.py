@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.evaluation.saebench import Judge
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.files.whole import read_json
 
 COLUMNS = (
     ("FVE", "{:.4f}"),
@@ -155,7 +155,7 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
     if file is None:
         return {}
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
     except ValueError as error:
         raise ValueError(f"--saebench-settings {file} is not JSON: {error}") from error
     if not isinstance(settings, dict) or not all(isinstance(value, dict) for value in settings.values()):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
+
+from saelens_cosine.files.whole import read_json
 
 
 class ComparisonFileError(ValueError):
@@ -24,8 +25,8 @@ def read_comparison(file: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        content: Any = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        content: Any = read_json(file)
+    except ValueError as error:
         raise ComparisonFileError(file, f"no JSON: {error}") from error
     arms: Any = cast("dict[str, Any]", content).get("arms") if isinstance(content, dict) else None
     if not isinstance(arms, list):

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
-from saelens_cosine.files.names import below
+from saelens_cosine.files.names import below, unused
 from saelens_cosine.files.output import Output, open_output
+from saelens_cosine.files.whole import read_json
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
 
@@ -59,12 +60,16 @@ class ComparisonState:
         if not self.resume or not path.is_file():
             return None
         try:
-            found: Any = json.loads(path.read_text())
+            found: Any = read_json(path)
             settings, arms, share = found["settings"], [arm_from_json(arm) for arm in found["arms"]], found["share"]
             failed = [FailedArm(**arm) for arm in found["failed"]]
             places = [below(self.output.results, arm.path, "path of an SAE") for arm in arms]
         except (ValueError, KeyError, TypeError) as error:
-            _tell(f"{path} is broken ({type(error).__name__}); seed {seed} goes on from its newest checkpoint.")
+            aside = unused(path.with_name(f"broken-{path.name}"))
+            path.rename(aside)  # its place is needed, and what is in it is not what was written
+            _tell(
+                f"{path} is broken ({type(error).__name__}) and now {aside.name}; seed {seed} goes on from its newest checkpoint."
+            )
             return None
         check_same(settings, self.settings, path)
         if not all(place.is_dir() for place in places):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +11,7 @@ from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine.files.whole import read_json
 
 FILES = ("evaluation.json", "report.html")
 """What an evaluation gathers its results in. Those in `measured/` are named by their content, and never replaced."""
@@ -46,10 +46,8 @@ def begin(
 
 def _read(file: Path) -> dict[str, Any] | None:
     """A file that `evaluate` has written, of whatever version."""
-    if not file.is_file():  # a pipe would be waited for, for ever
-        return None
     try:
-        content: Any = json.loads(file.read_text())
+        content: Any = read_json(file)
     except (OSError, ValueError):
         return None
     ours = isinstance(content, dict) and str(content.get("schema")).startswith("saelens-cosine-evaluation/")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 from saelens_cosine.evaluation.plain import digest
-from saelens_cosine.files.whole import write_json
+from saelens_cosine.files.whole import read_json, write_json
 
 
 def keep(measured: dict[str, Any], file: Path) -> None:
@@ -22,8 +21,8 @@ def read_kept(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content: Any = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        content: Any = read_json(file)
+    except ValueError as error:
         fault = f"no JSON: {error}"
     else:
         if not (isinstance(content, dict) and {"result", "seconds"} <= set(cast("dict[str, Any]", content))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from saelens_cosine.evaluation.comparison_file import comparison_beside
+from saelens_cosine.files.whole import read_json
 
 
 class Source(NamedTuple):
@@ -135,11 +135,9 @@ def _arms_of(file: Path) -> list[str]:
 
 
 def _training_architecture(folder: Path) -> str:
-    if not (folder / "cfg.json").is_file():  # a pipe would be waited for, for ever
-        return ""
     try:
-        return str(json.loads((folder / "cfg.json").read_text())["metadata"]["training_architecture"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # loading it says what is wrong
+        return str(read_json(folder / "cfg.json")["metadata"]["training_architecture"])
+    except (OSError, ValueError, KeyError, TypeError):  # loading it says what is wrong
         return ""
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from saelens_cosine.files.names import check_name
-from saelens_cosine.files.whole import write_json
+from saelens_cosine.files.whole import read_json, write_json
 
 MANIFEST = ".saelens-cosine.json"
 """Its file in an output folder."""
@@ -91,10 +90,8 @@ def _read(folder: Path) -> dict[str, dict[str, list[Entry]]]:
     if not path.exists():
         return {}
     broken = f"{path} is no list of this package's files. Move it away."
-    if not path.is_file():  # a pipe would be waited for, for ever
-        raise ValueError(broken)
     try:
-        content: Any = json.loads(path.read_text())
+        content: Any = read_json(path)
         return {
             what: {
                 check_name(name, "file"): [Entry(size=entry["size"], sha256=entry["sha256"]) for entry in entries]
@@ -102,7 +99,7 @@ def _read(folder: Path) -> dict[str, dict[str, list[Entry]]]:
             }
             for what, kind in content["files"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(broken) from None
 
 

@@ -37,3 +37,13 @@ def check_name(name: object, what: str) -> str:
             "as layer_3."
         )
     return name
+
+
+def unused(path: Path) -> Path:
+    """This path, or one beside it with a number, where nothing is yet."""
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

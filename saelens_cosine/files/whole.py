@@ -91,6 +91,22 @@ def write_json(value: Any, path: str | Path, indent: int | None = 1) -> None:
     write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", path)
 
 
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is none, or a pipe, which would be waited for, for ever.
+        ValueError: it is no JSON, or nested too deeply.
+        OSError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there, or is no file.")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def remove_unfinished(folder: Path) -> list[Path]:
     """Remove what killed writers have left in this folder itself; only safe while nobody else writes to it."""
     left = [path for path in folder.iterdir() if _UNFINISHED.match(path.name)]

@@ -26,7 +26,7 @@ from saelens_cosine.evaluation.comparison_file import ComparisonFileError, read_
 from saelens_cosine.evaluation.report import SCHEMA
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.secrets import published, without_secrets
-from saelens_cosine.files.whole import whole_folder
+from saelens_cosine.files.whole import read_json, whole_folder
 from saelens_cosine.loading.saelens import load_saelens
 from saelens_cosine.model_card import model_card, repository_card
 
@@ -220,7 +220,7 @@ def _publishable(file: Path) -> Path | bytes:
     if file.suffix != ".json":
         return file
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         told = published(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(

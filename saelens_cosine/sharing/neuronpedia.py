@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saelens_cosine.files.secrets import without_secrets
-from saelens_cosine.files.whole import whole_folder, write_json
+from saelens_cosine.files.whole import read_json, whole_folder, write_json
 from saelens_cosine.sharing.features import FeatureDashboard, TokenValue
 
 BATCH = 128
@@ -201,9 +201,9 @@ def _read(record: Path | None) -> dict[str, dict[str, str]]:
     if record is None or not record.is_file():
         return {}
     try:
-        content: Any = json.loads(record.read_text())
+        content: Any = read_json(record)
         return {str(name): dict(sent) for name, sent in content.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{record} is damaged ({error}), so what Neuronpedia has taken before is not known. Move it away to upload all again."
         ) from error

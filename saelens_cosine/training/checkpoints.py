@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from saelens_cosine.files.names import check_name
-from saelens_cosine.files.whole import whole_folder, write_json
+from saelens_cosine.files.names import check_name, unused
+from saelens_cosine.files.whole import read_json, whole_folder, write_json
 
 OWN_FOLDER = "saelens_cosine"
 """In a checkpoint of SAELens, what SAELens' own files lack."""
@@ -59,7 +58,7 @@ class Checkpoints:
         if target.exists():
             _remove(target)  # a broken one, or the same place of the same run
         if target.exists():
-            target.rename(_unused(self.folder / f"broken-{tokens}"))
+            target.rename(unused(self.folder / f"broken-{tokens}"))
         with whole_folder(target) as unfinished:
             (unfinished / OWN_FOLDER).mkdir()
             write(unfinished)
@@ -71,7 +70,7 @@ class Checkpoints:
     def set_aside(self) -> None:
         """Have no run go on from what is there; it goes with `remove_set_aside`."""
         for path in self.all():
-            path.rename(_unused(self.folder / f"{_ASIDE}{path.name}"))
+            path.rename(unused(self.folder / f"{_ASIDE}{path.name}"))
 
     def remove_set_aside(self) -> None:
         """Remove what `set_aside` has left, once something better is there."""
@@ -111,11 +110,9 @@ def check(checkpoint: Path) -> None:
 def _expected(checkpoint: Path) -> dict[str, str]:
     broken = f"Checkpoint {checkpoint} is broken: no {_CHECKSUMS} that can be read."
     try:
-        if not (checkpoint / _CHECKSUMS).is_file():  # a pipe would be waited for, for ever
-            raise BrokenCheckpointError(broken)
-        expected = json.loads((checkpoint / _CHECKSUMS).read_text())
+        expected = read_json(checkpoint / _CHECKSUMS)
         return {check_name(name, "file"): str(content) for name, content in expected.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise BrokenCheckpointError(broken) from error
 
 
@@ -136,15 +133,6 @@ def _remove(checkpoint: Path) -> None:
             path.rmdir()
     with suppress(OSError):
         checkpoint.rmdir()
-
-
-def _unused(path: Path) -> Path:
-    number = 1
-    candidate = path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
-    return candidate
 
 
 def _checksums(folder: Path) -> dict[str, str]:

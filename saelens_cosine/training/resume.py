@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
-from saelens_cosine.files.whole import whole_folder, write_text
+from saelens_cosine.files.whole import read_json, whole_folder, write_text
 from saelens_cosine.training.checkpoints import OWN_FOLDER, Checkpoints
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.stop import StopError, StopRequests
@@ -84,7 +84,7 @@ class SavedState:
         Raises:
             ValueError: another version of this package has written it.
         """
-        plain = json.loads((path / _STATE).read_text())
+        plain = read_json(path / _STATE)
         if plain.get("schema") != SCHEMA:
             raise ValueError(
                 f"Checkpoint {path} has layout {plain.get('schema')!r}, this version of saelens-cosine reads {SCHEMA!r}; "

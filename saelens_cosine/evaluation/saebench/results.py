@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.files.names import below
-from saelens_cosine.files.whole import write_json
+from saelens_cosine.files.whole import read_json, write_json
 
 SCHEMA = "saelens-cosine/saebench/1"
 """Layout of the record of one eval on one SAE; the number grows when a field changes its meaning or goes."""
@@ -127,7 +126,7 @@ class SAEBenchError(RuntimeError):
 
 def headline_metrics(path: Path) -> dict[str, float]:
     """The numbers of a SAEBench result file, `<category>.<metric>`."""
-    categories: dict[str, dict[str, Any]] = json.loads(path.read_text())["eval_result_metrics"]
+    categories: dict[str, dict[str, Any]] = read_json(path)["eval_result_metrics"]
     return {
         f"{category}.{metric}": float(value)
         for category, metrics in categories.items()
@@ -148,7 +147,7 @@ def load_record(path: Path) -> EvalResult | None:
     """A result that `save_record` wrote; None if there is none, or of another schema."""
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
+    record: dict[str, Any] = read_json(path)
     if record.pop("schema", None) != SCHEMA:
         return None
     for name in ("file", "file_without_high_norm"):
