@@ -3,7 +3,7 @@
 As a script it imports everything once and forks a process for each request, a line of JSON: the command line, the folder that is
 watched, and when to kill: at the nth time that something in that folder is opened, made, renamed or removed (between any two
 writes), or after so many seconds. The answer is a line too: exit status (-9: killed), how many such times there were, seconds, and the
-tokens trained on when it began to train and when it ended.
+tokens trained on behind its first step and behind its last, those of earlier seeds among them.
 """
 
 import json
@@ -56,23 +56,28 @@ def _watch(folder: str, kill_at: int, count: mmap.mmap) -> None:
 
 
 def _note_steps(count: mmap.mmap) -> None:
-    from sae_lens.training.sae_trainer import SAETrainer
+    from saelens_cosine.training.resume import ResumableRun
 
-    step = SAETrainer.step
+    after_step = ResumableRun._after_step
 
-    def noted(trainer, batch):
-        output = step(trainer, batch)
+    def noted(run):
+        trainer = run._trainer
+        place = run.runner.cfg.seed * trainer.cfg.total_training_samples + trainer.n_training_samples
         if not any(count[8:16]):
-            count[8:16] = trainer.n_training_samples.to_bytes(8, "little")
-        count[16:24] = trainer.n_training_samples.to_bytes(8, "little")
-        return output
+            count[8:16] = place.to_bytes(8, "little")
+        count[16:24] = place.to_bytes(8, "little")
+        after_step(run)
 
-    SAETrainer.step = noted
+    ResumableRun._after_step = noted
 
 
 def _child(request: dict, count: mmap.mmap) -> int:
-    from saelens_cosine.cli import main
+    from small_runs import small_batches
 
+    from saelens_cosine.cli import main
+    from saelens_cosine.training.recipe import RECIPES
+
+    RECIPES["paper"] = small_batches
     _note_steps(count)
     _watch(request["watched"], request["event"], count)
     null = os.open(os.devnull, os.O_RDWR)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from saelens_cosine.training.recipe import paper
+
 HOOK = "blocks.0.hook_resid_post"
 
 
@@ -43,6 +45,30 @@ def flags(text, output, **changes) -> list[str]:
     return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+def compare_flags(text, output, **changes) -> list[str]:
+    """Of `saelens-cosine compare`: two arms, two seeds, 1024 tokens each, with the batches of `small_batches` 8 steps."""
+    chosen = {
+        "model": "bundled",
+        "dataset": text,
+        "layer": 0,
+        "tokens": 1024,
+        "k": 4,
+        "d-sae": 24,
+        "seeds": 2,
+        "context-size": 32,
+        "eval-tokens": 320,
+        "output": output,
+        **changes,
+    }
+    options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
+    return ["--arms", "cosine_batchtopk", "inner_product_topk", *options, "--quiet"]
+
+
+def small_batches(tokens, batch=128):
+    """The paper's recipe, for `RECIPES`."""
+    return paper(tokens, batch)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "sae_weights.safetensors")
 
@@ -52,5 +78,8 @@ def assert_bit_identical(one: Path, other: Path) -> None:
     assert ones.keys() == others.keys()
     for name in ones:
         assert torch.equal(ones[name], others[name]), name
-    assert (one / "sparsity.safetensors").read_bytes() == (other / "sparsity.safetensors").read_bytes()
+    sparsities = [folder / "sparsity.safetensors" for folder in (one, other)]
+    assert sparsities[0].exists() == sparsities[1].exists()  # `compare` keeps none
+    if sparsities[0].exists():
+        assert sparsities[0].read_bytes() == sparsities[1].read_bytes()
     assert json.loads((one / "cfg.json").read_text()) == json.loads((other / "cfg.json").read_text())

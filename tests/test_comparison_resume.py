@@ -6,12 +6,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import write_text
+from small_runs import compare_flags, small_batches, write_text
 from test_resume import stop_after
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import comparison as comparison_module
-from saelens_cosine.training.recipe import RECIPES, paper
+from saelens_cosine.training.recipe import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +21,11 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setitem(RECIPES, "paper", lambda tokens, batch=128: paper(tokens, batch))
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
 
 
 def command(text, output, **changes) -> list[str]:
-    """Two arms, two seeds, 8 steps of 128 tokens each."""
-    chosen = {
-        "model": "bundled",
-        "dataset": text,
-        "layer": 0,
-        "tokens": 1024,
-        "k": 4,
-        "d-sae": 24,
-        "seeds": 2,
-        "context-size": 32,
-        "eval-tokens": 320,
-        "output": output,
-        **changes,
-    }
-    options = [part for name, value in chosen.items() for part in (f"--{name}", str(value))]
-    return ["compare", "--arms", "cosine_batchtopk", "inner_product_topk", *options, "--quiet"]
+    return ["compare", *compare_flags(text, output, **changes)]
 
 
 def result(folder: Path):
@@ -58,7 +43,7 @@ def weights(folder: Path):
 def whole(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(RECIPES, "paper", lambda tokens, batch=128: paper(tokens, batch))
+        patched.setitem(RECIPES, "paper", small_batches)
         assert main(command(text, folder)) == 0
     return folder
 
