@@ -13,6 +13,7 @@ from sae_lens.synthetic import (
     OrthogonalizationConfig,
     SyntheticModel,
     SyntheticModelConfig,
+    SyntheticSAERunner,
     eval_sae_on_synthetic_data,
 )
 from sae_lens.synthetic.evals import ClassificationMetrics
@@ -257,6 +258,48 @@ def test_differences_json_and_table_by_hand(tmp_path):
     assert "no difference seen" in list(differences.columns[3].cells)[3]  # explained variance: 0.9 everywhere
     with pytest.raises(ValueError, match="sink_share=0"):
         result.values("mcc", "cosine_batchtopk", 0.0, sinks=True)
+
+
+@pytest.mark.parametrize("bad", ["cosine_batchtopk", "batchtopk"])
+def test_an_arm_whose_training_becomes_non_finite_is_named_and_the_others_go_on(bad, monkeypatch, tmp_path):
+    whole = ground_truth(
+        replace(TINY, arms=("inner_product_batchtopk", bad), norm_spreads=(0.0,), seeds=2, sink_share=0)
+    )
+    run = SyntheticSAERunner.run
+
+    def poisoned(runner):
+        result = run(runner)
+        if result.sae.cfg.architecture() == bad:
+            result.sae.W_enc.data[0, 0] = float("nan")
+        return result
+
+    monkeypatch.setattr(SyntheticSAERunner, "run", poisoned)
+    result = ground_truth(whole.settings)
+    assert [(run.architecture, run.seed) for run in result.failed] == [(bad, 0), (bad, 1)]
+    assert "W_enc" in result.failed[0].reason
+    first = [replace(run, seconds=0) for run in whole.runs if run.architecture != bad]
+    assert [replace(run, seconds=0) for run in result.runs] == first
+    write_json(result, tmp_path / "ground_truth.json")
+    read = json.loads((tmp_path / "ground_truth.json").read_text())
+    assert [run["architecture"] for run in read["failed"]] == [bad, bad]
+    assert read["differences"] == []
+    means, differences, stopped = as_tables(result)
+    assert list(means.columns[2].cells)[1] == "none"
+    assert set(differences.columns[3].cells) == {"none"}
+    assert list(stopped.columns[1].cells) == [bad, bad]
+    with pytest.raises(FloatingPointError, match=f"{bad}, seed 0: W_enc"):
+        ground_truth(replace(whole.settings, arms=(bad,), seeds=1))
+
+
+def test_a_difference_takes_the_seeds_that_both_arms_have():
+    values = {"inner_product_batchtopk": {0: 0.5, 1: 0.6, 2: 0.7}, "cosine_batchtopk": {0: 0.6, 2: 0.8}}
+    runs = [
+        GroundTruthRun(arm, 0.0, seed, 2.0, result_of(mcc), None, None, 1.0)
+        for arm, by_seed in values.items()
+        for seed, mcc in by_seed.items()
+    ]
+    result = GroundTruth(replace(TINY, seeds=3), tuple(runs))
+    assert result.difference("mcc", "cosine_batchtopk", 0.0).mean == pytest.approx(0.1)
 
 
 def test_the_small_model_has_tokens_without_empty_ones_and_what_the_benchmark_has():

@@ -39,6 +39,7 @@ from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.files import whole
 from saelens_cosine.progress import shown
 from saelens_cosine.registry import check_training_architecture
+from saelens_cosine.training.monitor import check_finite
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
 SCHEMA = "saelens-cosine/ground-truth/1"
@@ -140,6 +141,24 @@ class GroundTruthRun:
 
 
 @dataclass(frozen=True)
+class FailedRun:
+    """
+    An SAE whose training became non-finite. It is neither saved nor scored.
+
+    Args:
+        architecture (str): Training architecture.
+        norm_spread (float): Spread of the token norms.
+        seed (int): Of the model, the initialisation and the samples.
+        reason (str): What was not finite.
+    """
+
+    architecture: str
+    norm_spread: float
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class GroundTruth:
     """
     All runs.
@@ -147,23 +166,28 @@ class GroundTruth:
     Args:
         settings (GroundTruthSettings): As given.
         runs (tuple[GroundTruthRun, ...]): By seed, then spread, then arm.
+        failed (tuple[FailedRun, ...]): Those that are missing there.
     """
 
     settings: GroundTruthSettings
     runs: tuple[GroundTruthRun, ...]
+    failed: tuple[FailedRun, ...] = ()
 
-    def values(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> list[float]:
-        """One of MEASURES for an arm at a spread, by seed."""
+    def values(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> dict[int, float]:
+        """One of MEASURES for an arm at a spread, by the seeds that were trained to their end."""
         scored = [run for run in self.runs if (run.architecture, run.norm_spread) == (architecture, norm_spread)]
-        results = [run.with_sinks if sinks else run.without_sinks for run in scored]
-        if None in results:
+        results = {run.seed: run.with_sinks if sinks else run.without_sinks for run in scored}
+        if None in results.values():
             raise ValueError("No sinks were planted (sink_share=0), so nothing was scored with them.")
-        return [MEASURES[measure](result) for result in results if result is not None]
+        return {seed: MEASURES[measure](result) for seed, result in results.items() if result is not None}
 
-    def difference(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> Difference:
-        """An arm minus the first one, paired by seed; needs two seeds."""
+    def difference(self, measure: str, architecture: str, norm_spread: float, sinks: bool = False) -> Difference | None:
+        """An arm minus the first one, paired by seed; None without two seeds that both have."""
         ours, first = (self.values(measure, arm, norm_spread, sinks) for arm in (architecture, self.settings.arms[0]))
-        return paired_difference(ours, first)
+        shared = [seed for seed in ours if seed in first]
+        if len(shared) < 2:
+            return None
+        return paired_difference([ours[seed] for seed in shared], [first[seed] for seed in shared])
 
 
 def ground_truth(
@@ -178,11 +202,13 @@ def ground_truth(
         on_progress: called with what is being done, runs done, and runs in all.
 
     Raises:
+        FloatingPointError: no arm could be trained to its end. One of several that could not is in `failed`.
         OSError: a model that is in no folder, and on the Hub cannot be reached.
     """
     progress = shown(on_progress)
     total = len(settings.arms) * len(settings.norm_spreads) * settings.seeds
     runs: list[GroundTruthRun] = []
+    failed: list[FailedRun] = []
     for seed in range(settings.seeds):
         model = load_model(settings, seed)
         modifier = model.activation_generator.modify_activations
@@ -192,10 +218,15 @@ def ground_truth(
             with temporary_seed(seed):
                 k = settings.k or _true_l0(model)
             for arm in settings.arms:
-                progress(f"Training {arm}, seed {seed}, norm spread {spread:g}", len(runs), total)
-                runs.append(_run(settings, model, arm, spread, seed, k))
+                progress(f"Training {arm}, seed {seed}, norm spread {spread:g}", len(runs) + len(failed), total)
+                try:
+                    runs.append(_run(settings, model, arm, spread, seed, k))
+                except FloatingPointError as error:
+                    failed.append(FailedRun(arm, spread, seed, str(error)))
     progress("Training", total, total)
-    return GroundTruth(settings, tuple(runs))
+    if not runs:
+        raise FloatingPointError("; ".join(f"{run.architecture}, seed {run.seed}: {run.reason}" for run in failed))
+    return GroundTruth(settings, tuple(runs), tuple(failed))
 
 
 def load_model(settings: GroundTruthSettings, seed: int) -> SyntheticModel:
@@ -238,6 +269,7 @@ def _run(
         trained = runner.run().sae
         model.feature_dict = plain
         seconds = time.perf_counter() - started
+        check_finite(trained)
         trained.save_inference_model(folder)
         saved = SAE.load_from_disk(folder, device=settings.device)
 
@@ -300,19 +332,20 @@ def as_json(result: GroundTruth) -> dict[str, Any]:
         "schema": SCHEMA,
         "settings": {**asdict(settings), "model": model},
         "runs": [asdict(run) for run in result.runs],
+        "failed": [asdict(run) for run in result.failed],
         "differences": [
             {
                 "architecture": arm,
                 "norm_spread": spread,
                 "sinks": sinks,
                 "measure": measure,
-                **asdict(result.difference(measure, arm, spread, sinks)),
+                **asdict(difference),
             }
             for arm in settings.arms[1:]
             for spread in settings.norm_spreads
             for sinks in ((False, True) if settings.sink_share else (False,))
             for measure in MEASURES
-            if settings.seeds > 1
+            if (difference := result.difference(measure, arm, spread, sinks)) is not None
         ],
     }
 
@@ -333,15 +366,21 @@ def as_tables(result: GroundTruth, sinks: bool = False) -> list[Table]:
     ].caption = "f1: several latents may claim one feature, as in SAELens; f1_one_to_one: one, the pairs of mcc."
     tables[0].caption_justify = "left"
     for spread, arm in ((spread, arm) for spread in s.norm_spreads for arm in s.arms):
-        by_measure = (result.values(measure, arm, spread, sinks) for measure in MEASURES)
+        by_measure = (list(result.values(measure, arm, spread, sinks).values()) for measure in MEASURES)
         tables[0].add_row(f"{spread:g}", arm, *map(_mean_and_spread, by_measure))
     if s.seeds > 1 and len(s.arms) > 1:
         tables.append(_table(f"Difference to {s.arms[0]}, paired by seed, 95 % interval", ("measure", "difference")))
         rows = [(spread, arm, measure) for spread in s.norm_spreads for arm in s.arms[1:] for measure in MEASURES]
         found = [result.difference(measure, arm, spread, sinks) for spread, arm, measure in rows]
         for (spread, arm, measure), difference in zip(rows, found, strict=True):
-            tables[1].add_row(f"{spread:g}", arm, measure, str(difference))
-        tables[1].caption, tables[1].caption_justify = "\n".join(about(["seeds"], by_chance(found))), "left"
+            tables[1].add_row(f"{spread:g}", arm, measure, "none" if difference is None else str(difference))
+        compared = [difference for difference in found if difference is not None]
+        tables[1].caption, tables[1].caption_justify = "\n".join(about(["seeds"], by_chance(compared))), "left"
+    if result.failed:
+        tables.append(_table("Stopped, neither saved nor scored", ["seed", "because"]))
+        tables[-1].style = tables[-1].title_style = "red"
+        for run in result.failed:
+            tables[-1].add_row(f"{run.norm_spread:g}", run.architecture, str(run.seed), run.reason)
     return tables
 
 
@@ -355,5 +394,7 @@ def _table(title: str, headings: Iterable[str]) -> Table:
 
 
 def _mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "none"
     mean = f"{statistics.mean(values):.3f}"
     return f"{mean}±{statistics.stdev(values):.3f}" if len(values) > 1 else mean

@@ -105,9 +105,11 @@ class TrainingMonitor:
         """
         self._lap(None)
         for name, sae in self.saes.items():
-            broken = [part for part, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
-            if broken and name not in self.failed:
-                self._fail(name, self._tokens[name], f"{', '.join(broken)} hold non-finite values after the last step.")
+            try:
+                check_finite(sae)
+            except FloatingPointError as error:
+                if name not in self.failed:
+                    self._fail(name, self._tokens[name], str(error))
         if self._source is not None:
             batch = next(self._source)
             for name in self.saes:  # the trainer has folded its scale into them
@@ -226,3 +228,14 @@ def _no_step(sae: TrainingSAE[Any], step_input: TrainStepInput) -> TrainStepOutp
     return TrainStepOutput(
         sae_in=x, sae_out=torch.zeros_like(x), feature_acts=codes, hidden_pre=codes, loss=loss, losses={}
     )
+
+
+def check_finite(sae: TrainingSAE[Any]) -> None:
+    """That training has left weights that can be used.
+
+    Raises:
+        FloatingPointError: names those that are not finite.
+    """
+    broken = [part for part, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise FloatingPointError(f"{', '.join(broken)} hold non-finite values after the last step.")
