@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
-from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine.files.secrets import scrubbed, without_secrets
 
 TRANSFORMER_LENS = "HookedTransformer"
 HUGGING_FACE = "AutoModelForCausalLM"
@@ -230,11 +231,29 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
     if class_name == HUGGING_FACE and not Path(path).exists() and known_to_transformer_lens(path):
         path = get_official_model_name(path)  # gpt2-small is gpt2 on the Hub
     loaded = kwargs if dtype is None else {**kwargs, "dtype": dtype}
-    if class_name == BRIDGE:  # which SAELens trains on and does not load
-        from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+    with refused_kwargs(name, kwargs):
+        if class_name == BRIDGE:  # which SAELens trains on and does not load
+            from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
-        return SAETransformerBridge.boot_transformers(path, device=device, **loaded)
-    return load_model(class_name, path, device=device, model_from_pretrained_kwargs=loaded)
+            return SAETransformerBridge.boot_transformers(path, device=device, **loaded)
+        return load_model(class_name, path, device=device, model_from_pretrained_kwargs=loaded)
+
+
+@contextmanager
+def refused_kwargs(name: str, kwargs: Mapping[str, Any] | None) -> Generator[None]:
+    """Load a model in a with block, and have arguments that its class does not take said as what they are.
+
+    Raises:
+        ValueError: instead of a TypeError; names the arguments.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if not kwargs or "argument" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} does not load with model_from_pretrained_kwargs={scrubbed(kwargs)}: {error}. Leave out what it does not take."
+        ) from error
 
 
 def known_to_transformer_lens(name: str) -> bool:

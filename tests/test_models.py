@@ -330,7 +330,9 @@ def train(place, output, **changes):
     flags = {"architecture": "cosine_topk", "model_name": "gpt2", "dataset_path": "data", "hook_name": HEAD_HOOK}
     flags |= {"hook_head_index": 1, "d_in": 8, "d_sae": 24, "k": 4, "context_size": CONTEXT, "training_tokens": 2048}
     flags |= {"train_batch_size_tokens": 256, "log_to_wandb": "false", "output_path": output, **changes}
-    return main(["train", *(str(part) for flag, value in flags.items() for part in (f"--{flag}", value))])
+    return main(
+        ["train", *(str(part) for flag, value in flags.items() if value is not None for part in (f"--{flag}", value))]
+    )
 
 
 def test_a_head_that_train_was_given_is_evaluated(place, tmp_path):
@@ -346,6 +348,19 @@ def test_a_head_that_train_was_given_is_evaluated(place, tmp_path):
         ({"d_in": 16}, "head 1, have size 8; pass --d_in 8"),
         ({"context_size": 64}, "context_size=64 is more than the 32 tokens that gpt2 takes; pass --context_size 32"),
         ({"hook_name": "blocks.5.attn.hook_z"}, "no hook point 'blocks.5.attn.hook_z'"),
+        (
+            {"model_from_pretrained_kwargs": '{"colour": "red"}'},
+            "does not load with model_from_pretrained_kwargs={'colour'",
+        ),
+        (
+            {
+                "model_class_name": "AutoModelForCausalLM",
+                "hook_name": "transformer.h.1",
+                "hook_head_index": None,
+                "model_from_pretrained_kwargs": '{"colour": "red", "token": "hf_abcdefghijkl"}',
+            },
+            "does not load with model_from_pretrained_kwargs={'colour': 'red'",
+        ),
     ],
 )
 def test_train_says_what_does_not_fit_a_model_that_saelens_loads(changes, said, place, tmp_path, capsys):

@@ -17,7 +17,7 @@ from saelens_cosine.data import load_text
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder
-from saelens_cosine.models import context_size, load_hooked_model, size_at_hook
+from saelens_cosine.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
 from saelens_cosine.training.check import check_run, parse_flags
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
@@ -89,7 +89,8 @@ def _train(
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
-        runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
+        with refused_kwargs(cfg.model_name, cfg.model_from_pretrained_kwargs):
+            runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None
     _forget_secrets(cfg, runner.sae.cfg.metadata)
