@@ -22,8 +22,10 @@ MIDWAY = {
     "ground-truth": "saelens_cosine.evaluation.ground_truth_command.ground_truth",
     "benchmark": "saelens_cosine.cli.benchmark",
     "convert": "saelens_cosine.loading.command.load",
+    "share": "saelens_cosine.sharing.command.gather",
 }
-"""What each command calls after it has tested its folder and before it writes its results. `evaluate` takes an SAE of `compare`."""
+"""What each command calls after it has tested its folder and before it writes its results. `evaluate` and `share` take an SAE of
+`compare`."""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,7 @@ def arguments(name, folder, text, source, output):
             *("--k", "2", "--repeats", "1", "--json", str(output / "benchmark.json")),
         ],
         "convert": ["convert", str(source), str(output), "--overwrite"],
+        "share": ["share", str(sae), "--repo", "someone/sae", "--dry-run", *to],
     }[name]
 
 
@@ -108,6 +111,8 @@ def run_with(fault, name, world, output, monkeypatch, capsys):
     """The command's answer where the fault comes midway; what was there before is where it was, or elsewhere."""
     folder, text, source, earlier = world
     shutil.copytree(earlier / name, output)
+    if name == "share":  # it replaces nothing
+        (output / "hub").rename(output / "earlier")
     before = files(output)
     module, _, function = MIDWAY[name].rpartition(".")
     call = getattr(importlib.import_module(module), function)

@@ -33,8 +33,7 @@ def whole_file(path: str | Path) -> Generator[Path]:
         flush(unfinished)
         unfinished.replace(target)
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(target)  # what is written to an open file fails without a name
+        _named(error, target)
         unfinished.unlink(missing_ok=True)
         raise
     flush(target.parent)
@@ -59,7 +58,8 @@ def whole_folder(path: str | Path) -> Generator[Path]:
             flush(part)
         flush(unfinished)
         unfinished.replace(target)
-    except BaseException:
+    except BaseException as error:
+        _named(error, target)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     flush(target.parent)
@@ -116,6 +116,12 @@ def remove_unfinished(folder: Path) -> list[Path]:
         else:
             path.unlink()
     return left
+
+
+def _named(error: BaseException, target: Path) -> None:
+    """What is written to an open file fails without a name."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(target)
 
 
 def _beside(target: Path) -> Path:
