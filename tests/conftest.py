@@ -1,6 +1,8 @@
 """Shared fixtures: one thread, no network, one tiny language model for the whole session. (`variation.py`: other seeds, more threads.)"""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -14,6 +16,9 @@ if not torch.cuda.is_available():  # before anything imports triton, which reads
 import pytest
 import variation
 from helpers import tiny_model
+from watched_run import WatchedRun
+
+WATCHED = pytest.StashKey()
 
 
 def pytest_configure(config):
@@ -30,6 +35,29 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none here"))
+
+
+def pytest_collection_finish(session):
+    if session.config.option.collectonly or not any("watched_run" in item.fixturenames for item in session.items):
+        return
+    if Path("/proc/self/statm").is_file():
+        folder = tempfile.TemporaryDirectory()
+        session.config.stash[WATCHED] = WatchedRun(seconds=120, every=5, folder=Path(folder.name)), folder
+
+
+def pytest_sessionfinish(session):
+    if WATCHED in session.config.stash:
+        run, folder = session.config.stash[WATCHED]
+        run.stop()
+        folder.cleanup()
+
+
+@pytest.fixture
+def watched_run(request):
+    """A training of two minutes that has gone on since the session began."""
+    if WATCHED not in request.config.stash:
+        pytest.skip("looks into /proc, which is not there")
+    return request.config.stash[WATCHED][0]
 
 
 @pytest.fixture(autouse=True)

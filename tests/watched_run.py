@@ -27,23 +27,43 @@ class Sample:
     threads: int
 
 
-def watch(seconds: float, every: float, folder: Path) -> list[Sample]:
-    """Run it in a process of its own.
+class WatchedRun:
+    """A training of the small run in a process of its own, a checkpoint every 100,000 tokens.
 
     Args:
         seconds: how long it trains.
         every: seconds between two samples.
         folder: for the text, the SAE and its checkpoints.
     """
-    done = subprocess.run(
-        [sys.executable, __file__, str(seconds), str(every), str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert done.returncode == 143, done.returncode
-    return [Sample(**json.loads(line)) for line in done.stdout.splitlines()]
+
+    def __init__(self, seconds: float, every: float, folder: Path):
+        self.seconds = seconds
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(seconds), str(every), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def samples(self) -> list[Sample]:
+        """Waits for its end."""
+        said, _ = self.process.communicate()
+        assert self.process.returncode == 143
+        return [Sample(**json.loads(line)) for line in said.splitlines()]
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def assert_steady(samples: list[Sample], warm_up: float, megabytes: float) -> None:
+    """That memory grows by less than that after so many seconds, and files and threads do not."""
+    steady = [sample for sample in samples if sample.wall >= warm_up]
+    assert len(steady) > 2
+    assert steady[-1].steps > steady[0].steps > 0
+    assert steady[-1].memory - steady[0].memory < megabytes
+    assert len({(sample.files, sample.threads) for sample in steady}) == 1
 
 
 def _run(seconds: float, every: float, folder: Path) -> int:
