@@ -34,6 +34,7 @@ from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.progress import shown
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
+from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.stop import StopError, exit_status, raising_on_signals
 
 
@@ -171,6 +172,15 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         help="go on with a comparison that was stopped, exactly where it was; from the start if there is none yet",
     )
     add("--keep", type=int, default=2, help="newest checkpoints that are kept while a seed is trained")
+    add(
+        "--stop-on",
+        type=_signal,
+        action="append",
+        default=[],
+        metavar="SIGNAL",
+        help="a signal that ends the run with a checkpoint, as SIGINT and SIGTERM do: USR1 for Slurm's --signal",
+    )
+    add("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower there")
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -242,13 +252,19 @@ def _compare(options: Any) -> int:
                 write(comparison, path)
 
     try:
-        with open_comparison(folder) as output, _progress(options.quiet) as progress:
+        with (
+            raising_on_signals(options.stop_on),
+            deterministic_algorithms(options.deterministic),
+            open_comparison(folder) as output,
+            _progress(options.quiet) as progress,
+        ):
             comparison = compare(
                 settings,
                 output,
                 overwrite=options.overwrite,
                 resume=options.resume,
                 keep=options.keep,
+                stop_signals=options.stop_on,
                 on_progress=progress,
                 on_seed=keep,
             )
@@ -401,6 +417,7 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
   --overwrite            replace an earlier run in these folders
   --keep N               newest checkpoints that are kept (default 2)
   --stop-on SIGNAL       a signal that ends the run with a checkpoint, as SIGINT and SIGTERM do: USR1 for Slurm's --signal
+  --deterministic        the same bits every time on a GPU too; slower there
 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
 --n_checkpoints is 10 if not given; --checkpoint_path none writes none.
@@ -422,18 +439,20 @@ def _train(arguments: list[str]) -> int:
     extra.add_argument("--overwrite", action="store_true")
     extra.add_argument("--keep", type=int, default=2)
     extra.add_argument("--stop-on", "--stop_on", type=_signal, action="append", default=[])
+    extra.add_argument("--deterministic", action="store_true")
     options, rest = extra.parse_known_args(arguments)
     if not rest or {"-h", "--help"} & set(rest):
         print(_TRAIN_HELP)  # noqa: T201
     try:
-        norm_filter = train(
-            rest,
-            options.max_norm_multiple,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            keep=options.keep,
-            stop_signals=options.stop_on,
-        )
+        with raising_on_signals(options.stop_on), deterministic_algorithms(options.deterministic):
+            norm_filter = train(
+                rest,
+                options.max_norm_multiple,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                keep=options.keep,
+                stop_signals=options.stop_on,
+            )
     except StopError as stopped:
         print(stopped, file=sys.stderr)  # noqa: T201
         return stopped.exit_status

@@ -11,11 +11,12 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from sae_lens.training._interruption import interrupt_callback
-from small_runs import HOOK, assert_bit_identical, flags, weights, write_text
+from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, weights, write_text
 
 from saelens_cosine import data
 from saelens_cosine.cli import main
 from saelens_cosine.training.command import train
+from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resume import ResumableRun
 from saelens_cosine.training.stop import StopError, handled
 
@@ -212,6 +213,41 @@ def test_saelens_alone_goes_on_from_a_checkpoint_at_the_right_step(stopped):
     state = torch.load(checkpoint / "trainer_state.pt")
     assert (state["n_training_steps"], state["n_training_samples"]) == (6, 6 * 256)
     assert state["lr_scheduler"]["last_epoch"] == 6
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_other_signals_stop_it_where_asked_for_before_training_too(command, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
+    given = {"train": flags(text, tmp_path / "out"), "compare": compare_flags(text, tmp_path / "out")}[command]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3, signal.SIGUSR1)
+        assert main([command, *given, "--stop-on", "USR1"]) == 128 + signal.SIGUSR1
+    assert "--resume to go on" in capsys.readouterr().err
+    module = "training.command" if command == "train" else "evaluation.comparison"
+    monkeypatch.setattr(f"saelens_cosine.{module}.load_text", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    assert main([command, *given, "--stop-on", "usr1", "--resume"]) == 128 + signal.SIGUSR1
+    assert "Interrupted" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([command, *given, "--stop-on", "HUPP"])
+    assert "'HUPP' is no signal's name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_deterministic_algorithms_are_used_where_asked_for_and_not_afterwards(command, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
+    changes = {"train": {"checkpoint_path": "none"}, "compare": {"seeds": 1}}[command]
+    makes = {"train": flags, "compare": compare_flags}[command]
+    used = []
+    step = ResumableRun._after_step
+    monkeypatch.setattr(
+        ResumableRun, "_after_step", lambda run: (used.append(torch.are_deterministic_algorithms_enabled()), step(run))
+    )
+    assert main([command, *makes(text, tmp_path / "one", **changes)]) == 0
+    assert set(used) == {False}
+    used.clear()
+    assert main([command, *makes(text, tmp_path / "two", **changes), "--deterministic"]) == 0
+    assert set(used) == {True}
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

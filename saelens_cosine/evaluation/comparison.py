@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +36,7 @@ from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun
 from saelens_cosine.training.short_text import name_sizes_of_short_text
+from saelens_cosine.training.stop import StopRequests
 
 N_CHECKPOINTS = 5
 """In the course of a seed's training, beside the one at its end."""
@@ -54,6 +55,7 @@ def compare(
     overwrite: bool = False,
     resume: bool = False,
     keep: int = 2,
+    stop_signals: Sequence[int] = (),
     on_progress: Callable[[str, int, int], None] | None = None,
     on_seed: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
@@ -71,6 +73,7 @@ def compare(
         resume: go on with a comparison of these settings in this folder, exactly where it was: seeds that are finished are not trained
             again. From the start if there is none. `seeds` may have grown.
         keep: checkpoints that are kept while a seed is trained, the newest.
+        stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it, and out of how much.
         on_seed: called with everything measured so far after each seed.
 
@@ -80,7 +83,7 @@ def compare(
         OSError: the folder cannot be written.
         ValueError: settings that cannot be run, such as an empty dataset, or that are not those of the comparison to go on with.
         FloatingPointError: no arm of a seed could be trained to its end. One of several that could not is in `failed`.
-        StopError: SIGINT or SIGTERM has come during training, which is saved.
+        StopError: a signal has come during training, which is saved.
     """
     check_device(settings.device)
     with ExitStack() as afterwards, open_comparison(output) as opened:
@@ -91,7 +94,9 @@ def compare(
             overwrite=overwrite,
             resume=resume,
         )
-        state = ComparisonState(settings, opened, resume=resume, overwrite=overwrite, keep=keep)
+        state = ComparisonState(
+            settings, opened, resume=resume, overwrite=overwrite, keep=keep, stop_signals=stop_signals
+        )
         return _compare(settings, opened, state, on_progress, on_seed, afterwards)
 
 
@@ -217,6 +222,7 @@ def _run_seed(
         settings=state.settings,
         parts={"norm_filter": norm_filter, "monitor": monitor},
         go_on="Run the same command with --resume to go on.",
+        stop=StopRequests(state.stop_signals),
     )
     monitor.attach(runner)
     state.go_on(run, checkpoints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -33,15 +33,25 @@ class ComparisonState:
         resume: go on with what is there.
         overwrite: replace it.
         keep: checkpoints that are kept of a seed.
+        stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint.
 
     Raises:
         FileExistsError: there are checkpoints of an unfinished comparison, and neither `resume` nor `overwrite` is on.
     """
 
-    def __init__(self, settings: ComparisonSettings, output: Output, *, resume: bool, overwrite: bool, keep: int):
+    def __init__(
+        self,
+        settings: ComparisonSettings,
+        output: Output,
+        *,
+        resume: bool,
+        overwrite: bool,
+        keep: int,
+        stop_signals: Sequence[int] = (),
+    ):
         self.settings = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
         self.settings |= {"arms": list(settings.arms), "training_tokens": settings.tokens}
-        self.output, self.resume, self.keep = output, resume, keep
+        self.output, self.resume, self.keep, self.stop_signals = output, resume, keep, stop_signals
         if not (resume or overwrite):
             for path in sorted((output.folder / FOLDER).glob("seed*")):
                 if Checkpoints(path).all():

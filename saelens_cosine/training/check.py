@@ -35,7 +35,7 @@ DEVICES = ("device", "llm_device", "act_store_device")
 LARGEST_SEED = 2**63 - 1
 
 
-OWN_FLAGS = ("--max-norm-multiple", "--resume", "--overwrite", "--keep", "--stop-on")
+OWN_FLAGS = ("--max-norm-multiple", "--resume", "--overwrite", "--keep", "--stop-on", "--deterministic")
 """Those of `saelens-cosine train` itself, which SAELens' parser does not see; suggested for one that is misspelt."""
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def deterministic_algorithms(on: bool) -> Generator[None]:
+    """Have torch use only algorithms that give the same bits every time, in a with block: on a GPU some are slower. Operations
+    that have none raise a RuntimeError. `on=False` changes nothing."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def generator_states() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
@@ -28,25 +28,31 @@ class StopError(Exception):
         return 128 + self.signal_number
 
 
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM has come, where there is nothing to finish first."""
+class SignalError(KeyboardInterrupt):
+    """A signal has come, where there is nothing to finish first.
+
+    Args:
+        signal_number: which one.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__()
+        self.signal_number = signal_number
 
 
 def exit_status(stopped: BaseException) -> int:
     """143 after SIGTERM, 130 after SIGINT, by the exception that has ended a command."""
-    return 128 + (signal.SIGTERM if isinstance(stopped, TerminatedError) else signal.SIGINT)
+    return 128 + (stopped.signal_number if isinstance(stopped, SignalError) else signal.SIGINT)
 
 
-@contextmanager
-def raising_on_signals() -> Generator[None]:
-    """Have SIGTERM end a command as SIGINT does, so that locks and unfinished files go, and SIGINT so too, whatever handler
-    SAELens has left from an earlier training in this process. In a thread nothing changes."""
+def raising_on_signals(further: Iterable[int] = ()) -> AbstractContextManager[None]:
+    """Have SIGTERM and `further` signals end a command as SIGINT does, so that locks and unfinished files go, and SIGINT so too,
+    whatever handler SAELens has left from an earlier training in this process. In a thread nothing changes."""
 
-    def terminate(_number: int, _frame: Any) -> None:
-        raise TerminatedError
+    def end(number: int, _frame: Any) -> None:
+        raise SignalError(number)
 
-    with handled({signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}):
-        yield
+    return handled({signal.SIGINT: signal.default_int_handler, **dict.fromkeys((signal.SIGTERM, *further), end)})
 
 
 @contextmanager
