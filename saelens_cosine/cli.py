@@ -398,7 +398,11 @@ def _share(options: Any) -> int:
 def _hush_libraries() -> None:
     """One progress bar of ours instead of several of other libraries', and their errors only."""
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # pyright: ignore
-    for said_better in ("Dataset is not tokenized", "All samples in the training dataset have been exhausted"):
+    for said_better in (
+        "Dataset is not tokenized",
+        "All samples in the training dataset have been exhausted",
+        "Sparse invariant checks are implicitly disabled",  # torch's, of how SAELens makes TopK's codes
+    ):
         warnings.filterwarnings("ignore", message=said_better)
     for library in ("sae_lens", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
