@@ -430,10 +430,10 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
 
 def _signal(text: str) -> int:
     name = text.upper().removeprefix("SIG")
-    try:
-        return signal.Signals[f"SIG{name}"]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no signal's name (USR1, HUP)") from None
+    number = getattr(signal, f"SIG{name}", None)
+    if not isinstance(number, signal.Signals) or number in (signal.SIGKILL, signal.SIGSTOP):
+        raise argparse.ArgumentTypeError(f"{text!r} is no signal that a run can be told of; pass USR1, HUP, ...")
+    return number
 
 
 def _train(arguments: list[str]) -> int:

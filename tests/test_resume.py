@@ -227,9 +227,10 @@ def test_other_signals_stop_it_where_asked_for_before_training_too(command, text
     monkeypatch.setattr(f"saelens_cosine.{module}.load_text", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     assert main([command, *given, "--stop-on", "usr1", "--resume"]) == 128 + signal.SIGUSR1
     assert "Interrupted" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main([command, *given, "--stop-on", "HUPP"])
-    assert "'HUPP' is no signal's name" in capsys.readouterr().err
+    for name in ("HUPP", "KILL", "stop", "9"):
+        with pytest.raises(SystemExit, match="2"):
+            main([command, *given, "--stop-on", name])
+        assert f"{name!r} is no signal that a run can be told of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -273,3 +274,42 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
         assert {each: signal.getsignal(each) for each in left_by_saelens} == left_by_saelens
     assert "Interrupted" in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".lock") or ".unfinished" in path.name]
+
+
+def test_a_final_checkpoint_is_written_again_where_it_is_ours(text, tmp_path):
+    final = {"save_final_checkpoint": "true"}
+    run(flags(text, tmp_path / "sae", **final))
+    place = tmp_path / "sae-checkpoints" / "final_4096"
+    first = (place / "sae_weights.safetensors").read_bytes()
+    (place / "mine").write_text("notes")
+    run(flags(text, tmp_path / "sae", **final), resume=True)  # killed before the SAE was saved it would come here too
+    assert (place / "sae_weights.safetensors").read_bytes() == first
+    assert (tmp_path / "sae-checkpoints" / "broken-final_4096" / "mine").read_text() == "notes"
+    run(flags(text, tmp_path / "sae", seed=6, training_tokens=2048, **final), overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "sae-checkpoints").glob("final*")) == ["final_2048"]
+
+
+def test_an_sae_whose_checkpoints_are_gone_is_not_replaced_by_going_on(text, tmp_path, capsys):
+    run(flags(text, tmp_path / "sae", training_tokens=1024))
+    before = weights(tmp_path / "sae")
+    arguments = ["train", *flags(text, tmp_path / "sae", training_tokens=1024, k=7)]
+    elsewhere = [*arguments, "--resume", "--checkpoint_path", str(tmp_path / "others" / "x")]
+    assert main(elsewhere) == 2
+    assert "holds an earlier training (cfg.json" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patched:
+        stop_after(patched, 2)
+        given = flags(text, tmp_path / "other", training_tokens=1024, k=7, checkpoint_path=tmp_path / "others" / "x")
+        assert main(["train", *given]) == 143
+    assert main(elsewhere) == 2  # there is a checkpoint now, of another run than the SAE's
+    assert "sae.k is 6 there and 7 here" in capsys.readouterr().err
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "sae").items())
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_an_sae_that_this_package_has_not_written_stays(option, text, tmp_path, capsys):
+    (tmp_path / "sae").mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (tmp_path / "sae" / name).write_text('{"metadata": {}}')
+    assert main(["train", *flags(text, tmp_path / "sae", training_tokens=1024), option]) == 2
+    assert "is never replaced" in capsys.readouterr().err
+    assert (tmp_path / "sae" / "cfg.json").read_text() == '{"metadata": {}}'

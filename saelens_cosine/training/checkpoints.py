@@ -15,7 +15,7 @@ OWN_FOLDER = "saelens_cosine"
 
 _CHECKSUMS = Path(OWN_FOLDER) / "checksums.json"
 
-_ASIDE = "replaced-"
+_ASIDE, _FINAL = "replaced-", "final_"
 
 
 class BrokenCheckpointError(ValueError):
@@ -53,23 +53,31 @@ class Checkpoints:
         Raises:
             OSError: the disk is full, or the folder cannot be written; the checkpoints before are still there.
         """
-        target = self.folder / str(tokens)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            _remove(target)  # a broken one, or the same place of the same run
-        if target.exists():
-            target.rename(unused(self.folder / f"broken-{tokens}"))
-        with whole_folder(target) as unfinished:
-            (unfinished / OWN_FOLDER).mkdir()
-            write(unfinished)
-            write_json(_checksums(unfinished), unfinished / _CHECKSUMS)
+        target = self._write(str(tokens), write)
         for old in self.all()[self.keep :]:
             _remove(old)
         return target
 
+    def add_final(self, tokens: int, write: Callable[[Path], None]) -> Path:
+        """Write what SAELens saves at the end of a run where it is asked to (`save_final_checkpoint`)."""
+        return self._write(f"{_FINAL}{tokens}", write)
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> Path:
+        target = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if target.exists() or target.is_symlink():
+            _remove(target)  # a broken one, or the same place of the same run
+        if target.exists() or target.is_symlink():
+            target.rename(unused(self.folder / f"broken-{name}"))
+        with whole_folder(target) as unfinished:
+            (unfinished / OWN_FOLDER).mkdir()
+            write(unfinished)
+            write_json(_checksums(unfinished), unfinished / _CHECKSUMS)
+        return target
+
     def set_aside(self) -> None:
         """Have no run go on from what is there; it goes with `remove_set_aside`."""
-        for path in self.all():
+        for path in [*self.all(), *(own.parent for own in self.folder.glob(f"{_FINAL}*/{OWN_FOLDER}"))]:
             path.rename(unused(self.folder / f"{_ASIDE}{path.name}"))
 
     def remove_set_aside(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.data import load_text
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
-from saelens_cosine.files.whole import scratch_folder
+from saelens_cosine.files.whole import read_json, scratch_folder
 from saelens_cosine.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
 from saelens_cosine.training.check import check_run, parse_flags
 from saelens_cosine.training.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
-from saelens_cosine.training.resume import ResumableRun, SavedState
+from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 from saelens_cosine.training.stop import StopRequests
 from saelens_cosine.training.wandb_log import wandb_never_stops
@@ -69,9 +69,11 @@ def train(
     check_run(cfg)
     seed_everything(cfg.seed)
     with ExitStack() as open_folders:
-        output = _open_output(cfg, resume, overwrite, open_folders)
+        output = _open_output(cfg, open_folders)
         checkpoints = _open_checkpoints(cfg, resume, overwrite, keep, open_folders)
         state = _newest(checkpoints) if checkpoints is not None and resume else None
+        if output is not None:
+            _begin(output, overwrite, state)
         norm_filter = _train(cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals))
         if checkpoints is not None:
             checkpoints.remove_set_aside()
@@ -133,13 +135,23 @@ def _forget_secrets(cfg: Any, metadata: Any) -> None:
     metadata.model_from_pretrained_kwargs, metadata.dataset_path = cfg.model_from_pretrained_kwargs, cfg.dataset_path
 
 
-def _open_output(cfg: Any, resume: bool, overwrite: bool, open_folders: ExitStack) -> Output | None:
-    """The trained SAE's folder, locked, without an earlier SAE unless that is gone on with or replaced."""
+def _open_output(cfg: Any, open_folders: ExitStack) -> Output | None:
+    """The trained SAE's folder, locked."""
     if cfg.output_path is None:
         return None
-    output = open_folders.enter_context(open_output(cfg.output_path, "training", keep_empty=False))
-    output.begin(before=SAVED_FILES, places=SAVED_FILES, overwrite=overwrite, resume=resume)
-    return output
+    return open_folders.enter_context(open_output(cfg.output_path, "training", keep_empty=False))
+
+
+def _begin(output: Output, overwrite: bool, state: SavedState | None) -> None:
+    """Refuse an earlier SAE, unless it is of the run that is gone on with or shall be replaced."""
+    ours, earlier = False, None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, or none of this package's
+        ours = "heldout_rule" in read_json(output.folder / SAE_CFG_FILENAME)["metadata"]
+        earlier = dict(read_json(output.folder / RUNNER_CFG_FILENAME))
+    if state is not None and earlier is not None and not overwrite:
+        check_same(earlier, {name: state.plain["settings"].get(name) for name in earlier}, output.folder)
+    before = SAVED_FILES if ours else ()
+    output.begin(before=before, places=SAVED_FILES, overwrite=overwrite, resume=state is not None)
 
 
 def _open_checkpoints(

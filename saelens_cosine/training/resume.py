@@ -10,15 +10,14 @@ Wrapped, for want of a seam, are the runner's method that calls `fit` and the tr
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
 
-from saelens_cosine.files.whole import read_json, whole_folder, write_text
+from saelens_cosine.files.whole import read_json, write_text
 from saelens_cosine.training.checkpoints import OWN_FOLDER, Checkpoints
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.stop import StopError, StopRequests
@@ -193,9 +192,7 @@ class ResumableRun:
         with self.stop.watched():
             result = trainer.fit()
         if final and self.checkpoints is not None:
-            name = f"final_{trainer.n_training_samples}"
-            with whole_folder(self.checkpoints.folder / name) as folder, self._saving_to(folder):
-                trainer.save_checkpoint(checkpoint_name=folder.name)
+            self.checkpoints.add_final(trainer.n_training_samples, self._save)
         return result
 
     def _estimating(self, trainer: Any) -> int:
@@ -235,8 +232,7 @@ class ResumableRun:
             one.n_training_steps += 1  # SAELens counts the step after it has saved
         try:
             state = self._stream.state(self._batches_before + trainer.n_training_steps)
-            with self._saving_to(folder):
-                trainer.save_checkpoint(checkpoint_name=folder.name)
+            self._save(folder)
         finally:
             for one in counted:
                 one.n_training_steps -= 1
@@ -256,12 +252,12 @@ class ResumableRun:
         tensors = {f"{group}.{name}": t.cpu().clone() for group, found in groups.items() for name, t in found.items()}
         save_file(tensors, folder / _TENSORS)
 
-    @contextmanager
-    def _saving_to(self, folder: Path) -> Generator[None]:
+    def _save(self, folder: Path) -> None:
+        """SAELens' own files."""
         cfg = self._trainer.cfg
         before, cfg.checkpoint_path = cfg.checkpoint_path, str(folder.parent)
         try:
-            yield
+            self._trainer.save_checkpoint(checkpoint_name=folder.name)
         finally:
             cfg.checkpoint_path = before
 
