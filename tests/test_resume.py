@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from sae_lens.training._interruption import interrupt_callback
+from sae_lens.training.prefetch import PrefetchingIterator
 from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, weights, write_text
 
 from saelens_cosine import data
@@ -64,6 +66,27 @@ CASES = {
     "prefetched": {"prefetch_llm_batches": 3},
     "a stream of the Hub": {"dataset_path": "someone/text"},
 }
+
+
+def test_a_prefetcher_that_is_ahead_skips_nothing(text, tmp_path, monkeypatch):
+    """SAELens notes the rows that the prefetcher has read, not those that were trained on."""
+    take = PrefetchingIterator.__next__
+
+    def when_full(batches):
+        while not batches._queue.full() and batches._thread.is_alive():
+            time.sleep(0.001)
+        return take(batches)
+
+    monkeypatch.setattr(PrefetchingIterator, "__next__", when_full)
+    arguments = {"prefetch_llm_batches": 6, "n_batches_in_buffer": 20, "training_tokens": 2048}
+    run(flags(text, tmp_path / "whole", **arguments))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        with pytest.raises(StopError):
+            run(flags(text, tmp_path / "stopped", **arguments))
+    torch.manual_seed(0)
+    run(flags(text, tmp_path / "stopped", **arguments), resume=True)
+    assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,8 @@
 SAELens notes how many rows it has read. What is lost with that: the rest of the row it was in, the tokens of its mixing buffer, and
 the row itself where one row gives several contexts. All of this stands in the local variables of generators of SAELens, where it
 is read; a store that goes on gets it as the first things that its generators see. So every batch is cut and shuffled by SAELens' code,
-and two of its attributes are wrapped: the rows (`dataset`) and the loader (`get_data_loader`, or `get_multi_hook_data_loader`).
+and of its attributes the rows (`dataset`) and the loader (`get_data_loader`, or `get_multi_hook_data_loader`) are wrapped; in a store
+that goes on, its own going on (`load_from_checkpoint`) does nothing.
 """
 
 from __future__ import annotations
@@ -187,6 +188,8 @@ class ResumableStream:
             self._begin_with(rest.to(device))
         self._start = {name: state.tensors[name].to(device) for name in ("serving", "storage") if name in state.tensors}
         torch.set_rng_state(state.tensors["rng"])
+        # SAELens would go to where its prefetcher had read to, while the next one reads already
+        vars(store)["load_from_checkpoint"] = _nothing
 
     def _begin_with(self, rest: torch.Tensor) -> None:
         """The rest of a row is the first row that SAELens cuts into contexts."""
@@ -250,6 +253,10 @@ class ResumableStream:
         at_hooks = store._iterate_filtered_multi_hook_activations()  # pyright: ignore[reportPrivateUsage]
         for batch in self._mixed(torch.cat([found[hook] for hook in hooks], dim=1) for found in at_hooks):
             yield dict(zip(hooks, batch.split(widths, dim=1), strict=True))
+
+
+def _nothing(_checkpoint_path: Any) -> None:
+    """The store is where it should be."""
 
 
 def _keeps_its_place(dataset: Any) -> bool:
