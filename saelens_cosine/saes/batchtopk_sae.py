@@ -81,7 +81,7 @@ class BatchTopKThreshold(ScoredTrainingSAE):
         smallest = torch.where(codes > 0, codes, torch.inf).min().to(old.dtype)
         average = old + self.cfg.topk_threshold_lr * (smallest - old)
         new = torch.where(old > 0, average, smallest)
-        self.topk_threshold = torch.where(smallest.isfinite(), new, old)
+        self.topk_threshold = torch.where(smallest < torch.inf, new, old)
 
     @override
     def training_metrics(self) -> dict[str, torch.Tensor]:
