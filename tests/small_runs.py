@@ -1,6 +1,8 @@
 """A training of 16 steps of 256 tokens, in three fillings of its mixing buffer, and how two of them are compared."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from saelens_cosine.training.recipe import paper
+from saelens_cosine.training.resume import ResumableRun
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -43,6 +46,18 @@ def flags(text, output, **changes) -> list[str]:
         **changes,
     }
     return [part for name, value in chosen.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
+    """The signal comes in the middle of a step."""
+    before = ResumableRun._after_step
+
+    def after_step(run: ResumableRun) -> None:
+        if run._trainer.n_training_steps + 1 == steps:
+            os.kill(os.getpid(), number)
+        before(run)
+
+    monkeypatch.setattr(ResumableRun, "_after_step", after_step)
 
 
 def compare_flags(text, output, **changes) -> list[str]:

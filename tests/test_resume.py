@@ -13,7 +13,7 @@ import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.prefetch import PrefetchingIterator
-from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, weights, write_text
+from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, stop_after, weights, write_text
 
 from saelens_cosine import data
 from saelens_cosine.cli import main
@@ -26,18 +26,6 @@ from saelens_cosine.training.stop import StopError, handled
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
-
-
-def stop_after(monkeypatch, steps: int, number: int = signal.SIGTERM) -> None:
-    """The signal comes in the middle of a step."""
-    before = ResumableRun._after_step
-
-    def after_step(run: ResumableRun) -> None:
-        if run._trainer.n_training_steps + 1 == steps:
-            os.kill(os.getpid(), number)
-        before(run)
-
-    monkeypatch.setattr(ResumableRun, "_after_step", after_step)
 
 
 def run(arguments, **options):
