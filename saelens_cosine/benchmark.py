@@ -67,6 +67,9 @@ DTYPES = ("float32", "tf32", "bfloat16")
 WARM_UP = 3
 PART_REPEATS = 3
 
+QUEUED = 16
+"""Copies of 256 MiB ahead of what is timed on the device itself: 2 ms or more, longer than the host takes to launch it."""
+
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
@@ -153,7 +156,7 @@ class Benchmark:
 
     Args:
         rows (list[Row]): One per arm.
-        product_ms (float): The encoder's product alone, into memory that is there already.
+        product_ms (float): The encoder's product alone, into memory that is there already. This and the next two are the device's own time, on a GPU without the host's launches.
         optimizer_ms (float): One fused Adam pass over encoder and decoder.
         bandwidth_gb_s (float): Measured by copying 256 MiB; each byte counts once read and once written.
         optimizer_bytes_ms (float): What the optimizer's bytes (28 per parameter) take at that bandwidth.
@@ -228,14 +231,14 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
         for repeat in range(WARM_UP + settings.repeats):
             batch = batches[repeat % len(batches)]
             converted = batch.to(floor.dtype)
-            timed: dict[str, Callable[[], object]] = {
-                **{name: partial(arm.step, batch) for name, arm in arms.items()},
-                "product": partial(floor.product, converted),
-                "optimizer": floor.optimizer.step,
-                "copy": floor.copy,
+            timed: dict[str, Callable[[], float]] = {
+                **{name: partial(clock.time, partial(arm.step, batch)) for name, arm in arms.items()},
+                "product": partial(clock.on_device, partial(floor.product, converted), floor.copy),
+                "optimizer": partial(clock.on_device, floor.optimizer.step, floor.copy),
+                "copy": partial(clock.on_device, floor.copy, floor.copy),
             }
-            for i, (name, run) in enumerate(timed.items()):
-                elapsed = clock.time(run)
+            for i, (name, measure) in enumerate(timed.items()):
+                elapsed = measure()
                 if repeat >= WARM_UP:
                     times[name].append(elapsed)
                 report("steps", repeat * len(arms) + min(i + 1, len(arms)), total)
@@ -257,10 +260,15 @@ def benchmark(settings: BenchmarkSettings, on_progress: Callable[[str, int, int]
 
 
 class Clock:
-    """Wall time in milliseconds, of a device that may run ahead of the host."""
+    """Time in milliseconds, with a device that may work on what the host has left behind."""
 
     def __init__(self, device: str):
-        self.wait: Callable[[], None] = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self.cuda = torch.device(device) if torch.device(device).type == "cuda" else None
+
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.cuda is not None:
+            torch.cuda.synchronize(self.cuda)
 
     def now(self) -> float:
         self.wait()
@@ -270,6 +278,25 @@ class Clock:
         start = self.now()
         run()
         return self.now() - start
+
+    def on_device(self, run: Callable[[], object], before: Callable[[], object]) -> float:
+        """Of the device alone, where `time` counts the host's launches too.
+
+        Args:
+            run: what is timed.
+            before: keeps the device busy, called a few times, until all of `run` is in its queue.
+        """
+        if self.cuda is None:
+            return self.time(run)
+        self.wait()
+        for _ in range(QUEUED):
+            before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(torch.cuda.current_stream(self.cuda))
+        run()
+        end.record(torch.cuda.current_stream(self.cuda))
+        self.wait()
+        return start.elapsed_time(end)
 
 
 def _size(settings: BenchmarkSettings) -> tuple[int, int, int, int, str, str]:
@@ -408,7 +435,7 @@ class _Arm:
             stack.callback(handle.remove)
             self.step(batch)
         if not hasattr(sae, "score"):
-            with torch.no_grad():
+            with torch.no_grad(), self.trainer.autocast_if_enabled:
                 spent["scores"] = self.clock.time(lambda: sae.process_sae_in(batch) @ sae.W_enc + sae.b_enc)
         return {
             "scores": spent["scores"],
@@ -496,7 +523,7 @@ def _encode(
     }
     for repeat in range(WARM_UP + settings.repeats):
         for (name, method), times in calls.items():
-            with torch.no_grad():
+            with torch.no_grad(), arms[rows[0].arm].trainer.autocast_if_enabled:
                 elapsed = clock.time(lambda n=name, m=method, r=repeat: getattr(saes[n], m)(batches[r % len(batches)]))
             if repeat >= WARM_UP:
                 times.append(elapsed)

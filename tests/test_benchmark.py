@@ -230,6 +230,90 @@ def test_precisions(dtype, during, monkeypatch):
     assert all(math.isfinite(row.ratio_to_floor) for row in result.rows)
 
 
+def test_parts_and_encoding_are_measured_in_the_precision_that_is_named(monkeypatch):
+    """SAELens' scores, which are timed on their own beside a step, and the saved SAEs."""
+    seen, init, saved = [], benchmark._Arm.__init__, benchmark._Arm.saved
+
+    def watched(owner, name, what):
+        method = getattr(owner, name)
+
+        def run(*args):
+            seen.append((what, torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")))
+            return method(*args)
+
+        setattr(owner, name, run)
+
+    def spy_init(arm, *args):
+        init(arm, *args)
+        watched(arm.sae, "process_sae_in", "scores")
+
+    def spy_saved(arm):
+        sae = saved(arm)
+        for method in ("encode", "encode_sparse"):
+            if hasattr(sae, method):
+                watched(sae, method, method)
+        return sae
+
+    monkeypatch.setattr(benchmark._Arm, "__init__", spy_init)
+    monkeypatch.setattr(benchmark._Arm, "saved", spy_saved)
+    for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", False)):
+        seen.clear()
+        benchmark.benchmark(
+            BenchmarkSettings(("saelens_topk", "cosine_topk/fast"), 16, 128, 32, 2, dtype=dtype, repeats=1)
+        )
+        assert set(seen) == {(what, expected) for what in ("scores", "encode", "encode_sparse")}
+
+
+class FakeGPU:
+    """A device that works at its own pace: what the host's clock says of it counts for nothing."""
+
+    def __init__(self, patch):
+        self.queue, self.work = [], {"copy": 0.5, "run": 3.0}
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self, stream):
+                assert stream == "stream of cuda:1"
+                gpu.queue.append("event")
+                self.time = sum(gpu.work.get(what, 0.0) for what in gpu.queue)
+
+            def elapsed_time(self, end):
+                return end.time - self.time
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        patch.setattr(torch.cuda, "synchronize", lambda device: gpu.queue.append(f"wait for {device}"))
+
+
+def test_what_the_device_itself_takes_is_read_off_its_own_clock_behind_queued_work(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    clock = benchmark.Clock("cuda:1")
+    assert clock.on_device(lambda: gpu.queue.append("run"), lambda: gpu.queue.append("copy")) == 3.0
+    copies = ["copy"] * benchmark.QUEUED
+    assert gpu.queue == ["wait for cuda:1", *copies, "event", "run", "event", "wait for cuda:1"]
+
+
+def test_floor_and_bandwidth_are_the_devices_own_time(monkeypatch):
+    def on_device(clock, run, before):
+        run()
+        return {"product": 2.0, "copy": 0.25}.get(getattr(run, "func", run).__name__, 3.0)
+
+    monkeypatch.setattr(benchmark.Clock, "on_device", on_device)
+    result = benchmark.benchmark(BenchmarkSettings(("cosine_topk/fast",), 16, 128, 32, 2, repeats=2))
+    assert (result.product_ms, result.optimizer_ms, result.floor_ms) == (2, 3, 5)
+    assert result.bandwidth_gb_s == pytest.approx(2 * 4 * 2**18 / 0.25e-3 / 1e9)
+
+
+@pytest.mark.gpu
+def test_a_gpus_own_time_is_below_the_hosts():
+    clock, x = benchmark.Clock("cuda"), torch.ones(2**20, device="cuda")
+    copies = [clock.on_device(x.clone, x.clone) for _ in range(9)]
+    assert 0 < sorted(copies)[4] <= sorted(clock.time(x.clone) for _ in range(9))[4]
+
+
 def test_a_failure_restores_the_precision(monkeypatch):
     monkeypatch.setattr(benchmark._Arm, "step", lambda arm, batch: 1 / 0)
     before = torch.get_float32_matmul_precision()
