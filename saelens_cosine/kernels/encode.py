@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 CHUNK_ENTRIES = 2**22
 """Scores that inference holds at a time: 16 MiB in float32, below what allocators return to the system after each use."""
 
+GPU_CHUNK_ENTRIES = 2**26
+"""The same on a GPU, 256 MiB in float32: each chunk reads the encoder again, and under autocast rounds it again."""
+
 WORTH_ROUNDING = 64
 """Tokens from which on a product in low precision saves more than rounding the encoder costs."""
 
@@ -82,7 +85,7 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
 
 @torch.no_grad()
 def encode_in_chunks(sae: ScoredSAE, x: torch.Tensor) -> torch.Tensor:
-    """Dense codes `[..., d_sae]`, at most `CHUNK_ENTRIES` scores at a time."""
+    """Dense codes `[..., d_sae]`, at most `chunk_entries` scores at a time."""
     x_centered = sae.process_sae_in(x)
     flat = x_centered.reshape(-1, x_centered.shape[-1])
     codes = torch.empty(len(flat), sae.cfg.d_sae, dtype=sae.dtype, device=flat.device)
@@ -91,10 +94,15 @@ def encode_in_chunks(sae: ScoredSAE, x: torch.Tensor) -> torch.Tensor:
     if by_feature and not sae.score_parameters().unit_columns:
         _encode_tiles(sae, flat, codes)
     else:
-        size = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+        size = max(1, chunk_entries(flat) // sae.cfg.d_sae)
         for chunk, out in zip(flat.split(size), codes.split(size), strict=True):
             out.copy_(_codes(sae, chunk))
     return codes.view(*x_centered.shape[:-1], sae.cfg.d_sae)
+
+
+def chunk_entries(flat: torch.Tensor) -> int:
+    """Scores that inference holds at a time, for inputs on a device."""
+    return GPU_CHUNK_ENTRIES if flat.device.type == "cuda" else CHUNK_ENTRIES
 
 
 def _codes(sae: ScoredSAE, x_centered: torch.Tensor) -> torch.Tensor:
@@ -106,7 +114,7 @@ def _encode_tiles(sae: Any, flat: torch.Tensor, codes: torch.Tensor) -> None:
     exponent = sae.score_parameters().norm_exponent
     for chunk, out in zip(flat.split(TILE_TOKENS), codes.split(TILE_TOKENS), strict=True):
         norm = centred_norm(chunk)
-        at_most = max(1, (CPU_TILE if flat.device.type == "cpu" else CHUNK_ENTRIES) // max(1, len(chunk)))
+        at_most = max(1, (CPU_TILE if flat.device.type == "cpu" else chunk_entries(flat)) // max(1, len(chunk)))
         n_tiles = math.ceil(codes.shape[1] / at_most)
         edges = [round(i * codes.shape[1] / n_tiles) for i in range(n_tiles + 1)]  # no thin last tile
         for part in map(slice, edges, edges[1:]):
@@ -117,7 +125,7 @@ def _encode_tiles(sae: Any, flat: torch.Tensor, codes: torch.Tensor) -> None:
 
 @torch.no_grad()
 def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
-    """The active codes of `x [..., d_in]`, at most `CHUNK_ENTRIES` dense scores at a time."""
+    """The active codes of `x [..., d_in]`, at most `chunk_entries` dense scores at a time."""
     x_centered = sae.process_sae_in(x)
     shape = x_centered.shape[:-1]
     flat = x_centered.reshape(-1, x_centered.shape[-1])
@@ -141,7 +149,7 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
 
 
 def _entries_in_chunks(sae: ScoredSAE, flat: torch.Tensor) -> tuple[Entries, torch.Tensor]:
-    size = max(1, CHUNK_ENTRIES // sae.cfg.d_sae)
+    size = max(1, chunk_entries(flat) // sae.cfg.d_sae)
     if isinstance(sae, TrainingSAE):  # may select over the whole batch
         size = max(1, len(flat))
     tokens, features, values = [], [], []
