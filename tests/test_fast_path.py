@@ -5,6 +5,7 @@ import gc
 import logging
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -539,6 +540,31 @@ def test_auto_declines_what_is_too_dense_to_gain(caplog):
     (message,) = reasons(caplog)
     assert "k=5 of d_sae=39 is too dense" in message
     assert is_fast(train_step(make("cosine_topk", "fast", d_sae=39), x, step=1))
+
+
+def test_auto_declines_on_a_gpu_what_is_too_little_to_gain(caplog, monkeypatch):
+    class Batch(NamedTuple):
+        """What is asked of a batch: a device that is not here."""
+
+        shape: tuple[int, int]
+        device: torch.device
+        ndim: int = 2
+
+        def __len__(self):
+            return self.shape[0]
+
+    caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "GPU_WORTH", 9 * 40)
+    sae, gpu = make("cosine_topk", d_sae=40).train(), torch.device("cuda")
+    assert dispatch.use_fast_path(sae, Batch((9, D), gpu))
+    assert reasons(caplog) == []
+    assert not dispatch.use_fast_path(sae, Batch((8, D), gpu))
+    (message,) = reasons(caplog)
+    assert "8 tokens of 40 features are too few for a GPU" in message
+    assert dispatch.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
+    sae.cfg.kernels = "fast"
+    assert dispatch.use_fast_path(sae, Batch((8, D), gpu))
 
 
 def test_the_reference_path_and_eval_mode_give_no_reasons(caplog):
