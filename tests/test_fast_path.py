@@ -550,18 +550,18 @@ def test_auto_declines_on_a_gpu_what_is_too_little_to_gain(caplog, monkeypatch):
         device: torch.device
         ndim: int = 2
 
-        def __len__(self):
-            return self.shape[0]
-
     caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
     monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "GPU_WORTH", 9 * 40)
+    monkeypatch.setattr(dispatch, "GPU_WORTH", 9 * 40 * 4)
     sae, gpu = make("cosine_topk", d_sae=40).train(), torch.device("cuda")
     assert dispatch.use_fast_path(sae, Batch((9, D), gpu))
     assert reasons(caplog) == []
     assert not dispatch.use_fast_path(sae, Batch((8, D), gpu))
     (message,) = reasons(caplog)
     assert "8 tokens of 40 features are too few for a GPU" in message
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not dispatch.use_fast_path(sae, Batch((17, D), gpu))  # half the bytes
+        assert dispatch.use_fast_path(sae, Batch((18, D), gpu))
     assert dispatch.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
     sae.cfg.kernels = "fast"
     assert dispatch.use_fast_path(sae, Batch((8, D), gpu))

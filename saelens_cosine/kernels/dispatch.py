@@ -18,12 +18,13 @@ SPARSE_ENOUGH = 8
 """By default the fast path is taken when at most one in this many codes is active: its work grows with their number."""
 
 
-GPU_WORTH = 2**25
-"""By default a GPU takes the fast path from this many scores (tokens times features) in a batch on.
+GPU_WORTH = 2**27
+"""By default a GPU takes the fast path where a batch's scores, tokens times features, fill this many bytes in the product's
+precision: 2^25 scores in float32, 2^26 in bfloat16.
 
-The fast step costs it five to six milliseconds however small the batch, which is how long the host takes to launch some
-170 operations, and the reference path four or more, plus its work on the scores. On an H200 the two met at 2^25 scores in
-bfloat16, where the fast step took 1.05 of the reference's time (0.57 in float32); at 2^26 it took 0.64, at 2^24 1.27.
+The fast step costs five to six milliseconds however small the batch, which is how long the host takes to launch some 170
+operations; the reference path costs four or more, plus its work on the scores. On an H200 the fast step took 1.05 to 1.13 of
+the reference's time at 2^25 scores in bfloat16 and 0.57 in float32, 0.64 and 0.33 at 2^26, 1.27 and 1.29 at 2^24.
 """
 
 
@@ -31,7 +32,7 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
     """Whether this training call takes the fast path.
 
     With `kernels="auto"` that is where it is exact, where at most one code in `SPARSE_ENOUGH` is active, and on a GPU where
-    the batch has `GPU_WORTH` scores.
+    the batch's scores fill `GPU_WORTH` bytes.
 
     Raises:
         RuntimeError: it is demanded (`kernels="fast"`) and impossible.
@@ -47,11 +48,17 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
     k = getattr(sae.cfg, "k", 0)
     if reason is None and wanted == "auto" and k * SPARSE_ENOUGH > sae.cfg.d_sae:
         reason = f"k={k} of d_sae={sae.cfg.d_sae} is too dense to gain from the fast one"
-    if reason is None and wanted == "auto" and x.device.type == "cuda" and len(x) * sae.cfg.d_sae < GPU_WORTH:
+    if reason is None and wanted == "auto" and x.device.type == "cuda" and _score_bytes(sae, x) < GPU_WORTH:
         reason = f"{len(x)} tokens of {sae.cfg.d_sae} features are too few for a GPU to gain from the fast one"
     if reason is not None:
         _log_once(f"{sae.cfg.architecture()} takes the reference path: {reason}.")
     return reason is None
+
+
+def _score_bytes(sae: ScoredTrainingSAE, x: torch.Tensor) -> int:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sae.dtype
+    return x.shape[0] * sae.cfg.d_sae * dtype.itemsize
 
 
 @lru_cache(maxsize=256)

@@ -48,7 +48,7 @@ class RecipeConfig(ConfigMixin):
         cosine_loss_weight (float): Weight of 1 - cos(x, x_hat) (experiments 10 and 12).
         post_norm_loss_weight (float): Weight of the squared error after the model's next RMS norm (experiments 14, 18, 21, 22). The norm's gain is read from the model: `saelens_cosine.training.next_norm.take_next_norms(runner)`, which `saelens-cosine train` does.
         post_norm_eps (float): eps of that norm, read along with the gain.
-        kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays (on a GPU from 2^25 scores in a batch on), and logs why when it does not.
+        kernels (Literal["auto", "reference", "fast"]): How a training step is computed. "reference" is the dense formula, "fast" computes only the active codes (the same codes and gradients), "auto" takes the fast path wherever it is exact and pays (on a GPU from 128 MiB of scores in a batch on, which are 2^25 in float32 and 2^26 under bfloat16 autocast), and logs why when it does not.
     """
 
     keeps: ClassVar[frozenset[str]] = frozenset()
