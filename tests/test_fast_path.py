@@ -559,7 +559,9 @@ def test_auto_declines_on_a_gpu_what_is_too_little_to_gain(caplog, monkeypatch):
     assert not dispatch.use_fast_path(sae, Batch((8, D), gpu))
     (message,) = reasons(caplog)
     assert "8 tokens of 40 features are too few for a GPU" in message
-    with torch.autocast("cuda", torch.bfloat16):
+    with monkeypatch.context() as patched:  # torch.autocast does nothing without the device
+        patched.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        patched.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
         assert not dispatch.use_fast_path(sae, Batch((17, D), gpu))  # half the bytes
         assert dispatch.use_fast_path(sae, Batch((18, D), gpu))
     assert dispatch.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
