@@ -49,7 +49,7 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
     if reason is None and wanted == "auto" and k * SPARSE_ENOUGH > sae.cfg.d_sae:
         reason = f"k={k} of d_sae={sae.cfg.d_sae} is too dense to gain from the fast one"
     if reason is None and wanted == "auto" and x.device.type == "cuda" and _score_bytes(sae, x) < GPU_WORTH:
-        reason = f"{len(x)} tokens of {sae.cfg.d_sae} features are too few for a GPU to gain from the fast one"
+        reason = f"{x.shape[0]} tokens of {sae.cfg.d_sae} features are too few for a GPU to gain from the fast one"
     if reason is not None:
         _log_once(f"{sae.cfg.architecture()} takes the reference path: {reason}.")
     return reason is None
