@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,16 +84,29 @@ def test_labels_are_top_level_packages_and_some_files_are_left_out(tmp_path):
         "os.py",
         "json/decoder.py",
         "test/test_os.py",
+        "json/tests/test_json.py",
         "site-packages/a.py",
+        "site-packages/b/c.py",
+        "json/__pycache__/d.py",
         "_sysconfigdata_x.py",
         "empty.py",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("" if name == "empty.py" else "pass")
     rows = [
         row for split in ("train", "heldout") if _has(tmp_path, split) for row in stdlib_corpus(split, root=tmp_path)
     ]
     assert {(row["path"], row["package"]) for row in rows} == {("os.py", "os"), ("json/decoder.py", "json")}
+
+
+def test_what_is_installed_beside_the_library_is_not_walked(tmp_path, monkeypatch):
+    for name in ("os.py", "json/decoder.py", "site-packages/torch/nn/a.py", "json/__pycache__/b.py", "test/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass")
+    scandir, walked = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda folder: walked.append(Path(folder)) or scandir(folder))
+    stdlib_corpus(root=tmp_path)
+    assert set(walked) <= {tmp_path, tmp_path / "json"}
 
 
 def _has(root, split):

@@ -7,8 +7,8 @@ little between Python versions; the held-out split does not, because it depends 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,8 @@ Split = Literal["train", "heldout"]
 
 HELDOUT_SHARE = 0.1
 """Share of the files (not of the tokens) that the held-out split gets."""
+
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 
@@ -72,16 +74,16 @@ def is_heldout(path: str) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < HELDOUT_SHARE
 
 
-def _source_files(folder: Path, include_tests: bool) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if {"site-packages", "dist-packages", "__pycache__"} & set(parts):
-            continue
-        if path.name.startswith("_sysconfigdata"):  # generated when Python is built, describes the building machine
-            continue
-        if not include_tests and _TEST_FOLDERS & set(parts[:-1]):
-            continue
-        yield path
+def _source_files(folder: Path, include_tests: bool) -> list[Path]:
+    """By path. Folders of none of them are not walked: what is installed beside the library can be many times its size."""
+    left_out = _NOT_THE_LIBRARY if include_tests else _NOT_THE_LIBRARY | _TEST_FOLDERS
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in left_out]
+        for name in files:  # _sysconfigdata is generated when Python is built and describes the building machine
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                found.append(Path(parent, name))
+    return sorted(found)
 
 
 def _read(path: Path) -> str:
