@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # before anything imports triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import short_corpus
 import variation
 from helpers import tiny_model
 from watched_run import WatchedRun
@@ -69,6 +70,14 @@ def _seed():
 def model():
     """A `HookedSAETransformer` with random weights: 2 layers, d_model 16, 2 heads of 8, vocabulary of 32 words."""
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def short_text():
+    """The beginnings of the bundled corpus' documents, in place of all of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        short_corpus.apply(patch.setattr)
+        yield
 
 
 @pytest.fixture

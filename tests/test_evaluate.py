@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import html
 import io
 import json
@@ -35,6 +36,8 @@ from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
 from saelens_cosine.files.secrets import published
+
+pytestmark = pytest.mark.usefixtures("short_text")
 
 HOOK = "blocks.3.hook_resid_post"
 SETTINGS = EvaluationSettings(
@@ -382,7 +385,7 @@ DIAGNOSTICS = tuple(name for name in EVALS if not EVALS[name].about.startswith("
 
 @pytest.fixture(scope="module")
 def everything(run, tmp_path_factory):
-    """All diagnostics of two random SAEs, from one run."""
+    """All diagnostics of two random SAEs, from one run, with few pairs of tokens to patch."""
     settings = with_evals(
         *DIAGNOSTICS,
         task_texts=24,
@@ -392,7 +395,10 @@ def everything(run, tmp_path_factory):
         loss_tokens=512,
         tasks=TASKS,
     )
-    return evaluate(run[1], settings, tmp_path_factory.mktemp("everything"))
+    few = functools.partial(evals.direction_norm_patching, pairs=20, control_pairs=10, rescaled_tokens=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evals, "direction_norm_patching", few)
+        return evaluate(run[1], settings, tmp_path_factory.mktemp("everything"))
 
 
 def test_every_diagnostic_runs_and_shows_on_the_page(everything, tmp_path):

@@ -13,6 +13,8 @@ from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import parse_sources
 from saelens_cosine.files.manifest import MANIFEST
 
+pytestmark = pytest.mark.usefixtures("short_text")
+
 SETTINGS = EvaluationSettings(evals=("dictionary",), tokens=600)
 
 

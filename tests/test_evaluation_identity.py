@@ -22,6 +22,8 @@ from saelens_cosine.evaluation.saebench import Judge, versions
 from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.evaluation.settings import EvaluationSettings
 
+pytestmark = pytest.mark.usefixtures("short_text")
+
 HOOK = "blocks.3.hook_resid_post"
 
 

@@ -121,25 +121,57 @@ def test_unknown_training_architecture_is_answered_with_every_name():
 
 # --- fresh interpreters ---
 
-LOAD_UNREGISTERED = """
-import sys
+FRESH = """
+import json, sys
+def packages():
+    return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
 from sae_lens import SAE
 assert not any(name.startswith("saelens_cosine") for name in sys.modules)
-for folder in sys.argv[1:]:
+before, unknown, added = packages(), [], {}
+for folder in sys.argv[2:]:
     try:
         SAE.load_from_disk(folder)
     except KeyError as error:
-        print(error.args[0])
+        unknown.append(error.args[0])
+assert packages() == before
+sys.path.insert(0, sys.argv[1])
+for name in ("saelens_cosine", "greedy"):
+    before = packages()
+    __import__(name)
+    added[name] = sorted(packages() - before)
+print(json.dumps([unknown, added]))
 """
 
 
-def test_without_the_import_saelens_names_the_architecture(tmp_path):
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """
+    What one interpreter finds: the architectures that SAELens does not know in files of ours before `import saelens_cosine`, and the
+    third-party packages that this import adds to those of `import sae_lens`, and then one that adds too many.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    (folder / "triton_stand_in.py").write_text("")
+    (folder / "greedy.py").write_text("import json\nimport triton_stand_in\nimport matplotlib.pyplot\n")
     for name in OURS:
-        make_sae(name).save_inference_model(tmp_path / name)
-    result = run_python(LOAD_UNREGISTERED, *(tmp_path / name for name in OURS))
+        make_sae(name).save_inference_model(folder / name)
+    result = run_python(FRESH, folder, *(folder / name for name in OURS))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [read_config(tmp_path / name)["architecture"] for name in OURS]
-    assert set(result.stdout.split()) == set(INFERENCE_ARCHITECTURES)
+    unknown, added = json.loads(result.stdout.splitlines()[-1])
+    return folder, unknown, added
+
+
+def test_without_the_import_saelens_names_the_architecture(fresh):
+    folder, unknown, _ = fresh
+    assert unknown == [read_config(folder / name)["architecture"] for name in OURS]
+    assert set(unknown) == set(INFERENCE_ARCHITECTURES)
+
+
+def test_base_import_adds_no_package_to_saelens(fresh):
+    assert fresh[2]["saelens_cosine"] == ["saelens_cosine"]
+
+
+def test_the_test_above_can_fail(fresh):
+    assert {"greedy", "triton_stand_in", "matplotlib"} <= set(fresh[2]["greedy"])
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -162,33 +194,3 @@ def test_the_note_survives_loading_and_saving_again(name, tmp_path):
 def test_a_file_that_needs_no_import_does_not_ask_for_one(name, tmp_path):
     make_sae(name).save_inference_model(tmp_path)
     assert "requires" not in read_config(tmp_path)["metadata"]
-
-
-NEW_PACKAGES = """
-import json, sys
-def packages():
-    return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
-import sae_lens
-before = packages()
-sys.path.insert(0, sys.argv[1])
-__import__(sys.argv[2])
-print(json.dumps(sorted(packages() - before)))
-"""
-
-
-def packages_imported_by(module, path="."):
-    """Third-party packages that importing `module` adds to those that `import sae_lens` brings."""
-    result = run_python(NEW_PACKAGES, path, module)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_base_import_adds_no_package_to_saelens():
-    assert packages_imported_by("saelens_cosine") == ["saelens_cosine"]
-
-
-def test_the_test_above_can_fail(tmp_path):
-    (tmp_path / "triton_stand_in.py").write_text("")
-    (tmp_path / "greedy.py").write_text("import json\nimport triton_stand_in\nimport matplotlib.pyplot\n")
-    found = packages_imported_by("greedy", tmp_path)
-    assert {"greedy", "triton_stand_in", "matplotlib"} <= set(found)

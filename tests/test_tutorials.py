@@ -29,6 +29,7 @@ SHRINK = {
         "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 30_000, 8_000, 240": "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 2_048, 256, 20",
         "CAUSAL_CONTEXTS, CAUSAL_FEATURES, CONCEPT_TEXTS = 100, 40, 40": "CAUSAL_CONTEXTS, CAUSAL_FEATURES, CONCEPT_TEXTS = 12, 2, 4",
         'TASKS = ("bundled",)': 'TASKS = ("bundled:loop",)',
+        '    "sae_probes:21_headline_istrump",\n': "",
         '    "sae_probes:158_code_C",\n    "sae_probes:57_wikidatais_alive",\n': "",
         '    "sae_probes:96_spam_is",\n    "sae_probes:105_click_bait",\n': "",
         "REAL[:3]": "REAL[:1]",
@@ -37,14 +38,23 @@ SHRINK = {
     },
 }
 
-VARIED = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import variation; variation.apply()"
-"""Run first in a notebook's process: seeds and threads as in this one."""
+BEFORE = f"""
+import functools, sys
+sys.path.append({str(Path(__file__).parent)!r})
+import short_corpus, variation
+from saelens_cosine.evaluation import evals
+variation.apply()
+short_corpus.apply(corpus=short_corpus.few_documents)
+evals.direction_norm_patching = functools.partial(evals.direction_norm_patching, pairs=20, control_pairs=10, rescaled_tokens=10)
+evals.SPLITS = 2
+"""
+"""Run first in a notebook's process: seeds and threads as in this one, few documents, patches and probes."""
 
 
 def run_shrunk(name, folder):
     """What the notebook prints with fewer tokens and features."""
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(VARIED))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(BEFORE))
     sources = "\n".join(cell.source for cell in notebook.cells)
     for old, new in SHRINK[name].items():
         assert sources.count(old) == 1, f"{old!r} stands {sources.count(old)} times in {name}"
