@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sae_lens import SAE
+from short_corpus import short_corpus
 from torch.nn.modules import module
 
 from saelens_cosine.cli import main
@@ -21,7 +22,9 @@ from saelens_cosine.evaluation.report import SCHEMA
 from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.loading import from_pretrained
 
-TINY = ["--tokens", "40k", "--d-sae", "128", "--k", "8", "--quiet"]
+pytestmark = pytest.mark.usefixtures("short_text")
+
+TINY = ["--tokens", "24k", "--d-sae", "128", "--k", "8", "--quiet"]
 ARMS = ["inner_product_batchtopk", "cosine_batchtopk", "per_feature_cosine_batchtopk"]
 
 
@@ -30,7 +33,7 @@ def few_evaluation_tokens():
     before = ComparisonSettings.eval_tokens, ComparisonSettings.eval_prompts
     defaults = ComparisonSettings.__init__.__defaults__
     assert defaults[-2:] == before
-    ComparisonSettings.__init__.__defaults__ = (*defaults[:-2], 8000, 32)  # 63 contexts of 128
+    ComparisonSettings.__init__.__defaults__ = (*defaults[:-2], 8000, 4)  # 63 contexts of 128, and four of them
     yield
     ComparisonSettings.__init__.__defaults__ = defaults
 
@@ -50,7 +53,7 @@ def test_one_entry_per_arm_and_seed_with_every_field(run):
     assert result["schema"] == SCHEMA
     assert [(arm["architecture"], arm["seed"]) for arm in result["arms"]] == [(a, s) for s in (0, 1) for a in ARMS]
     for arm in result["arms"]:
-        assert (arm["k"], arm["d_sae"], arm["tokens"]) == (8, 128, 40_000)
+        assert (arm["k"], arm["d_sae"], arm["tokens"]) == (8, 128, 24_000)
         assert arm["dead_window_tokens"] == 63 * 128
         assert 0.1 < arm["fve"] < 1
         assert 0 <= arm["dead_fraction"] < 1
@@ -87,7 +90,7 @@ def test_the_training_log_shows_exponents_scale_threshold_and_dead_features(run)
     tokens = [entry["training_tokens"] for entry in result["arms"][0]["training_log"]]
     assert tokens == sorted(tokens)
     assert tokens[0] == 0
-    assert tokens[-1] >= 40_000  # the last entry is of the end
+    assert tokens[-1] >= 24_000  # the last entry is of the end
     assert result["arms"][0]["training_log"][-1]["fve"] > result["arms"][0]["training_log"][0]["fve"]
 
 
@@ -99,7 +102,7 @@ def test_the_saved_saes_load_in_saelens_and_are_what_was_measured(run):
         assert sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
         assert sae.cfg.metadata.max_norm_multiple == 10.0
         assert sae.cfg.metadata.heldout_rule == load_text("bundled").rule
-        assert (sae.cfg.metadata.training_tokens, sae.cfg.metadata.recipe) == (40_000, "paper")
+        assert (sae.cfg.metadata.training_tokens, sae.cfg.metadata.recipe) == (24_000, "paper")
         assert sae.cfg.metadata.lr == 5e-3  # the recipe's largest
         assert arm["weights_sha256"] == weights_sha256(from_pretrained(folder / arm["path"]))  # as `evaluate` loads it
         last = arm["training_log"][-1]["metrics"]
@@ -114,12 +117,12 @@ def test_the_measured_fve_is_that_of_an_independent_forward_pass(run):
     # heldout activations by transformers, codes and reconstruction by hand in float64
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from saelens_cosine.bundled import model_folder, stdlib_corpus
+    from saelens_cosine.bundled import model_folder
 
     folder, result, _ = run
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     stream = [0]
-    for text in stdlib_corpus("heldout").shuffle(seed=0)["text"]:
+    for text in short_corpus("heldout").shuffle(seed=0)["text"]:
         stream += [*tokenizer(text)["input_ids"], 0]
     # separators between documents, the beginning-of-sequence token before each context, unless a separator is there
     every, place = [], 1
@@ -152,7 +155,7 @@ def test_arms_of_one_seed_share_their_start_and_seeds_differ(run):
 
 def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
     _, result, _ = run
-    again = compare(ComparisonSettings(tokens=40_000, d_sae=128, k=8), tmp_path / "again")
+    again = compare(ComparisonSettings(tokens=24_000, d_sae=128, k=8), tmp_path / "again")
     for arm, before in zip(again.arms, result["arms"], strict=False):
         assert (arm.reconstruction.fve, arm.reconstruction.l0) == (before["fve"], before["l0"])
         assert arm.ce_loss_recovered == before["ce_loss_recovered"]
@@ -252,7 +255,7 @@ def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp
         if what.startswith("Training, seed 2") and done > total / 2:
             raise KeyboardInterrupt
 
-    settings = ComparisonSettings(arms=("cosine_topk",), tokens=40_000, d_sae=128, k=8, seeds=2)
+    settings = ComparisonSettings(arms=("cosine_topk",), tokens=24_000, d_sae=128, k=8, seeds=2)
     with pytest.raises(KeyboardInterrupt):
         compare(settings, folder, on_progress=interrupt_in_the_second_seed)
     assert sorted(path.name for path in folder.iterdir()) == [".comparison-run", MANIFEST, "cosine_topk"]
@@ -263,7 +266,8 @@ def test_interrupted_it_keeps_finished_seeds_and_leaves_nothing_half_written(tmp
 def test_ctrl_c_ends_the_command_with_a_checkpoint(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "saelens_cosine", "compare", "--tokens", "2M", "--d-sae", "128", "--k", "8"]
-    command += ["--eval-tokens", "4k", "--output", str(folder)]
+    hook = "blocks.0.mlp.hook_post"  # cheap, and so wide that few tokens fill the buffer
+    command += ["--hook", hook, "--eval-tokens", "4k", "--output", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not list(folder.glob(".unfinished-*")) and time.monotonic() < deadline:
@@ -331,10 +335,10 @@ def test_planted_sinks_are_dropped_by_default_and_trained_on_if_asked(run, tmp_p
     assert SAE.load_from_disk(folder / plain["arms"][0]["path"]).cfg.metadata.planted_sinks is None
 
 
-def test_help_names_every_option_that_the_settings_have():
-    text = subprocess.run(
-        [sys.executable, "-m", "saelens_cosine", "compare", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+def test_help_names_every_option_that_the_settings_have(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out
     options = "arms layer hook model dataset tokens k d-sae seeds recipe max-norm-multiple plant-sinks device output quiet overwrite"
     for option in options.split(" "):
         assert f"--{option}" in text
