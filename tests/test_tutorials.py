@@ -14,10 +14,15 @@ from saelens_cosine.bundled import load_bundled_model
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 TRAIN, STEER, WIN = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb", "03_does_cosine_win.ipynb"
 SHRINK = {
-    TRAIN: {"TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960", "d_sae=1024": "d_sae=128"},
+    TRAIN: {
+        "TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960",
+        "d_sae=1024": "d_sae=128",
+        "n_batches_in_buffer=512": "n_batches_in_buffer=64",
+    },
     STEER: {
         "TRAINING_TOKENS = 500_000": "TRAINING_TOKENS = 40_960",
         "d_sae=1024": "d_sae=256",
+        "n_batches_in_buffer=512": "n_batches_in_buffer=64",
         "files=80": "files=30",
         "per_file=8": "per_file=2",
     },
