@@ -6,8 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from small_runs import compare_flags, small_batches, write_text
-from test_resume import stop_after
+from small_runs import compare_flags, small_batches, stop_after, write_text
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import comparison as comparison_module

@@ -7,8 +7,7 @@ import torch
 from helpers import HOOK, TRAINING, make_config, tiny_dataset
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
-from small_runs import write_text
-from test_resume import stop_after
+from small_runs import stop_after, write_text
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import compare

@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 from datasets import Array2D, Dataset, Features
-from small_runs import HOOK, flags
-from test_resume import stop_after
+from small_runs import HOOK, flags, stop_after
 
 from saelens_cosine.cli import main
 
