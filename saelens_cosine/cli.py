@@ -31,7 +31,7 @@ from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.faults import FAULTS, line_of
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, without_secrets
 from saelens_cosine.loading.command import add_convert_command
-from saelens_cosine.progress import shown
+from saelens_cosine.progress import shown, unread
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
 from saelens_cosine.training.randomness import deterministic_algorithms
@@ -40,7 +40,7 @@ from saelens_cosine.training.stop import StopError, exit_status, raising_on_sign
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    with raising_on_signals(), logged_without_secrets():
+    with raising_on_signals(), logged_without_secrets(), unread():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -61,6 +61,9 @@ def _run(args: list[str]) -> int:
         return 2
     except FAULTS as error:
         return _fault(options.command, error)
+    except (KeyboardInterrupt, InterruptedException) as stopped:
+        print("Interrupted. Nothing was written.", file=sys.stderr)  # noqa: T201
+        return exit_status(stopped)
 
 
 def _fault(command: str, error: BaseException) -> int:
@@ -364,12 +367,8 @@ def _evaluate(options: Any) -> int:
 
 def _ground_truth(options: Any) -> int:
     _hush_libraries()
-    try:
-        with _progress(options.quiet) as progress:
-            tables = run_ground_truth(options, progress)
-    except (KeyboardInterrupt, InterruptedException) as stopped:
-        print("Interrupted. Nothing was written.", file=sys.stderr)  # noqa: T201
-        return exit_status(stopped)
+    with _progress(options.quiet) as progress:
+        tables = run_ground_truth(options, progress)
     console = Console()
     console.width = max(console.width, 120)
     for table in tables:
@@ -461,7 +460,7 @@ def _train(arguments: list[str]) -> int:
         print(stopped, file=sys.stderr)  # noqa: T201
         return stopped.exit_status
     except KeyboardInterrupt as stopped:
-        print("Interrupted before training began.", file=sys.stderr)  # noqa: T201
+        print("Interrupted outside of training. Run the same command with --resume to go on.", file=sys.stderr)  # noqa: T201
         return exit_status(stopped)
     except FAULTS as error:
         return _fault("train", error)

@@ -15,6 +15,9 @@ HELDOUT_DOCUMENTS = 1000
 SHUFFLED_AT_ONCE = 10_000
 """Documents of a stream among which the next one is drawn."""
 
+COMPARED = 20_000
+"""Documents, at even steps, by which a text is told from another of the same name."""
+
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 _TEXT_FILES = (".txt", ".md", ".py")
@@ -31,11 +34,23 @@ class TextSplits(NamedTuple):
         train (Any): In an order that depends on the seed, without near-copies of held-out documents (see `activations.near_copies`).
         heldout (Any): The same for every seed.
         rule (str): Says which documents are held out: equal for two loads of a name if and only if they hold out the same ones.
+        rows (Any): All of which training documents are, in the data's own order; None for a stream.
     """
 
     train: Any
     heldout: Any
     rule: str
+    rows: Any = None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Tells other text under the same name: the number of rows, and a hash of `COMPARED` of them at even steps, or of all if
+        there are fewer. None for a stream."""
+        if self.rows is None:
+            return None
+        rows = len(self.rows)
+        compared = self.rows.select(range(0, rows, -(-rows // COMPARED)))
+        return f"{rows} rows, sha256 {_content(compared)}"
 
 
 def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
@@ -57,17 +72,19 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
     """
     path, streams = Path(name), False
     if name == BUNDLED:
-        train, heldout = stdlib_corpus("train").shuffle(seed=seed), stdlib_corpus("heldout").shuffle(seed=0)
+        rows, heldout = stdlib_corpus("train"), stdlib_corpus("heldout").shuffle(seed=0)
+        train = rows.shuffle(seed=seed)
         rule = "hash of the file's path, codec tables aside"
     elif path.suffix in _LOADERS or path.exists():
-        rows = _local_rows(path)
-        test_size = min(HELDOUT_DOCUMENTS, max(1, len(rows) // 20))
-        split = rows.train_test_split(test_size=test_size, seed=0)  # the same for every seed
-        train, heldout = split["train"].shuffle(seed=seed), split["test"]
-        rule = f"{test_size} of {len(rows)} rows, sha256 {_content(heldout)}"
+        all_rows = _local_rows(path)
+        test_size = min(HELDOUT_DOCUMENTS, max(1, len(all_rows) // 20))
+        split = all_rows.train_test_split(test_size=test_size, seed=0)  # the same for every seed
+        rows, heldout = split["train"], split["test"]
+        train = rows.shuffle(seed=seed)
+        rule = f"{test_size} of {len(all_rows)} rows, sha256 {_content(heldout)}"
     else:
-        train, heldout = _from_hub(name, streaming)
-        train = train if streaming else train.shuffle(seed=seed)
+        rows, heldout = _from_hub(name, streaming)
+        train = rows if streaming else rows.shuffle(seed=seed)
         rule, streams = f"first {HELDOUT_DOCUMENTS} documents", streaming
     train, heldout = _iterable(train), _iterable(heldout)
     train = train.filter(HeldOutRuns(heldout).leaves)
@@ -77,7 +94,7 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
         )
     if streams:  # last, for the first document of a shuffled stream costs a buffer of them
         train = train.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
-    return TextSplits(train, heldout, rule)
+    return TextSplits(train, heldout, rule, None if streams else rows)
 
 
 def _local_rows(path: Path) -> Any:

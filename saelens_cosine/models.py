@@ -13,7 +13,7 @@ from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
-from saelens_cosine.files.secrets import scrubbed, without_secrets
+from saelens_cosine.files.secrets import without_secrets
 
 TRANSFORMER_LENS = "HookedTransformer"
 HUGGING_FACE = "AutoModelForCausalLM"
@@ -204,7 +204,7 @@ def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key not in LENS_ONLY | PLACEMENT | FOR_ALL or (key == "attn_implementation" and value not in ATTENTION):
             raise ValueError(
-                f"model_from_pretrained_kwargs of this SAE ask for {without_secrets(f'{key}={value!r}')}. An SAE's file may say "
+                f"model_from_pretrained_kwargs of this SAE ask for {_shown(key, value)}. An SAE's file may say "
                 "how a model's weights are loaded, and not run code from elsewhere or change where it is from. Where the model "
                 "loads without, take the entry out of the SAE's cfg.json."
             )
@@ -215,6 +215,11 @@ def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             f"model_from_pretrained_kwargs: dtype={dtype!r} is none of torch's, such as float32, bfloat16."
         )
     return found
+
+
+def _shown(key: str, value: Any) -> str:
+    """An argument that is refused; what nobody knows the meaning of may be a secret."""
+    return without_secrets(f"{key}={value!r}") if isinstance(value, bool) or key in PLACEMENT else key
 
 
 def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> Any:
@@ -252,7 +257,7 @@ def refused_kwargs(name: str, kwargs: Mapping[str, Any] | None) -> Generator[Non
         if not kwargs or "argument" not in str(error):
             raise
         raise ValueError(
-            f"{name} does not load with model_from_pretrained_kwargs={scrubbed(kwargs)}: {error}. Leave out what it does not take."
+            f"{name} does not load with model_from_pretrained_kwargs of {', '.join(kwargs)}: {error}. Leave out what it does not take."
         ) from error
 
 

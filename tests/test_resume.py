@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
+from foreign import write
 from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.prefetch import PrefetchingIterator
 from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, stop_after, weights, write_text
@@ -263,7 +264,7 @@ def test_deterministic_algorithms_are_used_where_asked_for_and_not_afterwards(co
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("command", ["train", "compare", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "compare", "evaluate", "benchmark", "convert", "ground-truth", "share"])
 def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_expect(
     command, number, status, text, tmp_path, monkeypatch, capsys
 ):
@@ -274,10 +275,18 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
     for module in ("training.command", "evaluation.comparison"):
         monkeypatch.setattr(f"saelens_cosine.{module}.load_text", signalled)
     monkeypatch.setattr("saelens_cosine.evaluation.subject.Loader.subject", signalled)
+    monkeypatch.setattr("saelens_cosine.cli.benchmark", signalled)
+    monkeypatch.setattr("saelens_cosine.loading.command.load", signalled)
+    monkeypatch.setattr("saelens_cosine.evaluation.ground_truth_command.ground_truth", signalled)
+    monkeypatch.setattr("saelens_cosine.sharing.command.gather", signalled)
     arguments = {
         "train": flags(text, tmp_path / "out"),
         "compare": ["--dataset", str(text), "--output", str(tmp_path / "out"), "--quiet"],
         "evaluate": [str(tmp_path), "--output", str(tmp_path / "out"), "--quiet"],
+        "benchmark": ["--quiet"],
+        "convert": [str(write("global-a", tmp_path / "source")), str(tmp_path / "out")],
+        "ground-truth": ["--output", str(tmp_path / "out"), "--quiet"],
+        "share": [str(tmp_path), "--repo", "some/one", "--dry-run", "--output", str(tmp_path / "out")],
     }
     left_by_saelens = dict.fromkeys((signal.SIGINT, signal.SIGTERM), interrupt_callback)  # by an earlier training
     with handled(left_by_saelens):

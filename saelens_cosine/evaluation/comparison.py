@@ -18,7 +18,7 @@ from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.data import load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings, FailedArm
-from saelens_cosine.evaluation.comparison_state import ComparisonState
+from saelens_cosine.evaluation.comparison_state import ComparisonState, begun
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
@@ -71,7 +71,7 @@ def compare(
         overwrite: replace an earlier comparison when this one has ended. Files that this package has not written there, or that
             somebody has changed since, are left alone.
         resume: go on with a comparison of these settings in this folder, exactly where it was: seeds that are finished are not trained
-            again. From the start if there is none. `seeds` may have grown.
+            again. From the start if there is none. `seeds` may have grown, not shrunk.
         keep: checkpoints that are kept while a seed is trained, the newest.
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it, and out of how much.
@@ -92,7 +92,7 @@ def compare(
             before=written_before(opened.folder),
             places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
             overwrite=overwrite,
-            resume=resume,
+            resume=resume and begun(opened),
         )
         state = ComparisonState(
             settings, opened, resume=resume, overwrite=overwrite, keep=keep, stop_signals=stop_signals
@@ -119,7 +119,9 @@ def _compare(
     if settings.plant_sinks:
         afterwards.callback(plant_sinks(model.model, model.hook_name))
     progress("Gathering held-out activations", 0, 1)
-    heldout = _HeldOut(settings, model)
+    text = load_text(settings.dataset)
+    state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint}
+    heldout = _HeldOut(settings, model, text.heldout)
     arms: list[ArmResult] = []
     failed: list[FailedArm] = []
     dropped: list[float] = []
@@ -273,9 +275,8 @@ def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
 class _HeldOut:
     """Held-out activations and prompts, the same for every arm and seed."""
 
-    def __init__(self, settings: ComparisonSettings, model: HookedModel):
+    def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any):
         self.settings, self.model = settings, model
-        text = load_text(settings.dataset).heldout
         form = ContextForm(_context_size(settings, model))
         contexts = sample_contexts(
             form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens

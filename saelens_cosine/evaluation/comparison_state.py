@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
@@ -18,6 +20,8 @@ from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
 
 FOLDER = ".comparison-run"
 """In the folder of the results."""
+
+_SEED = re.compile(r"seed\d+(\.json)?")
 
 MAY_DIFFER = frozenset({"seeds", "device"})
 """Settings that change nothing of a seed that is finished or begun."""
@@ -52,6 +56,11 @@ class ComparisonState:
         self.settings = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
         self.settings |= {"arms": list(settings.arms), "training_tokens": settings.tokens}
         self.output, self.resume, self.keep, self.stop_signals = output, resume, keep, stop_signals
+        seeds = [int(path.name.removeprefix("seed").removesuffix(".json")) for path in _seeds(output.results)]
+        if resume and not overwrite and max(seeds, default=0) >= settings.seeds:
+            raise ValueError(
+                f"Cannot go on with {output.folder}: seeds is {max(seeds) + 1} there and {settings.seeds} here; they can grow, not shrink."
+            )
         if not (resume or overwrite):
             for path in sorted((output.folder / FOLDER).glob("seed*")):
                 if Checkpoints(path).all():
@@ -121,6 +130,16 @@ class ComparisonState:
         with self.output.file(f"{FOLDER}/seed{seed}.json") as unfinished:
             # NaN as Python has it, for `comparison.json` is what others read
             unfinished.write_text(json.dumps(content))
+
+
+def begun(output: Output) -> bool:
+    """Whether a comparison in this folder can be gone on with."""
+    return any(True for _ in _seeds(output.unfinished))
+
+
+def _seeds(results: Path) -> Iterator[Path]:
+    """Records of seeds that are finished, and folders of those that are not."""
+    yield from (path for path in (results / FOLDER).glob("seed*") if _SEED.fullmatch(path.name))
 
 
 def _tell(sentence: str) -> None:

@@ -67,10 +67,15 @@ class Output:
         if earlier and not written.exists:
             written.save()
         if resume:
-            self.results = self._new if self._new.exists() else self.folder
+            self.results = self.unfinished
         else:
             self.results = self._new if earlier else self.folder
             self._old_new = list(left)
+
+    @property
+    def unfinished(self) -> Path:
+        """Where an earlier run has left what can be gone on with, if it has."""
+        return self._new if self._new.exists() else self.folder
 
     @contextmanager
     def file(self, name: str) -> Generator[Path]:

@@ -18,6 +18,7 @@ from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAME
 
 from saelens_cosine.activations.contexts import check_context_size
 from saelens_cosine.devices import check_device
+from saelens_cosine.files.secrets import as_typed
 from saelens_cosine.models import HUGGING_FACE, TRANSFORMER_LENS, known_to_transformer_lens
 
 POSITIVE = (
@@ -53,6 +54,8 @@ def parse_flags(arguments: Sequence[str]) -> Any:
         if not stop.code:  # --help
             raise
         usage, _, reason = said.getvalue().strip().rpartition("error: ")
+        before, unknown, words = reason.partition("unrecognized arguments: ")
+        reason = f"{before}{unknown}{as_typed(words.split())}" if unknown else reason
         flags = sorted({*re.findall(r"--[\w-]+", usage), *OWN_FLAGS})
         raise ValueError(reason + _meant(reason, flags)) from None
     except ZeroDivisionError:  # SAELens divides by them for what it tells of the run

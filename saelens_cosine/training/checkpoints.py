@@ -54,9 +54,26 @@ class Checkpoints:
             OSError: the disk is full, or the folder cannot be written; the checkpoints before are still there.
         """
         target = self._write(str(tokens), write)
-        for old in self.all()[self.keep :]:
-            _remove(old)
+        kept = [path for path in self.all() if int(path.name) <= tokens][: self.keep]
+        for path in self.all():
+            if path not in kept:
+                _remove(path)  # an older one; or one from beyond here, that was broken and has been gone back from
         return target
+
+    def check_places(self) -> None:
+        """That nothing of somebody else's stands where a checkpoint may have to be.
+
+        Raises:
+            FileExistsError: it does; names it.
+        """
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            if path.name.removeprefix(_FINAL).isdecimal() and (path.is_symlink() or not (path / OWN_FOLDER).is_dir()):
+                raise FileExistsError(
+                    f"{path} is no checkpoint of this package and has the name of one. Move it away, or choose another folder for "
+                    "the checkpoints (--checkpoint_path)."
+                )
 
     def add_final(self, tokens: int, write: Callable[[Path], None]) -> Path:
         """Write what SAELens saves at the end of a run where it is asked to (`save_final_checkpoint`)."""
@@ -119,6 +136,8 @@ def _expected(checkpoint: Path) -> dict[str, str]:
     broken = f"Checkpoint {checkpoint} is broken: no {_CHECKSUMS} that can be read."
     try:
         expected = read_json(checkpoint / _CHECKSUMS)
+        if not expected:
+            raise BrokenCheckpointError(broken)
         return {check_name(name, "file"): str(content) for name, content in expected.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise BrokenCheckpointError(broken) from error

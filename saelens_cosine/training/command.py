@@ -108,7 +108,13 @@ def _train(
         runner,
         checkpoints,
         every=math.ceil(cfg.training_tokens / ((cfg.n_checkpoints or N_CHECKPOINTS) + 1)),
-        settings={**cfg.to_dict(), "max_norm_multiple": max_norm_multiple, "heldout_rule": text.rule},
+        settings={
+            **cfg.to_dict(),
+            "max_norm_multiple": max_norm_multiple,
+            "heldout_rule": text.rule,
+            "text": text.fingerprint,
+            "wandb_evaluation": _evaluation_during_training(cfg),
+        },
         parts={"norm_filter": norm_filter},
         go_on="Run the same command with --resume to go on.",
         stop=StopRequests(stop_signals),
@@ -126,6 +132,14 @@ def _train(
     with wandb_never_stops(cfg.logger):
         runner.run()
     return norm_filter
+
+
+def _evaluation_during_training(cfg: Any) -> list[int] | None:
+    """How SAELens evaluates while it logs to W&B, which takes text from the stream that is trained on."""
+    if not cfg.logger.log_to_wandb:
+        return None
+    every = cfg.logger.wandb_log_frequency * cfg.logger.eval_every_n_wandb_logs
+    return [every, cfg.n_eval_batches, cfg.eval_batch_size_prompts or 0]
 
 
 def _forget_secrets(cfg: Any, metadata: Any) -> None:
@@ -165,7 +179,10 @@ def _open_checkpoints(
             raise ValueError("--resume goes on from a checkpoint, and --checkpoint_path none writes none.")
         return None
     checkpoints = Checkpoints(folder, keep)
+    if cfg.output_path is not None and folder.resolve() == Path(cfg.output_path).resolve():
+        raise ValueError(f"{folder} cannot hold both the SAE and the checkpoints; pass another --checkpoint_path.")
     open_folders.enter_context(open_output(folder, "checkpoints", keep_empty=False))
+    checkpoints.check_places()
     if checkpoints.all() and not (resume or overwrite):
         raise FileExistsError(
             f"{folder} holds checkpoints of an earlier run. Pass --resume to go on with it, --overwrite to replace it, or "
@@ -180,7 +197,7 @@ def _checkpoint_folder(cfg: Any) -> Path | None:
         return None
     given = Path(cfg.checkpoint_path).parent
     if given == Path("checkpoints") and cfg.output_path is not None:  # SAELens' default
-        output = Path(cfg.output_path)
+        output = Path(cfg.output_path).resolve()  # whatever it is called: `.`, or by a link
         return output.with_name(f"{output.name}-checkpoints")
     return given
 

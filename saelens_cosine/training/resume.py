@@ -102,22 +102,26 @@ class SavedState:
             ValueError: they differ in what decides the weights; names each setting with both values.
         """
         check_same(self.plain["settings"], settings, self.path)
-        then, now = self.plain["settings"], settings
-        before, budget = then["training_tokens"], now["training_tokens"]
+        before, budget = self.plain["settings"]["training_tokens"], settings["training_tokens"]
         if budget < before:
             raise ValueError(
                 f"Cannot go on from {self.path}: training_tokens is {before} there and {budget} here; a budget can grow, not shrink."
             )
-        if budget > before and now.get("lr_scheduler_name") == "cosineannealing":
+        if budget > self.schedule_tokens and settings.get("lr_scheduler_name") == "cosineannealing":
             raise ValueError(
                 f"Cannot go on from {self.path} for {budget} instead of {before} tokens: its learning rate follows a cosine made for "
                 f"{before}, and would rise again. Start another run."
             )
 
+    @property
+    def schedule_tokens(self) -> int:
+        """The budget that the learning rate's schedule was made for: that of the run's first process."""
+        return self.plain["schedule_tokens"]
+
     def about_budget(self, settings: Mapping[str, Any]) -> str | None:
-        """What a larger budget does to the schedule; None if the budget is the same."""
-        before, budget = self.plain["settings"]["training_tokens"], settings["training_tokens"]
-        if budget == before:
+        """What a larger budget does to the schedule; None if it is that of the run's first process."""
+        first, budget = self.schedule_tokens, settings["training_tokens"]
+        if budget == first:
             return None
         steps = settings["lr_decay_steps"]
         then = (
@@ -126,8 +130,8 @@ class SavedState:
             else "which does not decay"
         )
         return (
-            f"The budget is {budget:,} tokens, {before:,} when this run began. The learning rate keeps the schedule of "
-            f"{before:,} tokens, {then}."
+            f"The budget is {budget:,} tokens, {first:,} when this run began. The learning rate keeps the schedule of "
+            f"{first:,} tokens, {then}."
         )
 
 
@@ -156,6 +160,7 @@ class ResumableRun:
     _generators: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     _trainer: Any = field(default=None, init=False, repr=False)
     _due: int = field(default=0, init=False, repr=False)
+    _schedule_tokens: int | None = field(default=None, init=False, repr=False)
     _batches_before: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -179,6 +184,7 @@ class ResumableRun:
             part.load_state_dict(state.plain["parts"][name])
         self._stream.restore(state.stream)
         self._generators = state.plain["generators"], state.generators
+        self._schedule_tokens = state.schedule_tokens
 
     def _fit(self, trainer: Any) -> Any:
         """SAELens' `fit`, with our saving after each step."""
@@ -244,6 +250,7 @@ class ResumableRun:
             "generators": plain,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "settings": self.settings,
+            "schedule_tokens": self._schedule_tokens or self.settings["training_tokens"],
         }
         write_text(
             json.dumps(content), folder / _STATE
