@@ -82,7 +82,7 @@ def test_train(changes, said, tmp_path, capsys):
 
 
 def test_what_cannot_be_trained_does_not_cost_the_checkpoints_that_it_would_overwrite(tmp_path, capsys):
-    kept = tmp_path / "sae-checkpoints" / "1024"
+    kept = tmp_path / "sae-checkpoints" / "1024" / "saelens_cosine"
     kept.mkdir(parents=True)
     chosen = {**TRAIN, "output_path": str(tmp_path / "sae"), "hook_name": "blocks.3.nope"}
     flags = [part for name, value in chosen.items() for part in (f"--{name}", value)]
