@@ -246,6 +246,23 @@ def test_other_signals_stop_it_where_asked_for_before_training_too(command, text
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_signal_while_the_first_mixing_buffer_is_filled_is_not_waited_for(
+    command, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
+    makes = {"train": flags, "compare": compare_flags}[command]
+
+    def filling(**_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal did not end it")
+        yield
+
+    monkeypatch.setattr("saelens_cosine.training.stream.mixing_buffer", filling)
+    assert main([command, *makes(text, tmp_path / "out")]) == 143
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
 def test_deterministic_algorithms_are_used_where_asked_for_and_not_afterwards(command, text, tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "paper", small_batches)
     changes = {"train": {"checkpoint_path": "none"}, "compare": {"seeds": 1}}[command]

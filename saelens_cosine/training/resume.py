@@ -166,6 +166,7 @@ class ResumableRun:
     def __post_init__(self) -> None:
         prefetched = self.runner.cfg.prefetch_llm_batches
         self._stream = ResumableStream(self.runner.activations_store, int(prefetched) if prefetched else None)
+        self.stop.begun = lambda: self._stream.begun
         multiple = hasattr(self.runner, "saes")
         self._multiple = multiple
         vars(self.runner)[

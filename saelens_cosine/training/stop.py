@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -72,7 +72,7 @@ def handled(handlers: Mapping[int, Any]) -> Generator[None]:
 
 
 class StopRequests:
-    """Which signal has come; the second of them ends the process at once.
+    """Which signal has come; the second of them ends the process at once, and so does the first where nothing has begun.
 
     Args:
         further: signals that are taken beside SIGINT and SIGTERM.
@@ -80,11 +80,14 @@ class StopRequests:
 
     def __init__(self, further: Iterable[int] = ()):
         self.received: int | None = None
+        self.begun: Callable[[], bool] = lambda: True
         self.signals = (signal.SIGINT, signal.SIGTERM, *further)
 
     def __call__(self, number: int, _frame: Any) -> None:
         if self.received is not None:
             os._exit(128 + number)  # files are written whole or not at all
+        if not self.begun():
+            raise SignalError(number)
         self.received = number
 
     @contextmanager

@@ -169,6 +169,11 @@ class ResumableStream:
         store.get_data_loader = self._single
         store.get_multi_hook_data_loader = self._multiple
 
+    @property
+    def begun(self) -> bool:
+        """Whether a batch has been made; the first one takes a whole mixing buffer of text."""
+        return self._made > 0
+
     def state(self, batches: int) -> StreamState:
         """The place behind this many batches of this process; without a prefetcher that is where the store stands."""
         if self._ahead is None:
