@@ -38,8 +38,12 @@ class _Unread:
             self._drop()
 
     def _drop(self) -> None:
-        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:  # else Python fails again when it ends
-            os.dup2(nowhere.fileno(), self._stream.fileno())
+        with suppress(OSError, ValueError):  # else Python fails again when it ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nowhere, self._stream.fileno())
+            finally:
+                os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from small_runs import compare_flags, flags, small_batches, stop_after, weights, write_text
@@ -49,8 +51,40 @@ def test_a_checkpoint_without_any_checksum_is_broken(tmp_path):
     assert Checkpoints(tmp_path).newest(print) == tmp_path / "1"
 
 
+def test_a_checkpoint_whose_removal_was_stopped_anywhere_is_not_taken_for_somebody_else_s(tmp_path, monkeypatch):
+    def write(folder):
+        for name in ("a/weights", "weights", "z/weights"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(folder.name)
+
+    class Killed(BaseException):
+        pass
+
+    for left in range(10):
+        checkpoints = Checkpoints(tmp_path / str(left), keep=1)
+        checkpoints.add(1, write)
+        steps = iter(range(left))
+        with monkeypatch.context() as patched:
+            for name in ("unlink", "rmdir"):
+                call = getattr(Path, name)
+
+                def counted(path, *args, call=call, steps=steps, **kwargs):
+                    if next(steps, None) is None:
+                        raise Killed
+                    return call(path, *args, **kwargs)
+
+                patched.setattr(Path, name, counted)
+            with suppress(Killed):
+                checkpoints.add(2, write)
+        checkpoints.check_places()
+        assert checkpoints.newest(print) == tmp_path / str(left) / "2"
+        checkpoints.add(3, write)
+    assert next(steps, None) is not None  # the last one was removed to its end
+
+
 @pytest.mark.parametrize(
-    "make", [lambda p: p.mkdir(), lambda p: p.write_text("mine"), lambda p: p.symlink_to("nowhere")]
+    "make",
+    [lambda p: (p / "mine").mkdir(parents=True), lambda p: p.write_text("mine"), lambda p: p.symlink_to("nowhere")],
 )
 @pytest.mark.parametrize("name", ["512", "final_4096"])
 def test_what_has_a_checkpoint_s_name_and_is_none_is_refused_before_training(name, make, text, tmp_path, capsys):

@@ -69,7 +69,7 @@ class Checkpoints:
         if not self.folder.is_dir():
             return
         for path in sorted(self.folder.iterdir()):
-            if path.name.removeprefix(_FINAL).isdecimal() and (path.is_symlink() or not (path / OWN_FOLDER).is_dir()):
+            if path.name.removeprefix(_FINAL).isdecimal() and not _ours(path):
                 raise FileExistsError(
                     f"{path} is no checkpoint of this package and has the name of one. Move it away, or choose another folder for "
                     "the checkpoints (--checkpoint_path)."
@@ -155,11 +155,19 @@ def _remove(checkpoint: Path) -> None:
         path = checkpoint / name
         if path.parent.resolve() == checkpoint.resolve() / PurePosixPath(name).parent:  # through no link
             path.unlink(missing_ok=True)
-    for path in sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True):
+    folders = sorted((path for path in checkpoint.rglob("*") if path.is_dir()), reverse=True)
+    for path in sorted(folders, key=lambda path: path.name == OWN_FOLDER):  # what tells that it is ours goes last
         with suppress(OSError):
             path.rmdir()
     with suppress(OSError):
         checkpoint.rmdir()
+
+
+def _ours(path: Path) -> bool:
+    """Whether this is a checkpoint, whole or not, or what is left of one whose removal was stopped: an empty folder."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return (path / OWN_FOLDER).is_dir() or not any(path.iterdir())
 
 
 def _checksums(folder: Path) -> dict[str, str]:
