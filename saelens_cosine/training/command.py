@@ -197,7 +197,9 @@ def _checkpoint_folder(cfg: Any) -> Path | None:
         return None
     given = Path(cfg.checkpoint_path).parent
     if given == Path("checkpoints") and cfg.output_path is not None:  # SAELens' default
-        output = Path(cfg.output_path).resolve()  # whatever it is called: `.`, or by a link
+        output = Path(cfg.output_path)
+        if output.is_symlink() or output.name in ("", ".."):
+            output = output.resolve()
         return output.with_name(f"{output.name}-checkpoints")
     return given
 
