@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from saelens_cosine.kernels import encode, filter
+from saelens_cosine.kernels import filter
+from saelens_cosine.saes import encoding
 
 D, F, K, B = 24, 300, 5, 60
 TRAINED = sorted({*ONE_PER_SCORE, *ONE_PER_SELECTOR, "cosine_topk", "magnitude_bypass_topk"})
@@ -214,7 +215,7 @@ def test_a_wrong_size_is_named(make):
 @pytest.mark.parametrize("chunk", [F - 1, 7 * F, 2**22])
 @pytest.mark.parametrize("name", ALL)
 def test_a_bfloat16_sae(name, chunk, make, monkeypatch):
-    monkeypatch.setattr(encode, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(encoding, "CHUNK_ENTRIES", chunk)
     sae = make(name)
     sae.to(torch.bfloat16)
     x = make_activations(3, 20, D)
@@ -335,8 +336,8 @@ def test_copies_keep_their_own_rows(make):
 
 
 def set_chunk(monkeypatch, entries):
-    monkeypatch.setattr(encode, "CHUNK_ENTRIES", entries)  # of some tokens and all features
-    monkeypatch.setattr(encode, "CPU_TILE", entries)  # of many tokens and some features
+    monkeypatch.setattr(encoding, "CHUNK_ENTRIES", entries)  # of some tokens and all features
+    monkeypatch.setattr(encoding, "CPU_TILE", entries)  # of many tokens and some features
 
 
 @pytest.mark.parametrize("tokens", [8, 61])

@@ -35,9 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import saelens_cosine
-from saelens_cosine.kernels import dispatch, filter
+from saelens_cosine.kernels import filter
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.counting import LaggedCount
+from saelens_cosine.saes import path
 from saelens_cosine.saes.recipe import RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import ScoredSAE
 
@@ -52,7 +53,7 @@ RECTIFIED = [name for name in FAST if "abstopk" not in name and "bypass" not in 
 
 @pytest.fixture(autouse=True)
 def _reasons_not_logged_yet():
-    dispatch._log_once.cache_clear()
+    path._log_once.cache_clear()
 
 
 def make(name, kernels="auto", seed=1, **options):
@@ -501,7 +502,7 @@ DECLINED = {  # architecture, options, what happens to the SAE, shape of the bat
 
 
 def reasons(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "saelens_cosine.kernels.dispatch"]
+    return [r.getMessage() for r in caplog.records if r.name == "saelens_cosine.saes.path"]
 
 
 def assert_reference_result(sae, x):
@@ -516,7 +517,7 @@ def assert_reference_result(sae, x):
 @pytest.mark.parametrize("case", DECLINED)
 def test_a_declined_call_takes_the_reference_path_and_says_why_once(case, caplog):
     name, options, change, shape, reason = DECLINED[case]
-    caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
+    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
     sae = make(name, **options)
     change(sae)
     x = make_activations(*shape)
@@ -532,7 +533,7 @@ def test_a_declined_call_takes_the_reference_path_and_says_why_once(case, caplog
 
 
 def test_auto_declines_what_is_too_dense_to_gain(caplog):
-    caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
+    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
     x = make_activations(B, D)
     assert is_fast(train_step(make("cosine_topk", d_sae=40), x, step=1))  # 5 of 40 is an eighth
     assert reasons(caplog) == []
@@ -550,27 +551,27 @@ def test_auto_declines_on_a_gpu_what_is_too_little_to_gain(caplog, monkeypatch):
         device: torch.device
         ndim: int = 2
 
-    caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "GPU_WORTH", 9 * 40 * 4)
+    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
+    monkeypatch.setattr(path, "_has_triton", lambda: True)
+    monkeypatch.setattr(path, "GPU_WORTH", 9 * 40 * 4)
     sae, gpu = make("cosine_topk", d_sae=40).train(), torch.device("cuda")
-    assert dispatch.use_fast_path(sae, Batch((9, D), gpu))
+    assert path.use_fast_path(sae, Batch((9, D), gpu))
     assert reasons(caplog) == []
-    assert not dispatch.use_fast_path(sae, Batch((8, D), gpu))
+    assert not path.use_fast_path(sae, Batch((8, D), gpu))
     (message,) = reasons(caplog)
     assert "8 tokens of 40 features are too few for a GPU" in message
     with monkeypatch.context() as patched:  # torch.autocast does nothing without the device
         patched.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         patched.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-        assert not dispatch.use_fast_path(sae, Batch((17, D), gpu))  # half the bytes
-        assert dispatch.use_fast_path(sae, Batch((18, D), gpu))
-    assert dispatch.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
+        assert not path.use_fast_path(sae, Batch((17, D), gpu))  # half the bytes
+        assert path.use_fast_path(sae, Batch((18, D), gpu))
+    assert path.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
     sae.cfg.kernels = "fast"
-    assert dispatch.use_fast_path(sae, Batch((8, D), gpu))
+    assert path.use_fast_path(sae, Batch((8, D), gpu))
 
 
 def test_the_reference_path_and_eval_mode_give_no_reasons(caplog):
-    caplog.set_level(logging.INFO, logger="saelens_cosine.kernels.dispatch")
+    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
     x = make_activations(B, D)
     for sae in (
         make("cosine_batchtopk", "reference"),

@@ -14,9 +14,9 @@ from sae_lens.saes.sae import SAE, TrainingSAE, TrainingSAEConfig
 from sae_lens.util import dtype_to_str
 from typing_extensions import override
 
-from saelens_cosine.kernels.dispatch import has_hooks, use_fast_path
-from saelens_cosine.kernels.encode import SparseCodes, encode_in_chunks, encode_sparse, fast_encode
 from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
+from saelens_cosine.saes.encoding import SparseCodes, encode_in_chunks, encode_sparse, fast_encode
+from saelens_cosine.saes.path import has_hooks, use_fast_path
 from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, multiplies_in_float16, wide
 
 # What a mix-in for training configs derives from. At run time it must bring no fields of its own: a dataclass takes each
