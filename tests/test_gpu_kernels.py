@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from saelens_cosine.kernels import gpu, operations, reference, selection
 from saelens_cosine.kernels.autograd import EntryDecode, EntryScores, ScoredBatch
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.filter import ScoreTerms
+from saelens_cosine.kernels.terms import ScoreTerms
 
 SIZES = [(1, 1, 1, 1), (1, 5, 3, 2), (3, 13, 7, 20), (4, 9, 600, 11), (3, 4, 5, 0)]
 """Tokens, features, inputs, entries: odd sizes, one block of width and more, no entries."""
@@ -404,7 +404,7 @@ def test_kernels_compile_for_cuda_without_a_device(tmp_path):
 
         from saelens_cosine.kernels import gpu
         from saelens_cosine.kernels.entries import Entries
-        from saelens_cosine.kernels.filter import ScoreTerms
+        from saelens_cosine.kernels.terms import ScoreTerms
 
         for n_features in (1, 13, 64):  # a constant, any number, one that lets loads be vectors
             vector, one = torch.ones(n_features), torch.tensor(1.0)

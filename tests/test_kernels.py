@@ -15,9 +15,10 @@ from saelens_cosine.kernels.autograd import EntryDecode, EntryScores, ScoredBatc
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.counting import LaggedCount
 from saelens_cosine.kernels.entries import Entries, counts, offsets, stable_order
-from saelens_cosine.kernels.filter import Rounded, ScoreTerms
+from saelens_cosine.kernels.filter import Rounded
 from saelens_cosine.kernels.optimizer import fuse_adam_of
 from saelens_cosine.kernels.selection import Encoder, UnitInputs
+from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.saes.encoding import encode_sparse
 from saelens_cosine.score import NORM_FLOOR
 

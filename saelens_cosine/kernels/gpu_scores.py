@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from saelens_cosine.kernels import reference
-from saelens_cosine.kernels.filter import ScoreTerms
+from saelens_cosine.kernels.terms import ScoreTerms
 
 SCORE_BLOCK = 2048
 """Scores that a program makes at once."""

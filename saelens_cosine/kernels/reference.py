@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.filter import ScoreTerms
+from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.score import wide
 
 

@@ -20,7 +20,8 @@ from sae_lens.saes.topk_sae import TopK
 
 from saelens_cosine.kernels import operations
 from saelens_cosine.kernels.entries import Entries, offsets, stable_order
-from saelens_cosine.kernels.filter import Rounded, ScoreTerms, candidates
+from saelens_cosine.kernels.filter import Rounded, candidates
+from saelens_cosine.kernels.terms import ScoreTerms
 
 SPARE = 1.15
 """How many candidates the next floor aims at, as a multiple of those wanted; batches differ by a few percent."""

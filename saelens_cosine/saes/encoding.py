@@ -13,8 +13,9 @@ from sae_lens.saes.topk_sae import TopK
 from saelens_cosine.kernels.autograd import EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded, ScoreTerms
+from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded
 from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
+from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.saes.path import decline_reason, defined_together
 from saelens_cosine.score import NORM_FLOOR, centred_norm, folded_score
 
