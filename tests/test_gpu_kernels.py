@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from saelens_cosine.kernels import gpu, operations, reference, selection
+from saelens_cosine.kernels import gpu, operations, reference
 from saelens_cosine.kernels.autograd import EntryDecode, EntryScores, ScoredBatch
 from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.kernels.terms import ScoreTerms
@@ -323,9 +323,7 @@ STEPS = [
 def test_a_training_step_by_these_kernels(name, dead, device, monkeypatch):
     """Losses, gradients and buffers equal the reference path's, and after the first step the host never waits."""
     if device == "cpu":
-        monkeypatch.setattr(selection, "_on_gpu", lambda _inputs: True)
-        for operation in ("segment_sum", "sampled_product"):
-            monkeypatch.setattr(operations, operation, getattr(gpu, operation))
+        monkeypatch.setattr(operations, "kernels_for", lambda _tensor: gpu)
     options = {"dead_feature_window_tokens": 10, "aux_loss_coefficient": 1.0} if dead else {}
     saes = {
         kernels: make_sae(name, d_in=6, d_sae=70, k=2, kernels=kernels, b_dec_init="zeros", **options)

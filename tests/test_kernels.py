@@ -95,7 +95,7 @@ def test_operations_by_hand():
     # <(1, 2), (0, 1)> = 2 at (0, 1), <(3, 4), (1, 0)> = 3 at (1, 0), <(3, 4), (5, 5)> = 35 at (1, 2)
     entries = Entries(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2]), 2, 3)
     assert operations.sampled_product(entries, t([1, 2], [3, 4]), table).tolist() == [2, 3, 35]
-    assert operations._for(table) is cpu
+    assert operations.kernels_for(table) is cpu
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])

@@ -12,15 +12,16 @@ from saelens_cosine.kernels.entries import Entries
 
 def segment_sum(rows: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """See `reference.segment_sum`."""
-    return _for(table).segment_sum(rows, offsets, weights, table)
+    return kernels_for(table).segment_sum(rows, offsets, weights, table)
 
 
 def sampled_product(entries: Entries, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """See `reference.sampled_product`."""
-    return _for(left).sampled_product(entries, left, right)
+    return kernels_for(left).sampled_product(entries, left, right)
 
 
-def _for(tensor: torch.Tensor) -> ModuleType:
+def kernels_for(tensor: torch.Tensor) -> ModuleType:
+    """The module that runs on a tensor's device."""
     if tensor.device.type == "cpu":
         return cpu
     if tensor.device.type == "cuda":

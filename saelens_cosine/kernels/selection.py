@@ -225,16 +225,15 @@ def _nothing(inputs: UnitInputs, encoder: Encoder) -> Scored:
 
 
 def _on_gpu(inputs: UnitInputs) -> bool:
-    return inputs.unit.is_cuda
+    """Whether the device's kernels pick entries themselves."""
+    return hasattr(operations.kernels_for(inputs.unit), "best_places")
 
 
 def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., torch.Tensor]) -> Scored:
     """Entries that a kernel picks from the dense product, which a GPU makes and reads faster than it could filter."""
-    from saelens_cosine.kernels import gpu  # triton is there only where CUDA is
-
     dtype = encoder.product_dtype or inputs.unit.dtype
     product = inputs.unit.to(dtype) @ encoder.weight.to(dtype).T
-    flat = places(gpu, product, inputs.log_norm, encoder.terms)
+    flat = places(operations.kernels_for(product), product, inputs.log_norm, encoder.terms)
     d_sae = len(encoder.weight)
     tokens = torch.div(flat, d_sae, rounding_mode="floor")
     entries = Entries(tokens, flat - tokens * d_sae, len(inputs.unit), d_sae)
