@@ -2,7 +2,7 @@
 
 from datasets import Dataset
 
-from saelens_cosine import data
+from saelens_cosine.activations import text as data
 from saelens_cosine.bundled import stdlib_corpus
 
 CHARACTERS = 2000

@@ -137,6 +137,6 @@ def test_what_only_the_model_and_the_text_can_tell(options, said, tmp_path, caps
         raise ConnectionError("Cannot reach the Hub.\nSee its documentation.")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    monkeypatch.setattr("saelens_cosine.models.load_model", unreachable)
+    monkeypatch.setattr("saelens_cosine.activations.models.load_model", unreachable)
     options = [*COMMANDS["compare"], *options, "--output", str(tmp_path / "out")]
     assert said in answer("compare", options, capsys)

@@ -14,8 +14,8 @@ from sae_lens import SAE
 from short_corpus import short_corpus
 from torch.nn.modules import module
 
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
-from saelens_cosine.data import load_text
 from saelens_cosine.evaluation.comparison import ComparisonSettings, compare
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.report import SCHEMA

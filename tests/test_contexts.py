@@ -6,9 +6,9 @@ from sae_lens.saes.sae import SAEMetadata
 
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
+from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.evaluation.comparison import ComparisonSettings
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.sharing.features import top_activations
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
+from saelens_cosine.activations.models import load_hooked_model
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import model_folder
-from saelens_cosine.data import load_text
-from saelens_cosine.models import load_hooked_model
 
 
 def write_jsonl(path, rows):

@@ -17,9 +17,10 @@ from helpers import make_sae
 from rich.console import Console
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
+from saelens_cosine.activations.sample import sample_tokens, side_by_side
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import _progress, main
-from saelens_cosine.data import load_text
 from saelens_cosine.evaluation import evals, saebench
 from saelens_cosine.evaluation import evaluate as module
 from saelens_cosine.evaluation.command import as_tables
@@ -31,7 +32,6 @@ from saelens_cosine.evaluation.figures import by_column, means, text_is
 from saelens_cosine.evaluation.html_report import render, write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.evaluation.saebench import Failure, Judge, SAEBenchError
-from saelens_cosine.evaluation.sample import sample_tokens, side_by_side
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
 from saelens_cosine.evaluation.tokens_measured import tokens_measured

@@ -145,7 +145,7 @@ def test_other_weights_of_the_model_in_the_same_folder_are_measured(tmp_path, co
 
 
 def _hooked(folder):
-    from saelens_cosine.models import load_hooked_model
+    from saelens_cosine.activations.models import load_hooked_model
 
     return load_hooked_model(str(folder)).model
 

@@ -15,6 +15,7 @@ from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from saelens_cosine.activations.models import block_of, load_hooked_model, size_at_hook
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.causal import clean_run
@@ -24,7 +25,6 @@ from saelens_cosine.evaluation.saebench.runner import _how_loaded, _load
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import parse_sources
 from saelens_cosine.evaluation.subject import Loader
-from saelens_cosine.models import block_of, load_hooked_model, size_at_hook
 
 D, HEADS, CONTEXT = 16, 2, 16
 TOKENS = torch.tensor([[0, 3, 4, 5, 6, 2], [0, 9, 9, 1, 30, 7]])
@@ -141,7 +141,7 @@ def test_what_transformer_lens_has_processed_is_not_translated():
 )
 @pytest.mark.parametrize("class_name", [LENS, HF])
 def test_a_file_cannot_ask_for_code_or_for_another_place(entry, class_name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("saelens_cosine.models.load_model", None)  # nothing is loaded
+    monkeypatch.setattr("saelens_cosine.activations.models.load_model", None)  # nothing is loaded
     folder = save(tmp_path / "sae", model_class_name=class_name, model_from_pretrained_kwargs=entry)
     assert main(["evaluate", folder, "--quiet", "--output", str(tmp_path / "out")]) == 2
     (name,) = entry

@@ -4,10 +4,10 @@ from helpers import make_sae
 from sae_lens import ActivationsStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 from saelens_cosine.evaluation.comparison import ComparisonSettings
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.training.command import train
-from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
 
 
 def rows_of_norm(*norms: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
 from saelens_cosine.evaluation.causal import clean_run, substitution_kl
 from saelens_cosine.evaluation.codes import sparse_codes
@@ -31,7 +32,6 @@ from saelens_cosine.evaluation.probing import probe_activations, probe_sae
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction, evaluate_reconstruction
 from saelens_cosine.evaluation.report import as_json, draw
 from saelens_cosine.evaluation.report import as_tables as comparison_tables
-from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.zf_plot import zf_figure, zf_points
 from saelens_cosine.training.monitor import TrainingLogEntry

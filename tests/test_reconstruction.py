@@ -7,6 +7,7 @@ from helpers import CONTEXT, D_IN, D_SAE, HOOK, make_activations, make_sae, tiny
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
+from saelens_cosine.activations.sample import TokenSample, side_by_side
 from saelens_cosine.evaluation.dead import dead_in_training
 from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.reconstruction import (
@@ -15,7 +16,6 @@ from saelens_cosine.evaluation.reconstruction import (
     evaluate_reconstruction,
     explained_variance,
 )
-from saelens_cosine.evaluation.sample import TokenSample, side_by_side
 
 
 class Fixed:

@@ -16,7 +16,7 @@ from sae_lens.training._interruption import interrupt_callback
 from sae_lens.training.prefetch import PrefetchingIterator
 from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_batches, stop_after, weights, write_text
 
-from saelens_cosine import data
+from saelens_cosine.activations import text as data
 from saelens_cosine.cli import main
 from saelens_cosine.training.command import train
 from saelens_cosine.training.recipe import RECIPES

@@ -15,23 +15,23 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
 from saelens_cosine.activations.contexts import ContextForm, sample_contexts
-from saelens_cosine.data import load_text
+from saelens_cosine.activations.models import HookedModel, load_hooked_model
+from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
+from saelens_cosine.activations.sample import sample_tokens
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, ComparisonSettings, FailedArm
 from saelens_cosine.evaluation.comparison_state import ComparisonState, begun
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
-from saelens_cosine.evaluation.sample import sample_tokens
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.model_card import model_card
-from saelens_cosine.models import HookedModel, load_hooked_model
 from saelens_cosine.progress import shown
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.norm_filter import filter_high_norm_tokens
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saelens_cosine.evaluation.sample import TokenSample
+from saelens_cosine.activations.sample import TokenSample
 
 TOKENS_AT_ONCE = 2048
 """Tokens whose reconstructions are held at once."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
+from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
@@ -37,14 +39,12 @@ from saelens_cosine.evaluation.norm_response import norm_response, scores_about
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
 from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
-from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
 from saelens_cosine.evaluation.tasks import bundled_concepts
 from saelens_cosine.evaluation.token_gram import firings
 from saelens_cosine.evaluation.training_log import training_log
 from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
-from saelens_cosine.models import TRANSFORMER_LENS, choose_model
 
 PAIRS_LISTED = 2000
 """Features whose partners `matching` lists, at even steps through those that have one."""

@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.not_finite import NotFiniteError
-from saelens_cosine.evaluation.sample import TokenSample
 
 Pooling = Literal["mean", "last"]
 """What stands for a context: the mean over its tokens, or its last token."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.probing import Probing, probe_sae
 from saelens_cosine.evaluation.reconstruction import Reconstruction, evaluate_reconstruction
-from saelens_cosine.evaluation.sample import TokenSample
 from saelens_cosine.rescore import rescore
 
 Score = Literal["own", "cosine", "inner_product"]

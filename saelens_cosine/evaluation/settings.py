@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saelens_cosine.activations.contexts import check_context_size
+from saelens_cosine.activations.norm_filter import check_max_norm_multiple
+from saelens_cosine.activations.sample import Sinks
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.saebench.evals import Judge
-from saelens_cosine.evaluation.sample import Sinks
 from saelens_cosine.files.secrets import scrubbed, without_secrets
-from saelens_cosine.training.norm_filter import check_max_norm_multiple
 
 
 @dataclass(frozen=True)

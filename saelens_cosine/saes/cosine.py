@@ -12,9 +12,9 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import nn
 from typing_extensions import override
 
+from saelens_cosine.activations.norm_filter import token_norms
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE, ScoredTrainingSAE
 from saelens_cosine.score import ScoreParameters, cosine_score, fold_scale, folded_score, wide
-from saelens_cosine.training.norm_filter import token_norms
 
 PLUGIN_NOTE = (
     "pip install saelens-cosine, then `import saelens_cosine` before SAE.load_from_disk or SAE.from_pretrained"

@@ -16,13 +16,13 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from saelens_cosine.activations.norm_filter import token_norms
 from saelens_cosine.kernels.optimizer import fuse_adam_of
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.dead_features import DeadFeatureRevival
 from saelens_cosine.saes.losses import ReconstructionLoss
 from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
-from saelens_cosine.training.norm_filter import token_norms
 
 PROJECTION_BLOCK = 2**18
 """Weights whose gradients are projected at a time on a CPU: 1 MiB in float32."""

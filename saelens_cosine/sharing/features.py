@@ -15,9 +15,9 @@ from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.models import device_of, of_head
+from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.saes.scored_sae import ScoredSAE
-from saelens_cosine.training.norm_filter import HighNormFilter
 
 CHUNK_CODES = 2**24
 """Dense codes held at once for an SAE that has no other form: 64 MiB in float32."""

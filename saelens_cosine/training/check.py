@@ -17,9 +17,9 @@ from sae_lens.util import str_to_dtype
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 from saelens_cosine.activations.contexts import check_context_size
+from saelens_cosine.activations.models import HUGGING_FACE, TRANSFORMER_LENS, known_to_transformer_lens
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.secrets import as_typed
-from saelens_cosine.models import HUGGING_FACE, TRANSFORMER_LENS, known_to_transformer_lens
 
 POSITIVE = (
     "training_tokens",

@@ -12,16 +12,16 @@ from typing import Any
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 
+from saelens_cosine.activations.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
+from saelens_cosine.activations.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.data import load_text
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
-from saelens_cosine.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
 from saelens_cosine.training.check import check_run, parse_flags
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resume import ResumableRun, SavedState, check_same

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.causal.code_edits import code_units, decoded_change
 from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
 from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.flat_tokens import flat_heads
-from saelens_cosine.evaluation.sample import TokenSample
 
 
 @dataclass(frozen=True)

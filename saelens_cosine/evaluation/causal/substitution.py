@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
-from saelens_cosine.evaluation.sample import TokenSample
 
 
 @dataclass(frozen=True)

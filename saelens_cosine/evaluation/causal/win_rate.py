@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
 from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.flat_tokens import flat_heads
-from saelens_cosine.evaluation.sample import TokenSample
 
 MIN_SAMPLES = 10
 """Samples that a correlation is computed from, at least (experiments 5 to 39)."""

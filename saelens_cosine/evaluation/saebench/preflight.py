@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from saelens_cosine.activations.models import size_at_hook
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.evaluation.plain import digest, files_fingerprint
 from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
 from saelens_cosine.evaluation.saebench.prepare import PreparedSAE
 from saelens_cosine.evaluation.saebench.results import Failure
-from saelens_cosine.models import size_at_hook
 
 INSTALL = (
     "Install it with `pip install 'saelens-cosine[bench-deps]'` and then `pip install --no-deps sae-bench==0.6.0 "

@@ -9,8 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from saelens_cosine.models import device_of, of_head
-from saelens_cosine.training.norm_filter import HighNormFilter, token_norms
+from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
 """What happens to tokens of a very high norm (attention sinks): they are measured, left out, or both are reported."""
