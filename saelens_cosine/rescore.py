@@ -17,8 +17,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
-from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
 from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 

@@ -22,7 +22,7 @@ from saelens_cosine.evaluation.html_report.data import (
     ScaleResponse,
     ZFPoints,
 )
-from saelens_cosine.sharing.features import Context, TokenValue
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 
 SECTIONS = {
     "comparison": {"arms": (Arm("one", metrics={"FVE": Estimate(0.9, 0.8, 0.95)}),)},

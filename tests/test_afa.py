@@ -10,8 +10,15 @@ from helpers import D_IN, ONE_PER_SELECTOR, make_activations, make_sae, save_inf
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
-from saelens_cosine.evaluation.afa import afa, distribution, measure_afa, summarize_afa
-from saelens_cosine.evaluation.zf_plot import BANDS, ZFPoints, band_slopes, draw_zf_plot, zf_figure, zf_points
+from saelens_cosine.metrics.reconstruction.afa import afa, distribution, measure_afa, summarize_afa
+from saelens_cosine.metrics.reconstruction.zf_plot import (
+    BANDS,
+    ZFPoints,
+    band_slopes,
+    draw_zf_plot,
+    zf_figure,
+    zf_points,
+)
 
 X = make_activations(200, D_IN, seed=4)
 
@@ -209,7 +216,7 @@ def test_distribution_by_hand():
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = summarize_afa(measure_afa(sae, X))
-    monkeypatch.setattr("saelens_cosine.evaluation.afa.tokens_at_once", lambda sae: 9)
+    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.afa.tokens_at_once", lambda sae: 9)
     seen = []
     pieces = summarize_afa(measure_afa(sae, X, on_progress=lambda *step: seen.append(step[1:])))
     assert (seen[0], seen[1], seen[-1]) == ((0, 200), (9, 200), (200, 200))

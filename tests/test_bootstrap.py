@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saelens_cosine.evaluation.bootstrap import (
+from saelens_cosine.metrics.intervals import (
     Documents,
     by_chance,
     difference_over_documents,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from causal_models import FormulaModel, kl, log_p, normal, relu_sae
 
-from saelens_cosine.evaluation.causal import (
+from saelens_cosine.metrics.causal import (
     ablation_precision,
     clean_run,
     direction_norm_patching,

@@ -9,8 +9,8 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
-from saelens_cosine.evaluation.causal import clean_run, decoded_change, kl_divergence, reconstruct
-from saelens_cosine.evaluation.causal.code_edits import code_units
+from saelens_cosine.metrics.causal import clean_run, decoded_change, kl_divergence, reconstruct
+from saelens_cosine.metrics.causal.code_edits import code_units
 
 
 def proxy():
@@ -37,7 +37,7 @@ def test_a_resumed_pass_is_the_full_one(load, hook, start, monkeypatch):
     model = load()
     tokens = torch.randint(0, 30, (5, 8))
     read = torch.tensor([7, 3, 0, 5, 7])
-    monkeypatch.setattr("saelens_cosine.evaluation.causal.forward.TOKENS_AT_ONCE", 16)  # batches of 2, 2, 1
+    monkeypatch.setattr("saelens_cosine.metrics.causal.forward.TOKENS_AT_ONCE", 16)  # batches of 2, 2, 1
     run = clean_run(model, hook, tokens, read)
     assert run.resumed.start_at_layer == start
     each = torch.arange(5)
@@ -219,7 +219,7 @@ def test_a_change_of_codes_in_units_of_activations():
 
 def test_a_change_of_codes_passes_through_output_normalisation(monkeypatch):
     # SAELens' layer norm forgets the statistics of its input after one decode
-    monkeypatch.setattr("saelens_cosine.evaluation.causal.code_edits.CODES_AT_ONCE", 7 * 4)
+    monkeypatch.setattr("saelens_cosine.metrics.causal.code_edits.CODES_AT_ONCE", 7 * 4)
     sae = StandardSAE(StandardSAEConfig(d_in=5, d_sae=7, normalize_activations="layer_norm"))
     sae.W_enc.data, sae.W_dec.data = normal(5, 7), normal(7, 5, seed=1)
     x = 9 * normal(10, 5, seed=2) + 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 from causal_models import FormulaModel, kl, normal, relu_sae
 
-from saelens_cosine.evaluation.causal import PROTOCOLS, clean_run, win_rate
-from saelens_cosine.evaluation.causal.win_rate import NormRangeWinRate, _correlations
+from saelens_cosine.metrics.causal import PROTOCOLS, clean_run, win_rate
+from saelens_cosine.metrics.causal.win_rate import NormRangeWinRate, _correlations
 
 D, V = 6, 9
 

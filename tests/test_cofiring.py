@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import sparse
 
-from saelens_cosine.evaluation import token_gram
-from saelens_cosine.evaluation.cofiring import cofiring, concept_support
+from saelens_cosine.metrics import token_gram
+from saelens_cosine.metrics.dictionary.cofiring import cofiring, concept_support
 
 
 def csr(dense):

@@ -8,9 +8,9 @@ from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_co
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.evaluation.comparison import ComparisonSettings
-from saelens_cosine.evaluation.loss_recovered import loss_recovered
 from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.sharing.features import top_activations
+from saelens_cosine.metrics.dictionary.features import top_activations
+from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 
 
 def store_of(model, documents, **form):

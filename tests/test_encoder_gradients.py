@@ -7,7 +7,7 @@ import torch
 from helpers import ONE_PER_SCORE, TRAINING, make_activations, make_sae, save_inference, train_step
 from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
 
-from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
+from saelens_cosine.metrics.norms.encoder_gradients import encoder_gradients
 
 
 def aligned(scores, dtype=torch.float64):

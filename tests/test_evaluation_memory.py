@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from scipy import sparse
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from saelens_cosine.evaluation import codes as blocks
-from saelens_cosine.evaluation.afa import measure_afa
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.cofiring import cofiring, concept_support
-from saelens_cosine.evaluation.decomposition import decompose
-from saelens_cosine.evaluation.geometry import decoder_geometry
-from saelens_cosine.evaluation.matching import match_codes
-from saelens_cosine.evaluation.norm_detectors import norm_detectors
-from saelens_cosine.evaluation.probing import pool, probe
-from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
+from saelens_cosine.metrics import codes as blocks
+from saelens_cosine.metrics.reconstruction.afa import measure_afa
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.dictionary.cofiring import cofiring, concept_support
+from saelens_cosine.metrics.probing.decomposition import decompose
+from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
+from saelens_cosine.metrics.dictionary.matching import match_codes
+from saelens_cosine.metrics.norms.norm_detectors import norm_detectors
+from saelens_cosine.metrics.probing.probing import pool, probe
+from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction
 
 blocks.FEWEST_TOKENS = 64  # at a time, a quarter of what it is
 torch.set_num_threads(1)

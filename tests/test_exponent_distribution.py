@@ -7,7 +7,7 @@ import torch
 from helpers import TRAINING, make_sae, save_inference
 from sae_lens import StandardSAE, StandardSAEConfig
 
-from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
+from saelens_cosine.metrics.norms.exponents import exponent_distribution, norm_exponents
 
 
 def with_exponents(values):

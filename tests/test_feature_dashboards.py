@@ -7,8 +7,8 @@ import torch
 from helpers import CONTEXT, HOOK, VOCABULARY, make_sae
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
-from saelens_cosine.sharing import features
-from saelens_cosine.sharing.features import TopActivations, feature_dashboards, top_activations
+from saelens_cosine.metrics.dictionary import features
+from saelens_cosine.metrics.dictionary.features import TopActivations, feature_dashboards, top_activations
 
 D_MODEL, D_SAE = 16, 13
 

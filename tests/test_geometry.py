@@ -6,8 +6,8 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
 
-from saelens_cosine.evaluation import geometry
-from saelens_cosine.evaluation.geometry import decoder_geometry
+from saelens_cosine.metrics.dictionary import geometry
+from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
 
 
 def sae_with(W_dec, W_enc=None):

@@ -33,7 +33,7 @@ from saelens_cosine.evaluation.html_report.data import (
     ZFPoints,
 )
 from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, short
-from saelens_cosine.sharing.features import Context, TokenValue, feature_dashboards, top_activations
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue, feature_dashboards, top_activations
 
 
 class Outline(HTMLParser):

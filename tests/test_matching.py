@@ -8,9 +8,9 @@ import torch
 from scipy import sparse
 from test_reconstruction import Fixed
 
-from saelens_cosine.evaluation import token_gram
-from saelens_cosine.evaluation.matching import match_codes, match_features
-from saelens_cosine.evaluation.token_gram import TokenGram, firings
+from saelens_cosine.metrics import token_gram
+from saelens_cosine.metrics.dictionary.matching import match_codes, match_features
+from saelens_cosine.metrics.token_gram import TokenGram, firings
 
 
 def csr(columns, tokens=None):

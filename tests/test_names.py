@@ -10,7 +10,6 @@ from helpers import make_sae
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings
 from saelens_cosine.evaluation.comparison_state import ComparisonState
-from saelens_cosine.evaluation.reconstruction import NormBin, Reconstruction
 from saelens_cosine.evaluation.saebench import prepare, run
 from saelens_cosine.evaluation.saebench.results import SCHEMA, load_record
 from saelens_cosine.evaluation.saebench.runner import _Runner
@@ -21,6 +20,7 @@ from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.output import open_output
 from saelens_cosine.loading import CheckpointError, from_pretrained
 from saelens_cosine.loading.saelens import SAELENS
+from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.sharing.hub import Bundle, gather, write
 from saelens_cosine.training.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
 

@@ -13,8 +13,8 @@ from helpers import make_sae
 from neuronpedia.requests.base_request import NPRequest
 
 from saelens_cosine.cli import main
+from saelens_cosine.metrics.dictionary.features import Context, FeatureDashboard, TokenValue
 from saelens_cosine.sharing import command
-from saelens_cosine.sharing.features import Context, FeatureDashboard, TokenValue
 from saelens_cosine.sharing.neuronpedia import upload_dashboards, write_dashboards
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from saelens_cosine.evaluation.norm_detectors import norm_detectors
+from saelens_cosine.metrics.norms.norm_detectors import norm_detectors
 
 
 def codes_of(firing):

@@ -10,9 +10,9 @@ import torch
 from helpers import D_IN, make_activations, make_sae, save_inference
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 
-from saelens_cosine.evaluation.norm_noise import norm_noise, with_threshold_for
-from saelens_cosine.evaluation.norm_response import code_exponents, norm_response, scores_about
-from saelens_cosine.evaluation.reconstruction import explained_variance
+from saelens_cosine.metrics.norms.norm_noise import norm_noise, with_threshold_for
+from saelens_cosine.metrics.norms.norm_response import code_exponents, norm_response, scores_about
+from saelens_cosine.metrics.reconstruction.by_norm import explained_variance
 from saelens_cosine.saes import CosineJumpReLUSAE, CosineJumpReLUSAEConfig
 
 X = make_activations(300, D_IN, seed=3, spread=0.5)
@@ -185,7 +185,7 @@ def test_saelens_own_classes(mode, power):
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = norm_response(sae, X)
-    monkeypatch.setattr("saelens_cosine.evaluation.norm_response.tokens_at_once", lambda sae: 7)
+    monkeypatch.setattr("saelens_cosine.metrics.norms.norm_response.tokens_at_once", lambda sae: 7)
     seen = []
     pieces = norm_response(sae, X, on_progress=lambda *step: seen.append(step[1:]))
     assert (seen[0], seen[1], seen[-1]) == ((0, 300), (7, 300), (300, 300))

@@ -10,30 +10,30 @@ from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
-from saelens_cosine.evaluation.causal import clean_run, substitution_kl
-from saelens_cosine.evaluation.codes import sparse_codes
 from saelens_cosine.evaluation.command import as_tables
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
 from saelens_cosine.evaluation.differences import compared
-from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.exponents import exponent_distribution
-from saelens_cosine.evaluation.fve import explained_variance
-from saelens_cosine.evaluation.geometry import decoder_geometry
 from saelens_cosine.evaluation.html_report.page import render
-from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.norm_noise import norm_noise
-from saelens_cosine.evaluation.norm_ranges import group_by_norm
-from saelens_cosine.evaluation.norm_response import norm_response
-from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import plain
-from saelens_cosine.evaluation.probing import probe_activations, probe_sae
-from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction, evaluate_reconstruction
 from saelens_cosine.evaluation.report import as_json, draw
 from saelens_cosine.evaluation.report import as_tables as comparison_tables
 from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.zf_plot import zf_figure, zf_points
+from saelens_cosine.metrics.causal import clean_run, substitution_kl
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
+from saelens_cosine.metrics.norm_ranges import group_by_norm
+from saelens_cosine.metrics.norms.encoder_gradients import encoder_gradients
+from saelens_cosine.metrics.norms.exponents import exponent_distribution
+from saelens_cosine.metrics.norms.norm_noise import norm_noise
+from saelens_cosine.metrics.norms.norm_response import norm_response
+from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.metrics.probing.probing import probe_activations, probe_sae
+from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
+from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.fve import explained_variance
+from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+from saelens_cosine.metrics.reconstruction.zf_plot import zf_figure, zf_points
 from saelens_cosine.training.monitor import TrainingLogEntry
 from saelens_cosine.training.recorded import trained
 

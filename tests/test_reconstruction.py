@@ -8,14 +8,14 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
 from saelens_cosine.activations.sample import TokenSample, side_by_side
-from saelens_cosine.evaluation.dead import dead_in_training
-from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.reconstruction import (
+from saelens_cosine.metrics.reconstruction.by_norm import (
     ce_loss_recovered,
     diagnose_reconstruction,
     evaluate_reconstruction,
     explained_variance,
 )
+from saelens_cosine.metrics.reconstruction.dead import dead_in_training
+from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 
 
 class Fixed:
@@ -261,7 +261,7 @@ def test_pieces_that_fit_in_memory_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     x = make_activations(301, D_IN)
     whole = diagnose_reconstruction(sae, x, batch=100)
-    monkeypatch.setattr("saelens_cosine.evaluation.reconstruction.tokens_at_once", lambda sae: 17)
+    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.by_norm.tokens_at_once", lambda sae: 17)
     pieces = diagnose_reconstruction(sae, x, batch=100)
     assert pieces.dead == whole.dead
     for name, value in dataclasses.asdict(pieces.by_norm.all_norms.overall).items():

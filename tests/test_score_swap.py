@@ -12,8 +12,8 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from scipy.stats import norm
 from test_probing import STRENGTH, best_by_inner_product, concept, identity_sae, sample_of
 
-from saelens_cosine.evaluation.reconstruction import evaluate_reconstruction
 from saelens_cosine.evaluation.score_swap import score_swap
+from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.rescore import RELATIVE_SCALES, rescore
 
 # features are the two axes; lengths 10, 1, 1. Inner products 8, 6; 0.28, 0.96; 0, 1, cosines 0.8, 0.6; 0.28, 0.96; 0, 1

@@ -13,8 +13,8 @@ from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
-from saelens_cosine.evaluation.reconstruction import NormBin, Reconstruction
 from saelens_cosine.evaluation.report import write_json
+from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.sharing.hub import gather, upload, write
 
 HOOK = "blocks.3.hook_resid_post"

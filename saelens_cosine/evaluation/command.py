@@ -11,7 +11,6 @@ from rich import box
 from rich.table import Table
 
 from saelens_cosine.console import PlainTable
-from saelens_cosine.evaluation.bootstrap import FEWEST_DOCUMENTS, Difference
 from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
 from saelens_cosine.evaluation.earlier import open_evaluation
 from saelens_cosine.evaluation.evals import EVALS
@@ -19,14 +18,15 @@ from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows, text_is
 from saelens_cosine.evaluation.html_report import write_report
-from saelens_cosine.evaluation.loss_recovered import CE_NOTE
-from saelens_cosine.evaluation.norm_response import SCALING_NOTE
-from saelens_cosine.evaluation.not_finite import not_finite, shown_number
 from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.evaluation.saebench import Judge
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
 from saelens_cosine.files.whole import read_json
+from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS, Difference
+from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE
+from saelens_cosine.metrics.not_finite import not_finite, shown_number
+from saelens_cosine.metrics.reconstruction.loss_recovered import CE_NOTE
 
 COLUMNS = (
     ("FVE", "{:.4f}"),

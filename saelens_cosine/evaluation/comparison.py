@@ -24,9 +24,9 @@ from saelens_cosine.evaluation.comparison_results import ArmResult, Comparison, 
 from saelens_cosine.evaluation.comparison_state import ComparisonState, begun
 from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
-from saelens_cosine.evaluation.reconstruction import Reconstruction, ce_loss_recovered, evaluate_reconstruction
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
+from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, ce_loss_recovered, evaluate_reconstruction
 from saelens_cosine.model_card import model_card
 from saelens_cosine.progress import shown
 from saelens_cosine.training.checkpoints import Checkpoints

@@ -8,7 +8,7 @@ from typing import Any
 from saelens_cosine.activations.contexts import check_context_size
 from saelens_cosine.activations.norm_filter import check_max_norm_multiple
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.reconstruction import NormBin, Reconstruction
+from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.monitor import TrainingLogEntry
 from saelens_cosine.training.recipe import get_recipe

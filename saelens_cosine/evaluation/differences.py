@@ -8,7 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelens_cosine.evaluation.bootstrap import (
+from saelens_cosine.evaluation.figures import (
+    further_measures,
+    measures_of_weights,
+    not_compared,
+    without_treatment,
+)
+from saelens_cosine.evaluation.saebench.results import LABELS
+from saelens_cosine.evaluation.sources import pair_seeds
+from saelens_cosine.metrics.intervals import (
     ASSUMPTIONS,
     CONFIDENCE,
     Chance,
@@ -19,14 +27,6 @@ from saelens_cosine.evaluation.bootstrap import (
     difference_over_documents,
     paired_difference,
 )
-from saelens_cosine.evaluation.figures import (
-    further_measures,
-    measures_of_weights,
-    not_compared,
-    without_treatment,
-)
-from saelens_cosine.evaluation.saebench.results import LABELS
-from saelens_cosine.evaluation.sources import pair_seeds
 
 TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
 """As results call them, and as a reader does."""

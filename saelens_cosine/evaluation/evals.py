@@ -15,8 +15,13 @@ from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation import saebench
-from saelens_cosine.evaluation.afa import measure_afa, summarize_afa
-from saelens_cosine.evaluation.causal import (
+from saelens_cosine.evaluation.html_report import features_for_report
+from saelens_cosine.evaluation.plain import digest
+from saelens_cosine.evaluation.score_swap import score_swap
+from saelens_cosine.evaluation.subject import Subject, Text
+from saelens_cosine.evaluation.tasks import bundled_concepts
+from saelens_cosine.evaluation.training_log import training_log
+from saelens_cosine.metrics.causal import (
     PROTOCOLS,
     ablation_precision,
     direction_norm_patching,
@@ -24,27 +29,22 @@ from saelens_cosine.evaluation.causal import (
     steering,
     win_rate,
 )
-from saelens_cosine.evaluation.cofiring import cofiring
-from saelens_cosine.evaluation.decomposition import decompose, over_tasks
-from saelens_cosine.evaluation.documents import fve_by_document
-from saelens_cosine.evaluation.encoder_gradients import encoder_gradients
-from saelens_cosine.evaluation.exponents import exponent_distribution, norm_exponents
-from saelens_cosine.evaluation.geometry import decoder_geometry
-from saelens_cosine.evaluation.html_report import features_for_report
-from saelens_cosine.evaluation.loss_recovered import loss_recovered
-from saelens_cosine.evaluation.matching import FeatureMatching, Matches
-from saelens_cosine.evaluation.norm_detectors import norm_detectors
-from saelens_cosine.evaluation.norm_noise import norm_noise
-from saelens_cosine.evaluation.norm_response import norm_response, scores_about
-from saelens_cosine.evaluation.plain import digest
-from saelens_cosine.evaluation.probing import K_VALUES, probe, probe_activations
-from saelens_cosine.evaluation.reconstruction import diagnose_reconstruction
-from saelens_cosine.evaluation.score_swap import score_swap
-from saelens_cosine.evaluation.subject import Subject, Text
-from saelens_cosine.evaluation.tasks import bundled_concepts
-from saelens_cosine.evaluation.token_gram import firings
-from saelens_cosine.evaluation.training_log import training_log
-from saelens_cosine.evaluation.zf_plot import POINTS, zf_points
+from saelens_cosine.metrics.dictionary.cofiring import cofiring
+from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
+from saelens_cosine.metrics.dictionary.matching import FeatureMatching, Matches
+from saelens_cosine.metrics.norms.encoder_gradients import encoder_gradients
+from saelens_cosine.metrics.norms.exponents import exponent_distribution, norm_exponents
+from saelens_cosine.metrics.norms.norm_detectors import norm_detectors
+from saelens_cosine.metrics.norms.norm_noise import norm_noise
+from saelens_cosine.metrics.norms.norm_response import norm_response, scores_about
+from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
+from saelens_cosine.metrics.probing.probing import K_VALUES, probe, probe_activations
+from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
+from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction
+from saelens_cosine.metrics.reconstruction.documents import fve_by_document
+from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+from saelens_cosine.metrics.reconstruction.zf_plot import POINTS, zf_points
+from saelens_cosine.metrics.token_gram import firings
 
 PAIRS_LISTED = 2000
 """Features whose partners `matching` lists, at even steps through those that have one."""

@@ -22,7 +22,6 @@ from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.earlier import begin, open_evaluation
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
 from saelens_cosine.evaluation.kept import keep, read_kept
-from saelens_cosine.evaluation.not_finite import NotFiniteError
 from saelens_cosine.evaluation.plain import digest, plain, versions
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
@@ -31,6 +30,7 @@ from saelens_cosine.evaluation.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
 from saelens_cosine.files.whole import write_json
+from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.progress import shown
 from saelens_cosine.training.recorded import trained
 

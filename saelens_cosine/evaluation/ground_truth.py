@@ -32,11 +32,11 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 
 from saelens_cosine.console import PlainTable
-from saelens_cosine.evaluation.bootstrap import Difference, about, by_chance, paired_difference
 from saelens_cosine.evaluation.comparison_results import DEFAULT_ARMS
 from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.evaluation.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.files import whole
+from saelens_cosine.metrics.intervals import Difference, about, by_chance, paired_difference
 from saelens_cosine.progress import shown
 from saelens_cosine.registry import check_training_architecture
 from saelens_cosine.training.monitor import check_finite

@@ -19,8 +19,8 @@ import torch
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
-from saelens_cosine.evaluation.causal.forward import CleanRun, clean_run
 from saelens_cosine.evaluation.code_concepts import CONCEPTS, NEXT_TOKENS, SHORTEST_WINDOW, windows
+from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 
 SAE_PROBES = "sae_probes"
 """What names of tasks call the data sets of the sae-probes package (arXiv 2502.16681)."""

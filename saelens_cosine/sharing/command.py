@@ -17,7 +17,7 @@ from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.names import below, check_name
-from saelens_cosine.sharing.features import feature_dashboards, top_activations
+from saelens_cosine.metrics.dictionary.features import feature_dashboards, top_activations
 from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
 from saelens_cosine.sharing.neuronpedia import check_client, upload_dashboards, write_dashboards
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import read_json, whole_folder, write_json
-from saelens_cosine.sharing.features import FeatureDashboard, TokenValue
+from saelens_cosine.metrics.dictionary.features import FeatureDashboard, TokenValue
 
 BATCH = 128
 """Features that the client takes in one call."""
@@ -64,7 +64,7 @@ def upload_dashboards(
     """Upload dashboards of one SAE, creating the source set if there is none, and return the page's address.
 
     Args:
-        dashboards: from `saelens_cosine.sharing.features.feature_dashboards`; consumed a batch at a time.
+        dashboards: from `saelens_cosine.metrics.dictionary.features.feature_dashboards`; consumed a batch at a time.
         model_id: the model on Neuronpedia, such as `gpt2-small`.
         set_name: the source set, such as `res-cosine-16k`.
         layer: which of its sources: the layer of the SAE's hook point.

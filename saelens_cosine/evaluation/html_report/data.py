@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from saelens_cosine.evaluation.html_report.plain_values import from_plain, to_plain
-from saelens_cosine.sharing.features import Context, TokenValue
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 
 SCHEMA = "saelens-cosine/report/2"
 """Name and version of the layout of `ReportData.to_dict`; the number grows when a field changes its meaning or goes."""

@@ -9,7 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.evaluation.html_report.data import Feature
-from saelens_cosine.sharing.features import Context, feature_dashboards, top_activations
+from saelens_cosine.metrics.dictionary.features import Context, feature_dashboards, top_activations
 
 
 def features_for_report(

@@ -14,7 +14,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from scipy import stats
 
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import CosineScore, FoldedCosineScore
 from saelens_cosine.saes.magnitude_bypass_sae import NormRestore
 

@@ -10,10 +10,10 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.causal.code_edits import code_units, decoded_change
-from saelens_cosine.evaluation.causal.forward import CleanRun, Progress, kl_divergence
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.flat_tokens import flat_heads
+from saelens_cosine.metrics.causal.code_edits import code_units, decoded_change
+from saelens_cosine.metrics.causal.forward import CleanRun, Progress, kl_divergence
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.flat_tokens import flat_heads
 
 
 @dataclass(frozen=True)

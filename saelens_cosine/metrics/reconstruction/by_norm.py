@@ -10,12 +10,12 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.norm_filter import token_norms
-from saelens_cosine.evaluation.codes import tokens_at_once
-from saelens_cosine.evaluation.dead import BatchDeaths, DeadShares, dead_in_training
-from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
-from saelens_cosine.evaluation.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
-from saelens_cosine.evaluation.loss_recovered import CE_DEFINITION, ce_loss_recovered
-from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.metrics.flat_tokens import on_flat_tokens
+from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.metrics.reconstruction.dead import BatchDeaths, DeadShares, dead_in_training
+from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
+from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION, ce_loss_recovered
 
 __all__ = [
     "CE_DEFINITION",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.causal.forward import CleanRun, Progress
 
 
 @dataclass(frozen=True)

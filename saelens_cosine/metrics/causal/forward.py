@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer
 from saelens_cosine.activations.models import of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.not_finite import NotFiniteError
 
 TOKENS_AT_ONCE = 4096
 """Tokens in one forward pass, or one context if that is longer."""

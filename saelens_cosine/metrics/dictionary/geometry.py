@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.score import wide
 
 BLOCK_ROWS = 1024

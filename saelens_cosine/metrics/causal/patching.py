@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.causal.forward import CleanRun, Progress
 
 DRAWS = 200
 """How many times the wanted number of pairs is drawn in search of pairs that meet a control's conditions."""

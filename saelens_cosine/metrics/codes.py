@@ -11,7 +11,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from scipy import sparse
 from scipy.sparse import get_index_dtype
 
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.not_finite import NotFiniteError
 
 CODES_AT_ONCE = 2**20
 """Dense codes that are held at a time, for classes that make no others: 4 MiB in float32, which a CPU's cache holds."""

@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.codes import tokens_at_once
-from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
-from saelens_cosine.evaluation.not_finite import finite_rows
+from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.metrics.flat_tokens import on_flat_tokens
+from saelens_cosine.metrics.not_finite import finite_rows
 
 SCALES = (0.5, 2.0, 5.0)
 """The authors' factors."""

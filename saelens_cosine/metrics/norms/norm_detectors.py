@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from saelens_cosine.evaluation.token_gram import firings, pattern
+from saelens_cosine.metrics.token_gram import firings, pattern
 
 PERCENTILES = (5, 25, 50, 75, 95)
 

@@ -3,18 +3,18 @@
 All start from one `clean_run` of a model over contexts and take tokens of it, `run.sample()` or `run.sample().without_sinks()`.
 """
 
-from saelens_cosine.evaluation.causal.ablation import (
+from saelens_cosine.metrics.causal.ablation import (
     AblationEffect,
     AblationPrecision,
     ConceptAblation,
     ablation_precision,
 )
-from saelens_cosine.evaluation.causal.code_edits import decoded_change, reconstruct
-from saelens_cosine.evaluation.causal.forward import CleanRun, ResumedModel, clean_run, kl_divergence
-from saelens_cosine.evaluation.causal.patching import Mean, Patches, Patching, ScaledKL, direction_norm_patching
-from saelens_cosine.evaluation.causal.steering import Steering, SteeringEffect, steering
-from saelens_cosine.evaluation.causal.substitution import SubstitutionKL, substitution_kl
-from saelens_cosine.evaluation.causal.win_rate import (
+from saelens_cosine.metrics.causal.code_edits import decoded_change, reconstruct
+from saelens_cosine.metrics.causal.forward import CleanRun, ResumedModel, clean_run, kl_divergence
+from saelens_cosine.metrics.causal.patching import Mean, Patches, Patching, ScaledKL, direction_norm_patching
+from saelens_cosine.metrics.causal.steering import Steering, SteeringEffect, steering
+from saelens_cosine.metrics.causal.substitution import SubstitutionKL, substitution_kl
+from saelens_cosine.metrics.causal.win_rate import (
     PROTOCOLS,
     FeatureCorrelations,
     NormRangeWinRate,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 
-from saelens_cosine.evaluation.dead import never_fired, rarely_fired
-from saelens_cosine.evaluation.not_finite import finite_rows
+from saelens_cosine.metrics.not_finite import finite_rows
+from saelens_cosine.metrics.reconstruction.dead import never_fired, rarely_fired
 
 FVE_DEFINITION = "1 - Var(x - x_hat) / Var(x), each summed over dimensions, over all evaluated tokens"
 

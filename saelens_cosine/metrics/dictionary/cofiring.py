@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from saelens_cosine.evaluation.token_gram import TokenGram, firings, pattern
+from saelens_cosine.metrics.token_gram import TokenGram, firings, pattern
 
 Array = np.ndarray[Any, Any]
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import sparse
 
-from saelens_cosine.evaluation.bootstrap import Difference, paired_difference
-from saelens_cosine.evaluation.probing import K_VALUES, Units, probe
+from saelens_cosine.metrics.intervals import Difference, paired_difference
+from saelens_cosine.metrics.probing.probing import K_VALUES, Units, probe
 
 
 @dataclass(frozen=True)

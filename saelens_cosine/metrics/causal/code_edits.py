@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.flat_tokens import flat_heads
+from saelens_cosine.metrics.flat_tokens import flat_heads
 
 CODES_AT_ONCE = 2**24
 """Dense codes that are decoded at a time: 64 MiB in float32."""

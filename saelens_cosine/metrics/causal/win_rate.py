@@ -19,9 +19,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.causal.forward import CleanRun, Progress
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.flat_tokens import flat_heads
+from saelens_cosine.metrics.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.flat_tokens import flat_heads
 
 MIN_SAMPLES = 10
 """Samples that a correlation is computed from, at least (experiments 5 to 39)."""

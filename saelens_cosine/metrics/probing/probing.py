@@ -22,8 +22,8 @@ from sae_lens.saes.sae import SAE
 from scipy import sparse
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.not_finite import NotFiniteError
 
 Pooling = Literal["mean", "last"]
 """What stands for a context: the mean over its tokens, or its last token."""

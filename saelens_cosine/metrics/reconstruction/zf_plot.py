@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from saelens_cosine.evaluation.afa import AFATokens
 from saelens_cosine.files.whole import whole_file
+from saelens_cosine.metrics.reconstruction.afa import AFATokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

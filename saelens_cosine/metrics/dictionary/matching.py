@@ -17,8 +17,8 @@ import torch
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
-from saelens_cosine.evaluation.codes import sparse_codes
-from saelens_cosine.evaluation.token_gram import TokenGram, firings
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.token_gram import TokenGram, firings
 from saelens_cosine.score import wide
 
 Array = np.ndarray[Any, Any]

@@ -15,8 +15,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import device_of
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
-from saelens_cosine.evaluation.flat_tokens import on_flat_tokens
-from saelens_cosine.evaluation.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.metrics.flat_tokens import on_flat_tokens
+from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
 
 CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from saelens_cosine.evaluation.not_finite import NotFiniteError
+from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import FoldedCosineScore
 
 FLOOR = 1e-10
