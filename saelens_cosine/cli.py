@@ -27,11 +27,11 @@ from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
 from saelens_cosine.evaluation.comparison import SUMMARY, Comparison, ComparisonSettings, compare, open_comparison
 from saelens_cosine.evaluation.ground_truth_command import add_ground_truth_options, run_ground_truth
 from saelens_cosine.evaluation.report import as_tables, draw, write_json
-from saelens_cosine.evaluation.saebench import SAEBenchError
 from saelens_cosine.faults import FAULTS, line_of
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, without_secrets
 from saelens_cosine.loading.command import add_convert_command
 from saelens_cosine.progress import shown, unread
+from saelens_cosine.saebench import SAEBenchError
 from saelens_cosine.sharing.command import add_share_options, check_options, share_on_hub, share_on_neuronpedia
 from saelens_cosine.training.command import train
 from saelens_cosine.training.randomness import deterministic_algorithms

@@ -17,10 +17,10 @@ from saelens_cosine.evaluation.differences import measures
 from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.plain import digest, files_fingerprint, fingerprint, model_fingerprint, weights_sha256
-from saelens_cosine.evaluation.saebench import EVALS as SAEBENCH_EVALS
-from saelens_cosine.evaluation.saebench import Judge, versions
-from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
+from saelens_cosine.saebench import Judge, versions
+from saelens_cosine.saebench.runner import _Runner
 
 pytestmark = pytest.mark.usefixtures("short_text")
 

@@ -10,9 +10,6 @@ from helpers import make_sae
 from saelens_cosine.cli import main
 from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings
 from saelens_cosine.evaluation.comparison_state import ComparisonState
-from saelens_cosine.evaluation.saebench import prepare, run
-from saelens_cosine.evaluation.saebench.results import SCHEMA, load_record
-from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.evaluation.tasks import load_tasks
 from saelens_cosine.files.lock import LOCK
 from saelens_cosine.files.manifest import MANIFEST, Manifest
@@ -21,6 +18,9 @@ from saelens_cosine.files.output import open_output
 from saelens_cosine.loading import CheckpointError, from_pretrained
 from saelens_cosine.loading.saelens import SAELENS
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
+from saelens_cosine.saebench import prepare, run
+from saelens_cosine.saebench.results import SCHEMA, load_record
+from saelens_cosine.saebench.runner import _Runner
 from saelens_cosine.sharing.hub import Bundle, gather, write
 from saelens_cosine.training.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
 

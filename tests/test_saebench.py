@@ -19,10 +19,10 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from transformer_lens import HookedTransformer
 
 from saelens_cosine.bundled import load_bundled_model
-from saelens_cosine.evaluation.saebench import EVALS, Judge, SAEBenchError, check_environment, prepare, run
-from saelens_cosine.evaluation.saebench.evals import Call
-from saelens_cosine.evaluation.saebench.runner import _Runner
-from saelens_cosine.evaluation.saebench.scopes import within_the_context
+from saelens_cosine.saebench import EVALS, Judge, SAEBenchError, check_environment, prepare, run
+from saelens_cosine.saebench.evals import Call
+from saelens_cosine.saebench.runner import _Runner
+from saelens_cosine.saebench.scopes import within_the_context
 
 pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs `pip install --no-deps sae-bench==0.6.0`")
 
@@ -303,7 +303,7 @@ def no_work(*args):
 
 
 def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("saelens_cosine.evaluation.saebench.runner._load", no_work)
+    monkeypatch.setattr("saelens_cosine.saebench.runner._load", no_work)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     evals = ["core", "ravel", "autointerp", "unlearning", "sparse_probing", "tpp"]
     settings = {
@@ -370,13 +370,11 @@ def test_unknown_names_are_refused(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr("saelens_cosine.evaluation.saebench.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("saelens_cosine.saebench.preflight.find_spec", lambda name: None)
     (problem,) = check_environment(["tpp"], "bundled")
     assert "SAEBench is not installed. Install it with" in str(problem)
     present = {"sae_bench", "sklearn", "tabulate"}
-    monkeypatch.setattr(
-        "saelens_cosine.evaluation.saebench.preflight.find_spec", lambda name: name if name in present else None
-    )
+    monkeypatch.setattr("saelens_cosine.saebench.preflight.find_spec", lambda name: name if name in present else None)
     (problem,) = check_environment(["tpp", "sparse_probing_sae_probes"], "bundled")
     assert problem.eval == "sparse_probing_sae_probes"
     assert "xgboost, zstandard, sae_probes" in problem.reason

@@ -14,9 +14,9 @@ from test_share import logged_in, save_sae, share  # noqa: F401
 
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.saebench import Judge, prepare
-from saelens_cosine.evaluation.saebench.runner import _Runner
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, published, scrubbed, without_secrets
+from saelens_cosine.saebench import Judge, prepare
+from saelens_cosine.saebench.runner import _Runner
 from saelens_cosine.training.wandb_log import _kept_going
 
 TOKEN = "hf_PlantedPlantedPlanted"

@@ -14,7 +14,6 @@ from saelens_cosine.evaluation.figures import (
     not_compared,
     without_treatment,
 )
-from saelens_cosine.evaluation.saebench.results import LABELS
 from saelens_cosine.evaluation.sources import pair_seeds
 from saelens_cosine.metrics.intervals import (
     ASSUMPTIONS,
@@ -27,6 +26,7 @@ from saelens_cosine.metrics.intervals import (
     difference_over_documents,
     paired_difference,
 )
+from saelens_cosine.saebench.results import LABELS
 
 TREATMENTS = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
 """As results call them, and as a reader does."""

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
+from saelens_cosine import saebench
 from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.score_swap import score_swap

@@ -16,8 +16,8 @@ from typing import Any
 
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine import saebench
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation import saebench
 from saelens_cosine.evaluation.differences import compared, figures_by_eval
 from saelens_cosine.evaluation.earlier import begin, open_evaluation
 from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings

@@ -11,8 +11,8 @@ from saelens_cosine.activations.norm_filter import check_max_norm_multiple
 from saelens_cosine.activations.sample import Sinks
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.evaluation.plain import plain
-from saelens_cosine.evaluation.saebench.evals import Judge
 from saelens_cosine.files.secrets import scrubbed, without_secrets
+from saelens_cosine.saebench.evals import Judge
 
 
 @dataclass(frozen=True)

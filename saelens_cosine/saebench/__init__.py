@@ -3,23 +3,23 @@
 SAEBench itself is optional and imported when an eval runs.
 """
 
-from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
-from saelens_cosine.evaluation.saebench.preflight import (
+from saelens_cosine.saebench.evals import EVALS, Judge
+from saelens_cosine.saebench.preflight import (
     check_data,
     check_environment,
     check_saes,
     data_contents,
     versions,
 )
-from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
-from saelens_cosine.evaluation.saebench.results import (
+from saelens_cosine.saebench.prepare import PreparedSAE, prepare
+from saelens_cosine.saebench.results import (
     EvalResult,
     Failure,
     SAEBenchError,
     SAEBenchReport,
     VarianceExplained,
 )
-from saelens_cosine.evaluation.saebench.runner import run
+from saelens_cosine.saebench.runner import run
 
 __all__ = [
     "EVALS",

@@ -17,9 +17,9 @@ from typing import Any
 from saelens_cosine.activations.models import size_at_hook
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.evaluation.plain import digest, files_fingerprint
-from saelens_cosine.evaluation.saebench.evals import EVALS, Judge
-from saelens_cosine.evaluation.saebench.prepare import PreparedSAE
-from saelens_cosine.evaluation.saebench.results import Failure
+from saelens_cosine.saebench.evals import EVALS, Judge
+from saelens_cosine.saebench.prepare import PreparedSAE
+from saelens_cosine.saebench.results import Failure
 
 INSTALL = (
     "Install it with `pip install 'saelens-cosine[bench-deps]'` and then `pip install --no-deps sae-bench==0.6.0 "

@@ -27,16 +27,21 @@ from saelens_cosine.activations.models import TRANSFORMER_LENS, ModelChoice, cho
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.evaluation.plain import digest, model_fingerprint
-from saelens_cosine.evaluation.saebench.evals import EVALS, Call, Eval, Judge, text_folder
-from saelens_cosine.evaluation.saebench.preflight import (
+from saelens_cosine.files.names import below, check_name
+from saelens_cosine.files.output import open_output
+from saelens_cosine.files.secrets import scrubbed, without_secrets
+from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
+from saelens_cosine.metrics.reconstruction.fve import explained_variance
+from saelens_cosine.saebench.evals import EVALS, Call, Eval, Judge, text_folder
+from saelens_cosine.saebench.preflight import (
     check_data,
     check_environment,
     check_saes,
     data_contents,
     versions,
 )
-from saelens_cosine.evaluation.saebench.prepare import PreparedSAE, prepare
-from saelens_cosine.evaluation.saebench.results import (
+from saelens_cosine.saebench.prepare import PreparedSAE, prepare
+from saelens_cosine.saebench.results import (
     EvalResult,
     Failure,
     Progress,
@@ -47,18 +52,13 @@ from saelens_cosine.evaluation.saebench.results import (
     load_record,
     save_record,
 )
-from saelens_cosine.evaluation.saebench.scopes import (
+from saelens_cosine.saebench.scopes import (
     HighNormMask,
     LogWithoutSecrets,
     seeded,
     serving,
     without_shape_checks,
 )
-from saelens_cosine.files.names import below, check_name
-from saelens_cosine.files.output import open_output
-from saelens_cosine.files.secrets import scrubbed, without_secrets
-from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
-from saelens_cosine.metrics.reconstruction.fve import explained_variance
 
 FVE_TOKENS = 100_000
 """Tokens that our own fraction of variance explained is measured on, at most."""

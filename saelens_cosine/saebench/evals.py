@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
-from saelens_cosine.evaluation.saebench.scopes import replaced, within_the_context, working_in
 from saelens_cosine.files.whole import whole_folder
+from saelens_cosine.saebench.scopes import replaced, within_the_context, working_in
 
 
 @dataclass(frozen=True)
