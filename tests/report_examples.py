@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from saelens_cosine.evaluation.html_report import ReportData
-from saelens_cosine.evaluation.html_report.data import (
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue
+from saelens_cosine.report.html import ReportData
+from saelens_cosine.report.html.data import (
     Arm,
     Curve,
     Difference,
@@ -22,7 +23,6 @@ from saelens_cosine.evaluation.html_report.data import (
     ScaleResponse,
     ZFPoints,
 )
-from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 
 SECTIONS = {
     "comparison": {"arms": (Arm("one", metrics={"FVE": Estimate(0.9, 0.8, 0.95)}),)},

@@ -30,12 +30,12 @@ from saelens_cosine.evaluation.evals import EVALS, Eval
 from saelens_cosine.evaluation.evaluate import evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import by_column, means, text_is
-from saelens_cosine.evaluation.html_report import render, write_report
 from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.subject import Subject
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
 from saelens_cosine.files.secrets import published
+from saelens_cosine.report.html import render, write_report
 from saelens_cosine.saebench import Failure, Judge, SAEBenchError
 
 pytestmark = pytest.mark.usefixtures("short_text")

@@ -15,9 +15,10 @@ from helpers import CONTEXT, HOOK, VOCABULARY, make_sae
 from report_examples import EVIL, SECTIONS, everything, evil_report
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 
-from saelens_cosine.evaluation.html_report import ReportData, features_for_report, norm_charts, render, write_report
-from saelens_cosine.evaluation.html_report import charts as chart_module
-from saelens_cosine.evaluation.html_report.data import (
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue, feature_dashboards, top_activations
+from saelens_cosine.report.html import ReportData, features_for_report, norm_charts, render, write_report
+from saelens_cosine.report.html import charts as chart_module
+from saelens_cosine.report.html.data import (
     SCHEMA,
     Arm,
     Curve,
@@ -32,8 +33,7 @@ from saelens_cosine.evaluation.html_report.data import (
     ScaleResponse,
     ZFPoints,
 )
-from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, short
-from saelens_cosine.metrics.dictionary.features import Context, TokenValue, feature_dashboards, top_activations
+from saelens_cosine.report.html.svg import Axis, Chart, axis, short
 
 
 class Outline(HTMLParser):

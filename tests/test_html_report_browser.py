@@ -7,7 +7,7 @@ import pytest
 from chromium import Page, find_chromium
 from report_examples import EVIL, evil_report, many_features
 
-from saelens_cosine.evaluation.html_report import write_report
+from saelens_cosine.report.html import write_report
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import yaml
 from sae_lens import JumpReLUSAEConfig
 
 from saelens_cosine import CosineJumpReLUSAEConfig, CosineTopKSAEConfig
-from saelens_cosine.model_card import CITATIONS, model_card, repository_card
+from saelens_cosine.report.model_card import CITATIONS, model_card, repository_card
 
 
 def config(config_class=CosineJumpReLUSAEConfig, **metadata):

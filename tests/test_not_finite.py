@@ -14,7 +14,6 @@ from saelens_cosine.evaluation.command import as_tables
 from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
 from saelens_cosine.evaluation.differences import compared
 from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.html_report.page import render
 from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.evaluation.report import as_json, draw
 from saelens_cosine.evaluation.report import as_tables as comparison_tables
@@ -34,6 +33,7 @@ from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstructio
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_plot import zf_figure, zf_points
+from saelens_cosine.report.html.page import render
 from saelens_cosine.training.monitor import TrainingLogEntry
 from saelens_cosine.training.recorded import trained
 

@@ -17,7 +17,6 @@ from saelens_cosine.evaluation.evals import EVALS
 from saelens_cosine.evaluation.evaluate import Progress, evaluate
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows, text_is
-from saelens_cosine.evaluation.html_report import write_report
 from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.evaluation.tokens_measured import tokens_measured
 from saelens_cosine.files.whole import read_json
@@ -25,6 +24,7 @@ from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS, Difference
 from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE
 from saelens_cosine.metrics.not_finite import not_finite, shown_number
 from saelens_cosine.metrics.reconstruction.loss_recovered import CE_NOTE
+from saelens_cosine.report.html import write_report
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
 

@@ -27,8 +27,8 @@ from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, ce_loss_recovered, evaluate_reconstruction
-from saelens_cosine.model_card import model_card
 from saelens_cosine.progress import shown
+from saelens_cosine.report.model_card import model_card
 from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms

@@ -15,7 +15,6 @@ from saelens_cosine import saebench
 from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.html_report import features_for_report
 from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.evaluation.score_swap import score_swap
 from saelens_cosine.evaluation.subject import Subject, Text
@@ -45,6 +44,7 @@ from saelens_cosine.metrics.reconstruction.documents import fve_by_document
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_plot import POINTS, zf_points
 from saelens_cosine.metrics.token_gram import firings
+from saelens_cosine.report.html import features_for_report
 
 PAIRS_LISTED = 2000
 """Features whose partners `matching` lists, at even steps through those that have one."""

@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
 from saelens_cosine.evaluation.figures import by_column, left_out, rows, text_is, text_names
-from saelens_cosine.evaluation.html_report.data import (
+from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.files.secrets import published
+from saelens_cosine.metrics.dictionary.features import Context, TokenValue
+from saelens_cosine.metrics.intervals import paired_difference
+from saelens_cosine.metrics.not_finite import not_finite
+from saelens_cosine.report.html.data import (
     Arm,
     Curve,
     Difference,
@@ -28,11 +33,6 @@ from saelens_cosine.evaluation.html_report.data import (
     ScaleResponse,
     ZFPoints,
 )
-from saelens_cosine.evaluation.tokens_measured import tokens_measured
-from saelens_cosine.files.secrets import published
-from saelens_cosine.metrics.dictionary.features import Context, TokenValue
-from saelens_cosine.metrics.intervals import paired_difference
-from saelens_cosine.metrics.not_finite import not_finite
 
 IN_TABLE = (
     "FVE",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.html_report.data import Feature
 from saelens_cosine.metrics.dictionary.features import Context, feature_dashboards, top_activations
+from saelens_cosine.report.html.data import Feature
 
 
 def features_for_report(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from saelens_cosine.evaluation.html_report.data import ReportData
-from saelens_cosine.evaluation.html_report.features import features_for_report
-from saelens_cosine.evaluation.html_report.page import render, write_report
+from saelens_cosine.report.html.data import ReportData
+from saelens_cosine.report.html.features import features_for_report
+from saelens_cosine.report.html.page import render, write_report
 
 __all__ = ["ReportData", "features_for_report", "render", "write_report"]

@@ -13,12 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_cosine.evaluation.html_report import charts, norm_charts, tables
-from saelens_cosine.evaluation.html_report.data import Difference, Estimate, ReportData
-from saelens_cosine.evaluation.html_report.svg import STYLES, Axis, breakable, key_mark, style
 from saelens_cosine.files.whole import whole_file
 from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE
 from saelens_cosine.metrics.reconstruction.loss_recovered import CE_NOTE
+from saelens_cosine.report.html import charts, norm_charts, tables
+from saelens_cosine.report.html.data import Difference, Estimate, ReportData
+from saelens_cosine.report.html.svg import STYLES, Axis, breakable, key_mark, style
 
 
 class _Section(NamedTuple):

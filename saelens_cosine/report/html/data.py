@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from saelens_cosine.evaluation.html_report.plain_values import from_plain, to_plain
 from saelens_cosine.metrics.dictionary.features import Context, TokenValue
+from saelens_cosine.report.html.plain_values import from_plain, to_plain
 
 SCHEMA = "saelens-cosine/report/2"
 """Name and version of the layout of `ReportData.to_dict`; the number grows when a field changes its meaning or goes."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from saelens_cosine.evaluation.html_report.charts import ends, estimate_mark, figure, interval, table, thinned
-from saelens_cosine.evaluation.html_report.data import ReportData, ZFPoints
-from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, short
+from saelens_cosine.report.html.charts import ends, estimate_mark, figure, interval, table, thinned
+from saelens_cosine.report.html.data import ReportData, ZFPoints
+from saelens_cosine.report.html.svg import Axis, Chart, axis, short
 
 BANDS = (1.0, 0.5, 0.25)
 """Values of epsilon (h - 1) whose bands the ZF plot shows (Lee et al., arXiv 2503.24277, section 4)."""

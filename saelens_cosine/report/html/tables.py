@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 
-from saelens_cosine.evaluation.html_report.data import Listed, ReportData
-from saelens_cosine.evaluation.html_report.svg import breakable
+from saelens_cosine.report.html.data import Listed, ReportData
+from saelens_cosine.report.html.svg import breakable
 
 LONG = 80
 """Characters above which a text is broken into lines."""

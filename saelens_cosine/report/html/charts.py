@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TypeVar
 
-from saelens_cosine.evaluation.html_report.data import Arm, Estimate, Feature, MatchedFeatures, ReportData
-from saelens_cosine.evaluation.html_report.svg import Axis, Chart, axis, breakable, short
+from saelens_cosine.report.html.data import Arm, Estimate, Feature, MatchedFeatures, ReportData
+from saelens_cosine.report.html.svg import Axis, Chart, axis, breakable, short
 
 MAX_DOTS = 1000
 """Points of one scatter that are drawn, at even steps through all of them."""
