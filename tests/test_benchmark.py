@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from saelens_cosine import benchmark
-from saelens_cosine.benchmark import WARM_UP, Benchmark, BenchmarkSettings, Row
 from saelens_cosine.cli import main
+from saelens_cosine.experiments.benchmark import run as benchmark
+from saelens_cosine.experiments.benchmark.run import WARM_UP, Benchmark, BenchmarkSettings, Row
 from saelens_cosine.saes import scored_sae
 
 SIZE = ["--d-in", "16", "--d-sae", "128", "--batch", "32", "--k", "2"]

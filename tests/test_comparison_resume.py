@@ -9,7 +9,7 @@ import pytest
 from small_runs import compare_flags, small_batches, stop_after, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation import comparison as comparison_module
+from saelens_cosine.experiments.compare import run as comparison_module
 from saelens_cosine.training.recipe import RECIPES
 
 

@@ -16,10 +16,10 @@ from saelens_cosine.training.recipe import RECIPES, paper
 ARMS = ("cosine_batchtopk", "inner_product_topk")
 
 MIDWAY = {
-    "compare": "saelens_cosine.evaluation.comparison.weights_sha256",
+    "compare": "saelens_cosine.experiments.compare.run.weights_sha256",
     "train": "saelens_cosine.training.command.record_training",
     "evaluate": "saelens_cosine.evaluation.evaluate._measure",
-    "ground-truth": "saelens_cosine.evaluation.ground_truth_command.ground_truth",
+    "ground-truth": "saelens_cosine.experiments.ground_truth.command.ground_truth",
     "benchmark": "saelens_cosine.cli.benchmark",
     "convert": "saelens_cosine.loading.command.load",
     "share": "saelens_cosine.sharing.command.gather",

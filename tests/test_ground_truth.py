@@ -18,8 +18,10 @@ from sae_lens.synthetic import (
 )
 from sae_lens.synthetic.evals import ClassificationMetrics
 
-from saelens_cosine.evaluation import ground_truth as module
-from saelens_cosine.evaluation.ground_truth import (
+from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
+from saelens_cosine.experiments.ground_truth import run as module
+from saelens_cosine.experiments.ground_truth.recovery import Recovery, f1_one_to_one
+from saelens_cosine.experiments.ground_truth.run import (
     GroundTruth,
     GroundTruthRun,
     GroundTruthSettings,
@@ -29,8 +31,6 @@ from saelens_cosine.evaluation.ground_truth import (
     load_model,
     write_json,
 )
-from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
-from saelens_cosine.evaluation.recovery import Recovery, f1_one_to_one
 
 # 12 orthogonal features in 12 dimensions, two of them active
 EASY = SyntheticModelConfig(

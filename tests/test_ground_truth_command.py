@@ -4,9 +4,9 @@ import pytest
 from sae_lens.synthetic import ConstantFiringProbabilityConfig, SyntheticModel, SyntheticModelConfig
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation import ground_truth_command
-from saelens_cosine.evaluation.ground_truth import SYNTH_SAE_BENCH_16K, GroundTruthSettings, ground_truth
 from saelens_cosine.evaluation.planted import small_model
+from saelens_cosine.experiments.ground_truth import command as ground_truth_command
+from saelens_cosine.experiments.ground_truth.run import SYNTH_SAE_BENCH_16K, GroundTruthSettings, ground_truth
 
 COMMAND = [
     "ground-truth",

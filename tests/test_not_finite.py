@@ -11,13 +11,13 @@ from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
 from saelens_cosine.evaluation.differences import compared
 from saelens_cosine.evaluation.evaluation_page import report_data
 from saelens_cosine.evaluation.plain import plain
-from saelens_cosine.evaluation.report import as_json, draw
-from saelens_cosine.evaluation.report import as_tables as comparison_tables
 from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.experiments.compare.run import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.experiments.compare.tables import as_json, draw
+from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
 from saelens_cosine.metrics.causal import clean_run, substitution_kl
 from saelens_cosine.metrics.codes import sparse_codes
 from saelens_cosine.metrics.dictionary.geometry import decoder_geometry

@@ -294,7 +294,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
     monkeypatch.setattr("saelens_cosine.evaluation.subject.Loader.subject", signalled)
     monkeypatch.setattr("saelens_cosine.cli.benchmark", signalled)
     monkeypatch.setattr("saelens_cosine.loading.command.load", signalled)
-    monkeypatch.setattr("saelens_cosine.evaluation.ground_truth_command.ground_truth", signalled)
+    monkeypatch.setattr("saelens_cosine.experiments.ground_truth.command.ground_truth", signalled)
     monkeypatch.setattr("saelens_cosine.sharing.command.gather", signalled)
     arguments = {
         "train": flags(text, tmp_path / "out"),

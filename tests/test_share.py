@@ -12,8 +12,8 @@ from helpers import D_IN, TRAINING, make_activations, make_sae, run_python
 from sae_lens import SAE, TopKTrainingSAE, TopKTrainingSAEConfig
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.comparison import ArmResult, Comparison, ComparisonSettings
-from saelens_cosine.evaluation.report import write_json
+from saelens_cosine.experiments.compare.run import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.experiments.compare.tables import write_json
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.sharing.hub import gather, upload, write
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from saelens_cosine.evaluation.comparison_file import comparison_beside
+from saelens_cosine.experiments.compare.file import comparison_beside
 from saelens_cosine.files.whole import read_json
 
 

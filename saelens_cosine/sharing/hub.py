@@ -22,8 +22,8 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAEConfig
 
-from saelens_cosine.evaluation.comparison_file import ComparisonFileError, read_comparison
-from saelens_cosine.evaluation.report import SCHEMA
+from saelens_cosine.experiments.compare.file import ComparisonFileError, read_comparison
+from saelens_cosine.experiments.compare.tables import SCHEMA
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.secrets import published, without_secrets
 from saelens_cosine.files.whole import read_json, whole_folder

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.evaluation.comparison_results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
+from saelens_cosine.experiments.compare.results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
 from saelens_cosine.files.names import below, unused
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import read_json

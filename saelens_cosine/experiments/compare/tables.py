@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from saelens_cosine.console import PlainTable, literal
-from saelens_cosine.evaluation.comparison import ArmResult, Comparison
 from saelens_cosine.evaluation.plain import plain
+from saelens_cosine.experiments.compare.run import ArmResult, Comparison
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference

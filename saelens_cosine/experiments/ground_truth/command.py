@@ -10,14 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.ground_truth import (
+from saelens_cosine.evaluation.planted import small_model
+from saelens_cosine.experiments.ground_truth.run import (
     SYNTH_SAE_BENCH_16K,
     GroundTruthSettings,
     as_tables,
     ground_truth,
     write_json,
 )
-from saelens_cosine.evaluation.planted import small_model
 from saelens_cosine.files.output import open_output
 
 SMALL = "small"
