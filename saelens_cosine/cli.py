@@ -22,10 +22,10 @@ from sae_lens.training._interruption import InterruptedException
 from tqdm.auto import tqdm
 
 from saelens_cosine.console import say, visible
-from saelens_cosine.evaluation.command import add_evaluate_options, run_evaluate
 from saelens_cosine.experiments.benchmark.run import DTYPES, BenchmarkSettings, benchmark
 from saelens_cosine.experiments.compare.run import SUMMARY, Comparison, ComparisonSettings, compare, open_comparison
 from saelens_cosine.experiments.compare.tables import as_tables, draw, write_json
+from saelens_cosine.experiments.evaluate.command import add_evaluate_options, run_evaluate
 from saelens_cosine.experiments.ground_truth.command import add_ground_truth_options, run_ground_truth
 from saelens_cosine.faults import FAULTS, line_of
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, without_secrets

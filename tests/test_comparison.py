@@ -16,11 +16,11 @@ from torch.nn.modules import module
 
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
 from saelens_cosine.experiments.compare.tables import SCHEMA
 from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.loading import from_pretrained
+from saelens_cosine.plain import weights_sha256
 
 pytestmark = pytest.mark.usefixtures("short_text")
 

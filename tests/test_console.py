@@ -10,8 +10,8 @@ from rich.table import Table
 
 from saelens_cosine.cli import _progress, main
 from saelens_cosine.console import PlainTable, literal, say, visible
-from saelens_cosine.evaluation import command
 from saelens_cosine.experiments.compare import tables as report
+from saelens_cosine.experiments.evaluate import command
 from saelens_cosine.sharing.neuronpedia import _read
 
 NAMES = ["lr[a]", "[bold]x[/bold]", "a[/]", "x:key:", "\\[a]", "[link=http://x]y"]

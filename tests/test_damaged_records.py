@@ -8,12 +8,12 @@ from helpers import make_sae
 from test_evaluate import saved_sae, with_evals
 from test_share import save_comparison, share
 
-from saelens_cosine.evaluation.evaluate import evaluate
-from saelens_cosine.evaluation.kept import keep, read_kept
-from saelens_cosine.evaluation.plain import weights_sha256
-from saelens_cosine.evaluation.sources import Source, parse_sources
-from saelens_cosine.evaluation.training_log import training_log
 from saelens_cosine.experiments.compare.file import ComparisonFileError, comparison_beside, read_comparison
+from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept
+from saelens_cosine.experiments.evaluate.results.training_log import training_log
+from saelens_cosine.experiments.evaluate.run import evaluate
+from saelens_cosine.experiments.evaluate.sources import Source, parse_sources
+from saelens_cosine.plain import weights_sha256
 from saelens_cosine.sharing.neuronpedia import _read as read_record
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.differences import about_differences, compared, differences, summary
-from saelens_cosine.evaluation.evaluate import _baseline
-from saelens_cosine.evaluation.sources import parse_sources
+from saelens_cosine.experiments.evaluate.command import as_tables
+from saelens_cosine.experiments.evaluate.results.differences import about_differences, compared, differences, summary
+from saelens_cosine.experiments.evaluate.run import _baseline
+from saelens_cosine.experiments.evaluate.sources import parse_sources
 from saelens_cosine.metrics.reconstruction.documents import fve_by_document
 
 TOTAL = [1.0, 2, 3, 4, 5, 6, 7, 8, 9, 55]  # 100 in sum

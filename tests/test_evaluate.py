@@ -22,19 +22,19 @@ from saelens_cosine.activations.sample import sample_tokens, side_by_side
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import _progress, main
-from saelens_cosine.evaluation import evals
-from saelens_cosine.evaluation import evaluate as module
-from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.differences import about_differences, figures_by_eval, measures
-from saelens_cosine.evaluation.evals import EVALS, Eval
-from saelens_cosine.evaluation.evaluate import evaluate
-from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.figures import by_column, means, text_is
-from saelens_cosine.evaluation.plain import fingerprint, plain, weights_sha256
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.subject import Subject
-from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate import evals
+from saelens_cosine.experiments.evaluate import run as module
+from saelens_cosine.experiments.evaluate.command import as_tables
+from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
+from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.results.differences import about_differences, figures_by_eval, measures
+from saelens_cosine.experiments.evaluate.results.figures import by_column, means, text_is
+from saelens_cosine.experiments.evaluate.results.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.run import evaluate
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.files.secrets import published
+from saelens_cosine.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.report.html import render, write_report
 from saelens_cosine.saebench import Failure, Judge, SAEBenchError
 

@@ -6,11 +6,11 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation import evaluate as module
-from saelens_cosine.evaluation.earlier import begin, open_evaluation
-from saelens_cosine.evaluation.evaluate import SCHEMA
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import parse_sources
+from saelens_cosine.experiments.evaluate import run as module
+from saelens_cosine.experiments.evaluate.results.earlier import begin, open_evaluation
+from saelens_cosine.experiments.evaluate.run import SCHEMA
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import parse_sources
 from saelens_cosine.files.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("short_text")

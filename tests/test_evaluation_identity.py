@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import saelens_cosine.bundled
 from saelens_cosine.bundled import load_bundled_model
-from saelens_cosine.evaluation.differences import measures
-from saelens_cosine.evaluation.evals import EVALS, Eval
-from saelens_cosine.evaluation.evaluate import evaluate
-from saelens_cosine.evaluation.plain import digest, files_fingerprint, fingerprint, model_fingerprint, weights_sha256
-from saelens_cosine.evaluation.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
+from saelens_cosine.experiments.evaluate.results.differences import measures
+from saelens_cosine.experiments.evaluate.run import evaluate
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.plain import digest, files_fingerprint, fingerprint, model_fingerprint, weights_sha256
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge, versions
 from saelens_cosine.saebench.runner import _Runner

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
+from saelens_cosine.experiments.evaluate.sources import Source, pair_seeds, parse_sources
 
 
 def arms(*texts):

@@ -18,11 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from saelens_cosine import saebench
 from saelens_cosine.activations.models import block_of, load_hooked_model, size_at_hook
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.evals import EVALS, NotApplicable
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import parse_sources
-from saelens_cosine.evaluation.subject import Loader
 from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
+from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import parse_sources
+from saelens_cosine.experiments.evaluate.subject import Loader
 from saelens_cosine.metrics.causal import clean_run
 from saelens_cosine.saebench.runner import _how_loaded, _load
 

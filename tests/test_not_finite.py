@@ -10,14 +10,13 @@ from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.evaluation.command import as_tables
-from saelens_cosine.evaluation.differences import compared
-from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.plain import plain
-from saelens_cosine.evaluation.settings import EvaluationSettings
 from saelens_cosine.experiments.compare.run import ArmResult, Comparison, ComparisonSettings
 from saelens_cosine.experiments.compare.tables import as_json, draw
 from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
+from saelens_cosine.experiments.evaluate.command import as_tables
+from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.results.differences import compared
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.causal import clean_run, substitution_kl
 from saelens_cosine.metrics.codes import sparse_codes
 from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
@@ -33,6 +32,7 @@ from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstructio
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_plot import zf_figure, zf_points
+from saelens_cosine.plain import plain
 from saelens_cosine.report.html.page import render
 from saelens_cosine.training.monitor import TrainingLogEntry
 from saelens_cosine.training.recorded import trained

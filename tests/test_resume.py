@@ -291,7 +291,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
 
     for module in ("training.command", "evaluation.comparison"):
         monkeypatch.setattr(f"saelens_cosine.{module}.load_text", signalled)
-    monkeypatch.setattr("saelens_cosine.evaluation.subject.Loader.subject", signalled)
+    monkeypatch.setattr("saelens_cosine.experiments.evaluate.subject.Loader.subject", signalled)
     monkeypatch.setattr("saelens_cosine.cli.benchmark", signalled)
     monkeypatch.setattr("saelens_cosine.loading.command.load", signalled)
     monkeypatch.setattr("saelens_cosine.experiments.ground_truth.command.ground_truth", signalled)

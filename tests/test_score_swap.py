@@ -12,7 +12,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from scipy.stats import norm
 from test_probing import STRENGTH, best_by_inner_product, concept, identity_sae, sample_of
 
-from saelens_cosine.evaluation.score_swap import score_swap
+from saelens_cosine.experiments.evaluate.score_swap import score_swap
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.rescore import RELATIVE_SCALES, rescore
 

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.bundled import model_folder, stdlib_corpus
-from saelens_cosine.evaluation import code_concepts, tasks
-from saelens_cosine.evaluation.code_concepts import CONCEPTS, NEXT_TOKENS, windows
-from saelens_cosine.evaluation.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task
+from saelens_cosine.experiments.evaluate.texts import code_concepts, tasks
+from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, windows
+from saelens_cosine.experiments.evaluate.texts.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task
 from saelens_cosine.metrics.causal import ablation_precision
 
 HOOK = "blocks.3.hook_resid_post"

@@ -47,7 +47,7 @@ BEFORE = f"""
 import functools, sys
 sys.path.append({str(Path(__file__).parent)!r})
 import short_corpus, variation
-from saelens_cosine.evaluation import evals
+from saelens_cosine.experiments.evaluate import evals
 variation.apply()
 short_corpus.apply(corpus=short_corpus.few_documents)
 evals.direction_norm_patching = functools.partial(evals.direction_norm_patching, pairs=20, control_pairs=10, rescaled_tokens=10)

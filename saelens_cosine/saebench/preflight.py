@@ -16,7 +16,7 @@ from typing import Any
 
 from saelens_cosine.activations.models import size_at_hook
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
-from saelens_cosine.evaluation.plain import digest, files_fingerprint
+from saelens_cosine.plain import digest, files_fingerprint
 from saelens_cosine.saebench.evals import EVALS, Judge
 from saelens_cosine.saebench.prepare import PreparedSAE
 from saelens_cosine.saebench.results import Failure

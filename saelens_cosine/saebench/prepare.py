@@ -18,9 +18,9 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.activations.models import BLOCK_OUTPUT
-from saelens_cosine.evaluation.plain import digest, fingerprint
 from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.plain import digest, fingerprint
 
 _FROM_METADATA = (
     *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens"),

@@ -26,12 +26,12 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from saelens_cosine.activations.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import sample_tokens
-from saelens_cosine.evaluation.plain import digest, model_fingerprint
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.output import open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
+from saelens_cosine.plain import digest, model_fingerprint
 from saelens_cosine.saebench.evals import EVALS, Call, Eval, Judge, text_folder
 from saelens_cosine.saebench.preflight import (
     check_data,

@@ -20,13 +20,13 @@ from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.plain import weights_sha256
 from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, ComparisonSettings, FailedArm
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, ce_loss_recovered, evaluate_reconstruction
+from saelens_cosine.plain import weights_sha256
 from saelens_cosine.progress import shown
 from saelens_cosine.report.model_card import model_card
 from saelens_cosine.training.checkpoints import Checkpoints

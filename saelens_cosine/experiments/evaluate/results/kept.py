@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any, cast
 
-from saelens_cosine.evaluation.plain import digest
 from saelens_cosine.files.whole import read_json, write_json
+from saelens_cosine.plain import digest
 
 
 def keep(measured: dict[str, Any], file: Path) -> None:

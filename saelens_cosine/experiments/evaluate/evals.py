@@ -15,11 +15,10 @@ from saelens_cosine import saebench
 from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.plain import digest
-from saelens_cosine.evaluation.score_swap import score_swap
-from saelens_cosine.evaluation.subject import Subject, Text
-from saelens_cosine.evaluation.tasks import bundled_concepts
-from saelens_cosine.evaluation.training_log import training_log
+from saelens_cosine.experiments.evaluate.results.training_log import training_log
+from saelens_cosine.experiments.evaluate.score_swap import score_swap
+from saelens_cosine.experiments.evaluate.subject import Subject, Text
+from saelens_cosine.experiments.evaluate.texts.tasks import bundled_concepts
 from saelens_cosine.metrics.causal import (
     PROTOCOLS,
     ablation_precision,
@@ -44,6 +43,7 @@ from saelens_cosine.metrics.reconstruction.documents import fve_by_document
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_plot import POINTS, zf_points
 from saelens_cosine.metrics.token_gram import firings
+from saelens_cosine.plain import digest
 from saelens_cosine.report.html import features_for_report
 
 PAIRS_LISTED = 2000

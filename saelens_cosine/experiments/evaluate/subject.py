@@ -19,16 +19,23 @@ from saelens_cosine.activations.models import HookedModel, choose_model, load_ho
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.evaluation.planted import plant_sinks
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import Source
-from saelens_cosine.evaluation.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task, token_concepts
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import Source
+from saelens_cosine.experiments.evaluate.texts.tasks import (
+    Task,
+    bundled_concepts,
+    concept_run,
+    load_tasks,
+    sample_task,
+    token_concepts,
+)
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal import CleanRun, clean_run
 from saelens_cosine.metrics.codes import sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
 from saelens_cosine.metrics.probing.probing import canonical_codes, pool
+from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 
 
 class Concepts(NamedTuple):

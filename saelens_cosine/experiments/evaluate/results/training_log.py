@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.evaluation.plain import weights_sha256
-from saelens_cosine.evaluation.sources import Source
 from saelens_cosine.experiments.compare.file import comparison_beside
+from saelens_cosine.experiments.evaluate.sources import Source
+from saelens_cosine.plain import weights_sha256
 
 COURSE = ("training_tokens", "fve", "l0")
 """What an evaluation tells of the course of a training."""

@@ -18,19 +18,19 @@ from sae_lens.saes.sae import SAE
 
 from saelens_cosine import saebench
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.differences import compared, figures_by_eval
-from saelens_cosine.evaluation.earlier import begin, open_evaluation
-from saelens_cosine.evaluation.evals import EVALS, NotApplicable, saebench_settings
-from saelens_cosine.evaluation.kept import keep, read_kept
-from saelens_cosine.evaluation.plain import digest, plain, versions
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import Source, pair_seeds, parse_sources
-from saelens_cosine.evaluation.subject import Loader, Subject, Text
-from saelens_cosine.evaluation.training_log import COURSE, training_log
+from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable, saebench_settings
+from saelens_cosine.experiments.evaluate.results.differences import compared, figures_by_eval
+from saelens_cosine.experiments.evaluate.results.earlier import begin, open_evaluation
+from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept
+from saelens_cosine.experiments.evaluate.results.training_log import COURSE, training_log
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import Source, pair_seeds, parse_sources
+from saelens_cosine.experiments.evaluate.subject import Loader, Subject, Text
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.plain import digest, plain, versions
 from saelens_cosine.progress import shown
 from saelens_cosine.training.recorded import trained
 

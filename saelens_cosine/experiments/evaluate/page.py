@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
-from saelens_cosine.evaluation.figures import by_column, left_out, rows, text_is, text_names
-from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.results.differences import TREATMENTS, about_differences, by_arm, summary
+from saelens_cosine.experiments.evaluate.results.figures import by_column, left_out, rows, text_is, text_names
+from saelens_cosine.experiments.evaluate.results.tokens_measured import tokens_measured
 from saelens_cosine.files.secrets import published
 from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 from saelens_cosine.metrics.intervals import paired_difference
@@ -147,7 +147,10 @@ def _facts(document: Mapping[str, Any]) -> dict[str, str]:
         facts["dead in training"] = (
             f"unknown of {', '.join(unknown)}: not in the metadata, and no comparison.json beside"
         )
-    made = {"made": document["date"], "by": document["command"] or "saelens_cosine.evaluation.evaluate, from Python"}
+    made = {
+        "made": document["date"],
+        "by": document["command"] or "saelens_cosine.experiments.evaluate.run, from Python",
+    }
     return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}, **made}
 
 

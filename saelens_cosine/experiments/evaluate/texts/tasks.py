@@ -19,7 +19,7 @@ import torch
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
-from saelens_cosine.evaluation.code_concepts import CONCEPTS, NEXT_TOKENS, SHORTEST_WINDOW, windows
+from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, SHORTEST_WINDOW, windows
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 
 SAE_PROBES = "sae_probes"

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.sources import Source
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import read_json

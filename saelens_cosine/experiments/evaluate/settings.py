@@ -10,8 +10,8 @@ from saelens_cosine.activations.contexts import check_context_size
 from saelens_cosine.activations.norm_filter import check_max_norm_multiple
 from saelens_cosine.activations.sample import Sinks
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.evaluation.plain import plain
 from saelens_cosine.files.secrets import scrubbed, without_secrets
+from saelens_cosine.plain import plain
 from saelens_cosine.saebench.evals import Judge
 
 

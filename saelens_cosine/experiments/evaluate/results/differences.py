@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelens_cosine.evaluation.figures import (
+from saelens_cosine.experiments.evaluate.results.figures import (
     further_measures,
     measures_of_weights,
     not_compared,
     without_treatment,
 )
-from saelens_cosine.evaluation.sources import pair_seeds
+from saelens_cosine.experiments.evaluate.sources import pair_seeds
 from saelens_cosine.metrics.intervals import (
     ASSUMPTIONS,
     CONFIDENCE,

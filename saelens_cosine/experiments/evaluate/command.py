@@ -11,14 +11,14 @@ from rich import box
 from rich.table import Table
 
 from saelens_cosine.console import PlainTable
-from saelens_cosine.evaluation.differences import TREATMENTS, about_differences, by_arm, summary
-from saelens_cosine.evaluation.earlier import open_evaluation
-from saelens_cosine.evaluation.evals import EVALS
-from saelens_cosine.evaluation.evaluate import Progress, evaluate
-from saelens_cosine.evaluation.evaluation_page import report_data
-from saelens_cosine.evaluation.figures import Figures, by_column, left_out, rows, text_is
-from saelens_cosine.evaluation.settings import EvaluationSettings
-from saelens_cosine.evaluation.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.evals import EVALS
+from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.results.differences import TREATMENTS, about_differences, by_arm, summary
+from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
+from saelens_cosine.experiments.evaluate.results.figures import Figures, by_column, left_out, rows, text_is
+from saelens_cosine.experiments.evaluate.results.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.run import Progress, evaluate
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS, Difference
 from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE
