@@ -78,8 +78,8 @@ def test_tables_of_the_commands_show_arms_as_they_are(capsys):
 
 
 def test_every_table_of_the_package_is_a_plain_one():
-    from saelens_cosine import benchmark
-    from saelens_cosine.evaluation import ground_truth
+    from saelens_cosine.experiments.benchmark import run as benchmark
+    from saelens_cosine.experiments.ground_truth import run as ground_truth
     from saelens_cosine.loading import command as convert
 
     release = SimpleNamespace(metadata={"model_name": "m"}, format="f", repo_id="r", saes={})

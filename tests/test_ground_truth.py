@@ -18,8 +18,8 @@ from sae_lens.synthetic import (
 )
 from sae_lens.synthetic.evals import ClassificationMetrics
 
-from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.experiments.ground_truth import run as module
+from saelens_cosine.experiments.ground_truth.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.experiments.ground_truth.recovery import Recovery, f1_one_to_one
 from saelens_cosine.experiments.ground_truth.run import (
     GroundTruth,

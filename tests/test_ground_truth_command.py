@@ -4,8 +4,8 @@ import pytest
 from sae_lens.synthetic import ConstantFiringProbabilityConfig, SyntheticModel, SyntheticModelConfig
 
 from saelens_cosine.cli import main
-from saelens_cosine.evaluation.planted import small_model
 from saelens_cosine.experiments.ground_truth import command as ground_truth_command
+from saelens_cosine.experiments.ground_truth.planted import small_model
 from saelens_cosine.experiments.ground_truth.run import SYNTH_SAE_BENCH_16K, GroundTruthSettings, ground_truth
 
 COMMAND = [

@@ -12,9 +12,9 @@ from torch.nn.modules import module as torch_module
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saelens_cosine.activations.norm_filter import HighNormFilter
+from saelens_cosine.activations.planted_sinks import PlantedSinks, plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
-from saelens_cosine.evaluation.planted import PlantedSinks, plant_sinks
 from saelens_cosine.metrics.causal import clean_run
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 

@@ -118,7 +118,9 @@ def facts(config: SAEConfig) -> dict[str, str]:
         "dataset": f"`{metadata.dataset_path}`" if metadata.dataset_path else None,
         "context": f"{metadata.context_size} tokens" if metadata.context_size else None,
         "high-norm tokens": _tokens(metadata.max_norm_multiple, metadata.high_norm_share_dropped),
-        "sinks": "planted in each context, see `saelens_cosine.evaluation.planted`" if metadata.planted_sinks else None,
+        "sinks": "planted in each context, see `saelens_cosine.activations.planted_sinks`"
+        if metadata.planted_sinks
+        else None,
         _SETTINGS: ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None),
     }
     return {key: str(value) for key, value in rows.items() if value}

@@ -17,10 +17,10 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from saelens_cosine.activations.contexts import ContextForm, sample_contexts
 from saelens_cosine.activations.models import HookedModel, load_hooked_model
 from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
+from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.planted import plant_sinks
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, ComparisonSettings, FailedArm
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from saelens_cosine.devices import check_device
-from saelens_cosine.evaluation.planted import small_model
+from saelens_cosine.experiments.ground_truth.planted import small_model
 from saelens_cosine.experiments.ground_truth.run import (
     SYNTH_SAE_BENCH_16K,
     GroundTruthSettings,

@@ -32,8 +32,8 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 
 from saelens_cosine.console import PlainTable
-from saelens_cosine.evaluation.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.experiments.compare.results import DEFAULT_ARMS
+from saelens_cosine.experiments.ground_truth.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.experiments.ground_truth.recovery import MEASURES, Recovery, f1_one_to_one
 from saelens_cosine.files import whole
 from saelens_cosine.metrics.intervals import Difference, about, by_chance, paired_difference

@@ -1,10 +1,6 @@
-"""What a cosine score is said to help with, planted: spread token norms and attention sinks.
+"""Attention sinks, planted in a language model: one position of each context becomes one.
 
-In SAELens' synthetic data each token's features are multiplied by one log-normal factor, exp(s z - s^2), with z normal and s
-the spread. Its mean square is 1, so the activations' second moment stays. A share of the tokens become sinks. In a language
-model one position of each context becomes one.
-
-Sinks are 30 to 300 times as long as the median, halfway between a direction that all sinks share and the token's own, or its
+They are 30 to 300 times as long as the median, halfway between a direction that all sinks share and the token's own, or its
 context's: one that is the same in every context would cancel in whatever compares contexts.
 
 A planted sink helps a language model to predict nothing, so an SAE that destroys it loses hardly any cross-entropy: CE recovered
@@ -20,16 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sae_lens.synthetic import (
-    FeatureDictionary,
-    FoldedNormalMagnitudeConfig,
-    HierarchyConfig,
-    LinearMagnitudeConfig,
-    LowRankCorrelationConfig,
-    OrthogonalizationConfig,
-    SyntheticModelConfig,
-    ZipfianFiringProbabilityConfig,
-)
 from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -44,65 +30,11 @@ PERIODS = 200
 contexts of 128 tokens have a standard deviation of 0.03 to 0.07, six periods and more; an error of 1e-7 changes a norm by 1e-4."""
 
 
-def _sinks(shared: torch.Tensor, own: torch.Tensor, draw: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
+def sinks_of(shared: torch.Tensor, own: torch.Tensor, draw: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
     """Sinks halfway between a unit vector `shared [d_in]` and the directions of `own [..., d_in]`; draws are in [0, 1]."""
     low, high = map(math.log, SINK_MULTIPLES)
     multiple = (low + (high - low) * draw).exp()
     return multiple * median * normalize(shared + normalize(own, dim=-1), dim=-1)
-
-
-def small_model() -> SyntheticModelConfig:
-    """SynthSAEBench-16k at a hundredth: 128 features in 64 dimensions, 6.5 of them active, for runs of seconds."""
-    return SyntheticModelConfig(
-        num_features=128,
-        hidden_dim=64,
-        firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=0.02),
-        hierarchy=HierarchyConfig(
-            total_root_nodes=16,
-            branching_factor=3,
-            max_depth=1,
-            mutually_exclusive_portion=1.0,
-            compensate_probabilities=True,
-            scale_children_by_parent=True,
-        ),
-        orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
-        correlation=LowRankCorrelationConfig(rank=4, correlation_scale=0.1),
-        mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
-        std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
-        seed=0,
-    )
-
-
-class NormSpread:
-    """Multiplies each token's features by one log-normal factor of mean square 1, after the model's own modifier."""
-
-    def __init__(self, spread: float, modifier: Callable[..., torch.Tensor] | None):
-        self.spread, self.modifier = spread, modifier
-
-    def __call__(self, activations: torch.Tensor, generator: Any) -> torch.Tensor:
-        if self.modifier is not None:
-            activations = self.modifier(activations, generator)
-        z = torch.randn(len(activations), 1, device=activations.device, dtype=activations.dtype)
-        return activations * (self.spread * z - self.spread**2).exp()
-
-
-class SinkDictionary(nn.Module):
-    """A feature dictionary that turns a share of the tokens into attention sinks."""
-
-    def __init__(self, dictionary: FeatureDictionary, share: float, seed: int):
-        super().__init__()
-        self.dictionary, self.share = dictionary, share
-        self.feature_vectors, self.bias = dictionary.feature_vectors, dictionary.bias
-        direction = torch.randn(dictionary.hidden_dim, generator=torch.Generator().manual_seed(seed))
-        self.direction = normalize(direction, dim=0).to(self.bias)
-
-    def forward(self, feature_activations: torch.Tensor) -> torch.Tensor:
-        x: torch.Tensor = self.dictionary(feature_activations)
-        centred = x - self.bias
-        norms = centred.norm(dim=-1, keepdim=True)
-        draws = torch.rand(2, len(x), 1, device=x.device, dtype=x.dtype)
-        sinks = _sinks(self.direction, centred, draws[1], norms.median())
-        return torch.where(draws[0] < self.share, self.bias + sinks, x)
 
 
 class PlantedSinks:
@@ -129,7 +61,7 @@ class PlantedSinks:
         median = norms.where(norms > 0, torch.nan).nanmedian(dim=-1, keepdim=True).values  # rows of zeros are no tokens
         median = median.where(norms.any(dim=-1, keepdim=True), 0)
         planted = x.clone()
-        planted[:, self.position] = _sinks(self.direction.to(context.device), context, draw, median)
+        planted[:, self.position] = sinks_of(self.direction.to(context.device), context, draw, median)
         return (planted,)
 
 
