@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from saelens_cosine.loading.saelens import inference_copy
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
+from saelens_cosine.metrics.threshold import Threshold, fit_threshold, tokens_at_once
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
@@ -27,23 +28,6 @@ SELECTORS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "ab
 
 RELATIVE_SCALES = [4 ** (i / 10) for i in range(-10, 11)]
 """What a fit tries, relative to the scale that keeps codes at their size. 4 either way, in steps of 15 %."""
-
-CHUNK_SCORES = 2**24
-"""Scores held at a time: 64 MiB in float32."""
-
-
-class Threshold(NamedTuple):
-    """
-    A threshold that gives an L0.
-
-    Args:
-        value (float): Features are active when their score is above it.
-        l0 (float): Active features per token on the activations that it was fitted on.
-    """
-
-    value: float
-    l0: float
-
 
 @torch.no_grad()
 def rescore(
@@ -125,51 +109,6 @@ def rescore(
     return result
 
 
-@torch.no_grad()
-def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> Threshold:
-    """Set all thresholds of a JumpReLU SAE, in place, to the one value that gives an L0 on `[tokens, d_in]` activations.
-
-    The exact quantile of all `tokens * d_sae` scores, of which never more than about twice the active ones are held. Among
-    equal scores at the cut, all or none are active, whichever is nearer. Only positive scores can be active: if there are
-    too few, the threshold is 0 and a warning says which L0 that gives.
-
-    Raises:
-        ValueError: the SAE is not in an inference form or has no thresholds, or target_l0 is not between 0 and d_sae.
-    """
-    if isinstance(sae, TrainingSAE) or not hasattr(sae, "threshold"):
-        raise ValueError(f"{type(sae).__name__} is no inference form with thresholds to fit; rescore makes one.")
-    if not 0 < target_l0 < sae.cfg.d_sae:
-        raise ValueError(f"target_l0={target_l0} must be above 0 and below d_sae={sae.cfg.d_sae}.")
-    wanted = max(1, round(target_l0 * len(activations)))
-    chunks: list[torch.Tensor] = []
-    held, floor = 0, 0.0
-    for x in activations.split(_chunk(sae)):
-        scores = _scores(sae, x.to(sae.device))
-        chunks.append(scores[(scores > 0) & (scores >= floor)])
-        held += chunks[-1].numel()
-        if held > 2 * wanted:
-            chunks = [_largest(torch.cat(chunks), wanted)]
-            held, floor = chunks[0].numel(), chunks[0].min().item()
-    largest = _largest(torch.cat(chunks), wanted)
-    active, value = len(largest), 0.0
-    if active >= wanted:
-        cut = largest.min()
-        above = int((largest > cut).sum())
-        # strictly above the cut itself, or above the number below it in the scores' own precision
-        none_of_the_ties = wanted - above <= active - wanted
-        value = (cut if none_of_the_ties else torch.nextafter(cut, torch.zeros_like(cut))).item()
-        active = above if none_of_the_ties else active
-    else:
-        warnings.warn(
-            f"Only {active / len(activations):.4g} scores per token are positive, so L0 cannot be {target_l0:.4g}; the "
-            "threshold is 0. A larger scale makes more of them positive if b_enc is negative.",
-            stacklevel=3,  # past torch's decorator
-        )
-    parameters: Any = sae
-    parameters.threshold.fill_(value)
-    return Threshold(value, active / len(activations))
-
-
 @dataclass(frozen=True)
 class _Swap:
     """An SAE and what becomes of it, up to the scale."""
@@ -239,7 +178,7 @@ def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
     weights: Any = swap.source
     exponent = getattr(weights, "norm_exponent", swap.lengths.new_ones(())).expand_as(swap.lengths)
     active, before, after = 0, 0.0, 0.0
-    for chunk in activations.split(_chunk(weights)):
+    for chunk in activations.split(tokens_at_once(weights)):
         x = chunk.to(weights.device)
         codes = weights.encode(x)
         token, feature = codes.nonzero(as_tuple=True)
@@ -288,23 +227,6 @@ def _ready(sae: SAE[Any]) -> SAE[Any]:
     return sae
 
 
-def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
-    """Pre-activations `[tokens, d_sae]` as they meet the threshold."""
-    seen: list[torch.Tensor] = []
-    with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda scores, hook: seen.append(scores))]):  # noqa: ARG005
-        sae.encode(x)
-    return seen[0]
-
-
 def _l0(sae: SAE[Any], activations: torch.Tensor) -> float:
-    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(_chunk(sae)))
+    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(tokens_at_once(sae)))
     return active / len(activations)
-
-
-def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """The n largest and whatever equals the least of them; all if there are fewer."""
-    return scores if len(scores) < n else scores[scores >= scores.topk(n, sorted=False).values.min()]
-
-
-def _chunk(sae: SAE[Any]) -> int:
-    return max(1, CHUNK_SCORES // sae.cfg.d_sae)

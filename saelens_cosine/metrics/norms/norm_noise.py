@@ -18,7 +18,7 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norms.norm_response import About, centre_of
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
-from saelens_cosine.rescore import Threshold, fit_threshold
+from saelens_cosine.metrics.threshold import Threshold, fit_threshold
 
 NOISE = (0.5, 2.0)
 """The authors' range of random factors, uniform."""

@@ -1,0 +1,88 @@
+"""A JumpReLU SAE's threshold, fitted to an L0."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens.saes.sae import SAE, TrainingSAE
+
+CHUNK_SCORES = 2**24
+"""Scores held at a time: 64 MiB in float32."""
+
+
+class Threshold(NamedTuple):
+    """
+    A threshold that gives an L0.
+
+    Args:
+        value (float): Features are active when their score is above it.
+        l0 (float): Active features per token on the activations that it was fitted on.
+    """
+
+    value: float
+    l0: float
+
+
+@torch.no_grad()
+def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> Threshold:
+    """Set all thresholds of a JumpReLU SAE, in place, to the one value that gives an L0 on `[tokens, d_in]` activations.
+
+    The exact quantile of all `tokens * d_sae` scores, of which never more than about twice the active ones are held. Among
+    equal scores at the cut, all or none are active, whichever is nearer. Only positive scores can be active: if there are
+    too few, the threshold is 0 and a warning says which L0 that gives.
+
+    Raises:
+        ValueError: the SAE is not in an inference form or has no thresholds, or target_l0 is not between 0 and d_sae.
+    """
+    if isinstance(sae, TrainingSAE) or not hasattr(sae, "threshold"):
+        raise ValueError(f"{type(sae).__name__} is no inference form with thresholds to fit; rescore makes one.")
+    if not 0 < target_l0 < sae.cfg.d_sae:
+        raise ValueError(f"target_l0={target_l0} must be above 0 and below d_sae={sae.cfg.d_sae}.")
+    wanted = max(1, round(target_l0 * len(activations)))
+    chunks: list[torch.Tensor] = []
+    held, floor = 0, 0.0
+    for x in activations.split(tokens_at_once(sae)):
+        scores = _scores(sae, x.to(sae.device))
+        chunks.append(scores[(scores > 0) & (scores >= floor)])
+        held += chunks[-1].numel()
+        if held > 2 * wanted:
+            chunks = [_largest(torch.cat(chunks), wanted)]
+            held, floor = chunks[0].numel(), chunks[0].min().item()
+    largest = _largest(torch.cat(chunks), wanted)
+    active, value = len(largest), 0.0
+    if active >= wanted:
+        cut = largest.min()
+        above = int((largest > cut).sum())
+        # strictly above the cut itself, or above the number below it in the scores' own precision
+        none_of_the_ties = wanted - above <= active - wanted
+        value = (cut if none_of_the_ties else torch.nextafter(cut, torch.zeros_like(cut))).item()
+        active = above if none_of_the_ties else active
+    else:
+        warnings.warn(
+            f"Only {active / len(activations):.4g} scores per token are positive, so L0 cannot be {target_l0:.4g}; the "
+            "threshold is 0. A larger scale makes more of them positive if b_enc is negative.",
+            stacklevel=3,  # past torch's decorator
+        )
+    parameters: Any = sae
+    parameters.threshold.fill_(value)
+    return Threshold(value, active / len(activations))
+
+
+def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
+    """Pre-activations `[tokens, d_sae]` as they meet the threshold."""
+    seen: list[torch.Tensor] = []
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda scores, hook: seen.append(scores))]):  # noqa: ARG005
+        sae.encode(x)
+    return seen[0]
+
+
+def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """The n largest and whatever equals the least of them; all if there are fewer."""
+    return scores if len(scores) < n else scores[scores >= scores.topk(n, sorted=False).values.min()]
+
+
+def tokens_at_once(sae: SAE[Any]) -> int:
+    """So many that `CHUNK_SCORES` scores are held."""
+    return max(1, CHUNK_SCORES // sae.cfg.d_sae)
