@@ -1,13 +1,14 @@
 """Cosine-scored sparse autoencoders for SAELens. Importing this package registers their architectures in SAELens."""
 
 from saelens_cosine.loading import CheckpointError, from_pretrained
+from saelens_cosine.metrics.threshold import fit_threshold
 from saelens_cosine.registry import (
     INFERENCE_ARCHITECTURES,
     TRAINING_ARCHITECTURES,
     register_inference,
     register_training,
 )
-from saelens_cosine.rescore import fit_threshold, rescore
+from saelens_cosine.rescoring import rescore
 from saelens_cosine.saes import *  # noqa: F403
 from saelens_cosine.saes import __all__ as _architectures
 from saelens_cosine.score import cosine_score, folded_score

@@ -12,7 +12,7 @@ from scipy.stats import norm
 from saelens_cosine.activations.sample import TokenSample, side_by_side
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
 from saelens_cosine.metrics.probing.probing import canonical_codes, pool, probe, probe_activations, probe_sae
-from saelens_cosine.rescore import rescore
+from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
 

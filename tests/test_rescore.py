@@ -1,7 +1,6 @@
 """One dictionary, two scores: against a float64 formula, at the L0 that was asked for."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -21,9 +20,9 @@ from helpers import (
 from sae_lens import SAE
 from sae_lens.registry import get_sae_class, get_sae_training_class
 
-from saelens_cosine.rescore import fit_threshold, rescore
-
-MODULE = sys.modules["saelens_cosine.rescore"]  # the package has the function under that name
+from saelens_cosine.metrics import threshold
+from saelens_cosine.metrics.threshold import fit_threshold
+from saelens_cosine.rescoring import rescore
 
 STOCK = ["standard", "jumprelu", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"]
 SCORED = [name for name in TRAINING if name.startswith(("inner_product_", "cosine_", "per_feature_cosine_"))]
@@ -337,7 +336,7 @@ def test_ties_go_to_the_nearer_side(target, active):
 
 
 def test_ties_across_chunks(monkeypatch):
-    monkeypatch.setattr(MODULE, "CHUNK_SCORES", 4)
+    monkeypatch.setattr(threshold, "CHUNK_SCORES", 4)
     sae, x = jumprelu_of([[5.0, 2.0, 1.0, -1.0], [5.0, 1.0, 1.0, -1.0]])
     # one code of 2 tokens: both fives or neither
     assert fit_threshold(sae, x, 0.5).l0 == 0
@@ -361,7 +360,7 @@ def test_chunks_do_not_matter(d_sae, monkeypatch):
     whole = fit_threshold(sae, x, 1.25)
     scores = (x @ weights["W_enc"]).flatten().sort(descending=True).values
     assert scores[375] < whole.value < scores[374]  # 375 of 300 tokens
-    monkeypatch.setattr(MODULE, "CHUNK_SCORES", 7 * d_sae)
+    monkeypatch.setattr(threshold, "CHUNK_SCORES", 7 * d_sae)
     in_chunks = fit_threshold(sae, x, 1.25)
     assert in_chunks.l0 == whole.l0 == 1.25
     assert in_chunks.value == pytest.approx(whole.value, rel=1e-6)

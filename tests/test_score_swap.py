@@ -14,7 +14,7 @@ from test_probing import STRENGTH, best_by_inner_product, concept, identity_sae,
 
 from saelens_cosine.experiments.evaluate.score_swap import score_swap
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
-from saelens_cosine.rescore import RELATIVE_SCALES, rescore
+from saelens_cosine.rescoring import RELATIVE_SCALES, rescore
 
 # features are the two axes; lengths 10, 1, 1. Inner products 8, 6; 0.28, 0.96; 0, 1, cosines 0.8, 0.6; 0.28, 0.96; 0, 1
 THREE = torch.tensor([[8.0, 6.0], [0.28, 0.96], [0.0, 1.0]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopK
@@ -17,10 +17,8 @@ from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded
 from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
 from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.saes.path import decline_reason, defined_together
+from saelens_cosine.saes.scored_encoder import ScoredEncoder
 from saelens_cosine.score import NORM_FLOOR, centred_norm, folded_score
-
-if TYPE_CHECKING:
-    from saelens_cosine.saes.scored_sae import ScoredSAE, ScoredTrainingSAE
 
 CHUNK_ENTRIES = 2**22
 """Scores that inference holds at a time: 16 MiB in float32, below what allocators return to the system after each use."""
@@ -48,7 +46,7 @@ class SparseCodes(NamedTuple):
     indices: torch.Tensor
 
 
-def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, ScoresOnDemand]:
+def fast_encode(sae: ScoredEncoder, x: torch.Tensor) -> tuple[EntryCodes, ScoresOnDemand]:
     """Codes and pre-activations of a training batch `[tokens, d_in]`, as entries and as a promise."""
     sae_in = sae.sae_input(x)
     x_centered = sae.centre(sae_in)
@@ -85,7 +83,7 @@ def fast_encode(sae: ScoredTrainingSAE, x: torch.Tensor) -> tuple[EntryCodes, Sc
 
 
 @torch.no_grad()
-def encode_in_chunks(sae: ScoredSAE, x: torch.Tensor) -> torch.Tensor:
+def encode_in_chunks(sae: ScoredEncoder, x: torch.Tensor) -> torch.Tensor:
     """Dense codes `[..., d_sae]`, at most `chunk_entries` scores at a time."""
     x_centered = sae.process_sae_in(x)
     flat = x_centered.reshape(-1, x_centered.shape[-1])
@@ -106,7 +104,7 @@ def chunk_entries(flat: torch.Tensor) -> int:
     return GPU_CHUNK_ENTRIES if flat.device.type == "cuda" else CHUNK_ENTRIES
 
 
-def _codes(sae: ScoredSAE, x_centered: torch.Tensor) -> torch.Tensor:
+def _codes(sae: ScoredEncoder, x_centered: torch.Tensor) -> torch.Tensor:
     return sae.finish(sae.select(sae.rescale(sae.score(x_centered))), x_centered)
 
 
@@ -125,7 +123,7 @@ def _encode_tiles(sae: Any, flat: torch.Tensor, codes: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
+def encode_sparse(sae: ScoredEncoder, x: torch.Tensor) -> SparseCodes:
     """The active codes of `x [..., d_in]`, at most `chunk_entries` dense scores at a time."""
     x_centered = sae.process_sae_in(x)
     shape = x_centered.shape[:-1]
@@ -149,7 +147,7 @@ def encode_sparse(sae: ScoredSAE, x: torch.Tensor) -> SparseCodes:
     return SparseCodes(padded.view(*shape, width), indices.view(*shape, width))
 
 
-def _entries_in_chunks(sae: ScoredSAE, flat: torch.Tensor) -> tuple[Entries, torch.Tensor]:
+def _entries_in_chunks(sae: ScoredEncoder, flat: torch.Tensor) -> tuple[Entries, torch.Tensor]:
     size = max(1, chunk_entries(flat) // sae.cfg.d_sae)
     if isinstance(sae, TrainingSAE):  # may select over the whole batch
         size = max(1, len(flat))
@@ -170,7 +168,7 @@ def _as_entries(codes: torch.Tensor) -> tuple[Entries, torch.Tensor]:
 
 
 @torch.no_grad()
-def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInputs, torch.Tensor | None]:
+def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Scored, UnitInputs, torch.Tensor | None]:
     """The entries that an SAE keeps of centred inputs `[tokens, d_in]`; with unit columns also 1 / ||w_i||^2 `[d_sae]`."""
     device = x_centered.device.type
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -193,7 +191,7 @@ def _select(sae: ScoredSAE, x_centered: torch.Tensor) -> tuple[Scored, UnitInput
     return scored, inputs, column_norm.square().reciprocal() if unit_columns else None
 
 
-def _prepared(sae: ScoredSAE, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Rounded | None]:
+def _prepared(sae: ScoredEncoder, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Rounded | None]:
     """Encoder columns as rows, their norms, and the rows as the filter multiplies them.
 
     Made anew in each call: nothing would tell that a write to `W_enc.data`, SAELens' own way to fold, has made them stale.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from saelens_cosine.saes.scored_sae import ScoredSAE, ScoredTrainingSAE
+from saelens_cosine.saes.scored_encoder import ScoredEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ the reference's time at 2^25 scores in bfloat16 and 0.57 in float32, 0.64 and 0.
 """
 
 
-def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
+def use_fast_path(sae: ScoredEncoder, x: torch.Tensor) -> bool:
     """Whether this training call takes the fast path.
 
     With `kernels="auto"` that is where it is exact, where at most one code in `SPARSE_ENOUGH` is active, and on a GPU where
@@ -55,7 +54,7 @@ def use_fast_path(sae: ScoredTrainingSAE, x: torch.Tensor) -> bool:
     return reason is None
 
 
-def _score_bytes(sae: ScoredTrainingSAE, x: torch.Tensor) -> int:
+def _score_bytes(sae: ScoredEncoder, x: torch.Tensor) -> int:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sae.dtype
     return x.shape[0] * sae.cfg.d_sae * dtype.itemsize
@@ -66,7 +65,7 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
-def decline_reason(sae: ScoredSAE, x: torch.Tensor) -> str | None:
+def decline_reason(sae: ScoredEncoder, x: torch.Tensor) -> str | None:
     """Why codes of `x` cannot be computed entry by entry, in a few words; None when they can."""
     for method, form in (("score", "score_parameters"), ("select", "entry_selector")):
         if not defined_together(sae, method, form):
@@ -86,7 +85,7 @@ def decline_reason(sae: ScoredSAE, x: torch.Tensor) -> str | None:
     return None
 
 
-def has_hooks(sae: ScoredSAE) -> bool:
+def has_hooks(sae: ScoredEncoder) -> bool:
     """Whether a hook sees, and may change, scores or codes."""
     points = (sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
     return any(vars(point)["_forward_hooks"] or vars(point)["_backward_hooks"] for point in points)
@@ -97,10 +96,10 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def defined_together(sae: ScoredSAE, method: str, form: str) -> bool:
+def defined_together(sae: ScoredEncoder, method: str, form: str) -> bool:
     """Whether one class defines a method and its other form, so that no subclass has changed one of them alone."""
     return hasattr(sae, form) and _owner(sae, method) is _owner(sae, form)
 
 
-def _owner(sae: ScoredSAE, method: str) -> type[Any]:
+def _owner(sae: ScoredEncoder, method: str) -> type[Any]:
     return next(c for c in type(sae).__mro__ if method in vars(c))

@@ -15,7 +15,7 @@ from sae_lens.saes.sae import SAE
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.probing.probing import Probing, probe_sae
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
-from saelens_cosine.rescore import rescore
+from saelens_cosine.rescoring import rescore
 
 Score = Literal["own", "cosine", "inner_product"]
 

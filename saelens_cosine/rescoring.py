@@ -29,6 +29,7 @@ SELECTORS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "ab
 RELATIVE_SCALES = [4 ** (i / 10) for i in range(-10, 11)]
 """What a fit tries, relative to the scale that keeps codes at their size. 4 either way, in steps of 15 %."""
 
+
 @torch.no_grad()
 def rescore(
     sae: SAE[Any],
