@@ -83,9 +83,8 @@ class EntryScores(torch.autograd.Function):
                 d_weight.addcmul_(W_enc.T, (scale * batch.inverse_square).unsqueeze(-1), value=-1)
             d_W_enc = d_weight.to(W_enc.dtype).T
         if needs_exponent:
-            to_exponent_itself = to_exponent * batch.log_norm.index_select(0, entries.tokens)
-            d_exponent = (
-                to_exponent_itself.sum() if norm_exponent.ndim == 0 else entries.sum_by_feature(to_exponent_itself)
+            d_exponent = _shaped(
+                entries.sum_by_feature(to_exponent * batch.log_norm.index_select(0, entries.tokens)), norm_exponent
             )
         if needs_x or needs_b_dec:
             inverse_norm = (-batch.log_norm).exp()
@@ -106,9 +105,13 @@ class EntryScores(torch.autograd.Function):
             d_W_enc,
             entries.sum_by_feature(gradient) if needs_b_enc else None,
             d_exponent,
-            (scale.sum() if log_scale.ndim == 0 else scale) if needs_scale else None,
+            _shaped(scale, log_scale) if needs_scale else None,
             None,
         )
+
+
+def _shaped(by_feature: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return by_feature.sum() if parameter.ndim == 0 else by_feature
 
 
 class EntryDecode(torch.autograd.Function):
