@@ -21,7 +21,7 @@ GPU_WORTH = 2**27
 """By default a GPU takes the fast path where a batch's scores, tokens times features, fill this many bytes in the product's
 precision: 2^25 scores in float32, 2^26 in bfloat16.
 
-The fast step costs five to six milliseconds however small the batch, which is how long the host takes to launch some 170
+The fast step costs five to six milliseconds however small the batch, which is how long the host takes to launch some 180
 operations; the reference path costs four or more, plus its work on the scores. On an H200 the fast step took 1.05 to 1.13 of
 the reference's time at 2^25 scores in bfloat16 and 0.57 in float32, 0.64 and 0.33 at 2^26, 1.27 and 1.29 at 2^24.
 """
