@@ -13,7 +13,7 @@ from saelens_cosine.experiments.compare.state import ComparisonState
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
 from saelens_cosine.files.lock import LOCK
 from saelens_cosine.files.manifest import MANIFEST, Manifest
-from saelens_cosine.files.names import below, check_name
+from saelens_cosine.files.names import below, check_name, unused
 from saelens_cosine.files.output import open_output
 from saelens_cosine.loading import CheckpointError, from_pretrained
 from saelens_cosine.loading.saelens import SAELENS
@@ -244,3 +244,10 @@ def test_a_record_of_a_seed_names_saes_below_the_comparison(tmp_path, capsys):
         state.note(0, arms, [], 0.0)
         assert state.finished(0) is None
     assert "is broken" in capsys.readouterr().err
+
+
+def test_an_unused_name_is_no_link_either_wherever_it_leads(tmp_path):
+    assert unused(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").symlink_to("nowhere")
+    assert unused(tmp_path / "a") == tmp_path / "a-3"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def unused(path: Path) -> Path:
     """This path, or one beside it with a number, where nothing is yet."""
     number = 1
     candidate = path
-    while candidate.exists():
+    while os.path.lexists(candidate):  # a link that leads nowhere would be replaced
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate

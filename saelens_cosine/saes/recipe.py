@@ -8,6 +8,7 @@ experiment 40 (the dictionary_learning recipe), which all published checkpoints 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -233,7 +234,7 @@ class RecipeTrainingSAE(DeadFeatureRevival):
             return
         x = step_input.sae_in
         bad = int((~x.isfinite()).any(dim=-1).sum())
-        broken = [name for name, weights in self.named_parameters() if not bool(weights.isfinite().all())]
+        broken = not_finite(self.named_parameters())
         if bad:
             cause = f"{bad} of {len(x)} activations in this batch are not finite"
         elif not bool(x.to(wide(self.dtype)).square().sum().isfinite()):
@@ -278,7 +279,7 @@ class RecipeTrainingSAE(DeadFeatureRevival):
     @override
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
-        broken = [name for name, tensor in state_dict.items() if not bool(tensor.isfinite().all())]
+        broken = not_finite(state_dict.items())
         if broken:
             raise FloatingPointError(
                 f"Not saved: {', '.join(broken)} of {self.cfg.architecture()} at {self.cfg.metadata.hook_name} hold "
@@ -322,3 +323,8 @@ def geometric_median(points: torch.Tensor, max_steps: int = 100, tolerance: floa
         if (median - previous).norm() < tolerance:
             break
     return median
+
+
+def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, tensor in named if not bool(tensor.isfinite().all())]

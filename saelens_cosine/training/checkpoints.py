@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -54,10 +55,9 @@ class Checkpoints:
             OSError: the disk is full, or the folder cannot be written; the checkpoints before are still there.
         """
         target = self._write(str(tokens), write)
-        kept = [path for path in self.all() if int(path.name) <= tokens][: self.keep]
-        for path in self.all():
-            if path not in kept:
-                _remove(path)  # an older one; or one from beyond here, that was broken and has been gone back from
+        beyond = [path for path in self.all() if int(path.name) > tokens]  # broken, and gone back from
+        for path in [*beyond, *self.all()[len(beyond) + self.keep :]]:
+            _remove(path)
         return target
 
     def check_places(self) -> None:
@@ -82,9 +82,9 @@ class Checkpoints:
     def _write(self, name: str, write: Callable[[Path], None]) -> Path:
         target = self.folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        if target.exists() or target.is_symlink():
+        if os.path.lexists(target):
             _remove(target)  # a broken one, or the same place of the same run
-        if target.exists() or target.is_symlink():
+        if os.path.lexists(target):
             target.rename(unused(self.folder / f"broken-{name}"))
         with whole_folder(target) as unfinished:
             (unfinished / OWN_FOLDER).mkdir()

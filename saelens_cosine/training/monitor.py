@@ -12,6 +12,7 @@ import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from saelens_cosine.metrics.reconstruction.by_norm import explained_variance
+from saelens_cosine.saes.recipe import not_finite
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,6 @@ def check_finite(sae: TrainingSAE[Any]) -> None:
     Raises:
         FloatingPointError: names those that are not finite.
     """
-    broken = [part for part, tensor in sae.state_dict().items() if not bool(tensor.isfinite().all())]
+    broken = not_finite(sae.state_dict().items())
     if broken:
         raise FloatingPointError(f"{', '.join(broken)} hold non-finite values after the last step.")

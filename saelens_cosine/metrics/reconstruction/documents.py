@@ -49,7 +49,7 @@ class DocumentSums:
 def fve_by_document(
     reconstruct: Callable[[torch.Tensor], torch.Tensor], sample: TokenSample, treatments: Sequence[str]
 ) -> dict[str, Any]:
-    """What `bootstrap.difference_over_documents` needs of an SAE, with and without sinks.
+    """What `intervals.difference_over_documents` needs of an SAE, with and without sinks.
 
     Args:
         reconstruct: from `[tokens, d_in]` to their reconstructions.
