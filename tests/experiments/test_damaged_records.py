@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 from helpers import make_sae
+from shared_saes import save_comparison, share
 from test_evaluate import saved_sae, with_evals
-from test_share import save_comparison, share
 
 from saelens_cosine.experiments.compare.file import ComparisonFileError, comparison_beside, read_comparison
 from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import D_IN, assert_same_function, make_activations, make_sae, save_inference
+from planted_concept import STRENGTH, best_by_inner_product, concept, identity_sae, sample_of
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from scipy.stats import norm
-from test_probing import STRENGTH, best_by_inner_product, concept, identity_sae, sample_of
 
 from saelens_cosine.experiments.evaluate.score_swap import score_swap
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction

@@ -9,8 +9,8 @@ import pytest
 from fake_hub import FakeHub
 from helpers import make_sae
 from sae_lens import LoggingConfig
+from shared_saes import logged_in, save_sae, share  # noqa: F401
 from small_runs import HOOK, flags, write_text
-from test_share import logged_in, save_sae, share  # noqa: F401
 
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main

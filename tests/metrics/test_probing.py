@@ -5,40 +5,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
+from planted_concept import STRENGTH, best_by_inner_product, concept, identity_sae, sample_of
+from sae_lens import TopKSAE, TopKSAEConfig
 from scipy import optimize, sparse
 from scipy.stats import norm
 
-from saelens_cosine.activations.sample import TokenSample, side_by_side
+from saelens_cosine.activations.sample import side_by_side
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
 from saelens_cosine.metrics.probing.probing import canonical_codes, pool, probe, probe_activations, probe_sae
 from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
-
-
-def sample_of(activations, contexts, ordinary=None):
-    n = len(activations)
-    return TokenSample(
-        activations,
-        torch.zeros(n, dtype=torch.int64),
-        torch.as_tensor(contexts),
-        torch.as_tensor(contexts),
-        torch.zeros(n, dtype=torch.int64),
-        torch.ones(n, dtype=torch.bool) if ordinary is None else ordinary,
-        10.0,
-    )
-
-
-def identity_sae(d, decoder_norms=None, **config):
-    """A ReLU SAE whose feature i is dimension i."""
-    sae = StandardSAE(StandardSAEConfig(d_in=d, d_sae=d, **config))
-    sae.load_state_dict(
-        {"W_enc": torch.eye(d), "b_enc": torch.zeros(d), "W_dec": torch.eye(d), "b_dec": torch.zeros(d)}
-    )
-    if decoder_norms is not None:
-        sae.W_dec.data *= torch.tensor(decoder_norms).unsqueeze(-1)
-    return sae.eval()
 
 
 def flipped(truth, *which):
@@ -209,32 +186,6 @@ def full_parts(truth):
 def test_what_cannot_be_probed_is_refused(labels, options, message):
     with pytest.raises(ValueError, match=message):
         probe(sparse.csr_array(np.ones((4, 3))), labels, **options)
-
-
-# a concept of known strength under heavy-tailed norms
-
-
-STRENGTH, OFFSET, SPREAD, REST = 2.0, 3.0, 1.5, 30.0
-
-
-def concept(n=3000, seed=0):
-    """`x = g (c e_0 + 30 e_1)`: `c` is normal about 3 + 1 or 3 - 1 by class, g log-normal with spread 1.5."""
-    rng = np.random.default_rng(seed)
-    truth = np.arange(n) % 2 == 0
-    c = OFFSET + STRENGTH * (truth - 0.5) + rng.normal(size=n)
-    g = np.exp(SPREAD * rng.normal(size=n))
-    x = np.zeros((n, 3))
-    x[:, 0], x[:, 1] = g * c, g * REST
-    return torch.tensor(x, dtype=torch.float32), truth
-
-
-def best_by_inner_product():
-    """The highest accuracy that a threshold on g c can have, by quadrature over g."""
-    z, weight = np.polynomial.hermite_e.hermegauss(60)
-    g, weight = np.exp(SPREAD * z), weight / weight.sum()
-    thresholds = np.geomspace(0.01, 100, 400)[:, None] / g
-    high, low = (norm.cdf(thresholds, OFFSET + s * STRENGTH / 2) @ weight for s in (1, -1))
-    return (0.5 + 0.5 * (low - high)).max()
 
 
 def reader(score):

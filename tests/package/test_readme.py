@@ -16,7 +16,7 @@ from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
 from saelens_cosine.experiments.evaluate.evals import EVALS
 from saelens_cosine.loading import RELEASES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

@@ -11,7 +11,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from saelens_cosine.bundled import load_bundled_model
 
-TUTORIALS = Path(__file__).parent.parent / "tutorials"
+TUTORIALS = Path(__file__).parents[2] / "tutorials"
 TRAIN, STEER, WIN = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb", "03_does_cosine_win.ipynb"
 SHRINK = {
     TRAIN: {
@@ -45,7 +45,7 @@ SHRINK = {
 
 BEFORE = f"""
 import functools, sys
-sys.path.append({str(Path(__file__).parent)!r})
+sys.path.append({str(Path(__file__).parents[1])!r})
 import short_corpus, variation
 from saelens_cosine.experiments.evaluate import evals
 variation.apply()

@@ -15,7 +15,7 @@ print(torch.get_num_threads(), torch.rand(()).item(), torch.rand((), generator=t
 
 
 def draws(**variables: str) -> list[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), **variables}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **variables}
     run = subprocess.run([sys.executable, "-c", DRAWS], capture_output=True, text=True, check=True, env=environment)
     return run.stdout.split()
 

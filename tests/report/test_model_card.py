@@ -142,7 +142,7 @@ def test_a_comparison_is_shown_with_its_definitions():
 
 
 def test_the_citations_are_the_readmes():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert f"```bibtex\n{CITATIONS}```" in readme
     assert CITATIONS in repository_card("me/saes", {"a": config()})
 
