@@ -10,7 +10,7 @@ from test_evaluate import saved_sae, with_evals
 
 from saelens_cosine.experiments.compare.file import ComparisonFileError, comparison_beside, read_comparison
 from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept
-from saelens_cosine.experiments.evaluate.results.training_log import training_log
+from saelens_cosine.experiments.evaluate.training_log import training_log
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.sources import Source, parse_sources
 from saelens_cosine.plain import weights_sha256
