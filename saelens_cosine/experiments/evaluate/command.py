@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,14 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         metavar="EVAL",
         help=f"{listed}; SAEBench's {', '.join(SAEBENCH_EVALS)}; 'diagnostics' and 'saebench' stand for all of a kind",
     )
+    add(
+        "--eval-file",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.py",
+        help="Python files of your own that call register_eval; --evals may then name what they register",
+    )
     add("--tokens", type=count, default=default.tokens, help="tokens, in contexts from all held-out documents")
     add("--sinks", choices=("keep", "drop", "both"), default=default.sinks, help="what happens to high-norm tokens")
     add(
@@ -112,6 +122,8 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
 
 def run_evaluate(options: Any, progress: Progress) -> list[Table]:
     """Evaluate, write `evaluation.json` and `report.html`, and give the tables to print."""
+    for file in options.eval_file:
+        _run_file(file)
     chosen = [name for group in options.evals for name in GROUPS.get(group, (group,))]
     settings = EvaluationSettings(
         evals=tuple(dict.fromkeys(chosen)),
@@ -144,6 +156,24 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         with output.file("report.html") as path:
             write_report(report_data(found), path)
     return as_tables(found)
+
+
+def _run_file(file: Path) -> None:
+    """Run a file that registers evals, once in a process."""
+    name = f"evals of {file.resolve()}"
+    if name in sys.modules:
+        return
+    if not file.is_file():
+        raise ValueError(f"--eval-file {file} is not there, or is no file.")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--eval-file {file} is no Python file: its name must end in .py.")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # annotations are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"--eval-file {file} stopped with {type(error).__name__}: {error}") from error
 
 
 def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:

@@ -184,7 +184,7 @@ class _Measured:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
             used = {field: settings[field] for field in (*ALWAYS_USED, *row.uses)}
-            content = digest([identity, used, row.reads(of), versions()])
+            content = digest([identity, used, row.reads(of), versions(), *filter(None, [row.code])])
             file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"
             kept = read_kept(file, row)
             if kept is None:
@@ -211,7 +211,7 @@ class _Results(NamedTuple):
 def _measure(row: Eval[Any], of: Any) -> Any:
     """What a measure finds, or why it refuses this SAE or this text; the other evals go on."""
     try:
-        return row.measure(of)
+        return row.read(plain(row.measure(of)))  # in the form that a later run reads
     except NotFiniteError as reason:
         return NotMeasured(without_secrets(str(reason)), reason.bad)
     except (NotApplicable, ValueError) as reason:

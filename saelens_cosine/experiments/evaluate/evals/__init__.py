@@ -12,6 +12,7 @@ from saelens_cosine.experiments.evaluate.evals.eval import (
     NotApplicable,
     NotMeasured,
     Treatment,
+    tokens_of,
 )
 from saelens_cosine.experiments.evaluate.evals.of_pair.decomposition import DECOMPOSITION
 from saelens_cosine.experiments.evaluate.evals.of_pair.matching import MATCHING
@@ -36,6 +37,7 @@ __all__ = [
     "Eval",
     "Figure",
     "BySinks",
+    "tokens_of",
     "Treatment",
     "TREATMENTS",
     "NotApplicable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
@@ -137,6 +138,13 @@ class Eval(Generic[Result]):
     note: str = ""
     uses: tuple[str, ...] = ()
     reads: Callable[[Any], Any] = lambda _: ()
+
+    @property
+    def code(self) -> str:
+        """The source of an eval from elsewhere, of which another one gives other results; of ours the version says it."""
+        if self.measure.__module__.startswith("saelens_cosine."):
+            return ""
+        return inspect.getsource(inspect.getmodule(self.measure) or self.measure)
 
     def read(self, plain_result: Any) -> Result | NotMeasured:
         """A result, or the reason why there is none, from its plain form.
