@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
@@ -108,6 +108,42 @@ class Figure:
         return float("nan") if self.value is None else float(self.value)
 
 
+@dataclass(frozen=True)
+class Shown(Generic[Result]):
+    """
+    What an eval's charts are drawn of.
+
+    Args:
+        arms (Any): The page's arms, `report.chart.Arms`.
+        results (dict[str, list[Result]]): By arm, what the eval found of its seeds, ascending; only arms and seeds that have a result.
+        baseline (str): The arm that others are compared with.
+        treatment (Treatment): Which tokens are shown where a chart has room for one of them only: without sinks if that was measured.
+        browsable (frozenset[tuple[str, int]]): Arm and number of the features in the page's browser.
+    """
+
+    arms: Any
+    results: dict[str, list[Result]]
+    baseline: str
+    treatment: Treatment
+    browsable: frozenset[tuple[str, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class EvalSection(Generic[Result]):
+    """
+    A part of the page.
+
+    Args:
+        heading (str): Above it and among the links.
+        about (str): What its charts show, in a sentence or two.
+        draw (Callable): The charts, `report.chart.Chart`; a section without any is left out.
+    """
+
+    heading: str
+    about: str
+    draw: Callable[[Shown[Result]], Iterable[Any]]
+
+
 def _no_figures(_: Any) -> Iterator[Figure]:
     return iter(())
 
@@ -124,6 +160,7 @@ class Eval(Generic[Result]):
         measure (Callable): From a `Text` or a `Subject` to its result, of the type that it is annotated with: a dataclass of plain values, `BySinks` of one, or one that adds fields to it.
         figures (Callable): The named figures of a result.
         tokens (Callable): How many tokens a result is of, as one reads it: `tokens_of`.
+        section (EvalSection | None): Its charts, if it has any.
         note (str): What a reader of its columns in the first table has to know.
         uses (tuple[str, ...]): Settings that change its result, beyond those that say what the tokens are.
         reads (Callable): The content of what else its result depends on, such as files that settings name.
@@ -135,6 +172,7 @@ class Eval(Generic[Result]):
     measure: Callable[[Any], Result]
     figures: Callable[[Result], Iterator[Figure]] = _no_figures
     tokens: Callable[[Result], str] = field(default=lambda _: "")
+    section: EvalSection[Result] | None = None
     note: str = ""
     uses: tuple[str, ...] = ()
     reads: Callable[[Any], Any] = lambda _: ()
