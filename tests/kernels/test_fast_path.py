@@ -37,9 +37,9 @@ from torch.utils._pytree import tree_leaves
 import saelens_cosine
 from saelens_cosine.kernels import filter
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.counting import LaggedCount
 from saelens_cosine.saes import path
-from saelens_cosine.saes.recipe import RecipeTrainingSAE
+from saelens_cosine.saes.recipe.lagged_count import LaggedCount
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import ScoredSAE
 
 D, F, K, B = 24, 300, 5, 64

@@ -13,13 +13,13 @@ from helpers import make_activations, make_sae, train_step
 from saelens_cosine.kernels import cpu, filter, operations, reference, selection
 from saelens_cosine.kernels.autograd import EntryDecode, EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.counting import LaggedCount
 from saelens_cosine.kernels.entries import Entries, counts, offsets, stable_order
 from saelens_cosine.kernels.filter import Rounded
 from saelens_cosine.kernels.optimizer import fuse_adam_of
 from saelens_cosine.kernels.selection import Encoder, UnitInputs
 from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.saes.encoding import encode_sparse
+from saelens_cosine.saes.recipe.lagged_count import LaggedCount
 from saelens_cosine.score import NORM_FLOOR
 
 SIZES = [(1, 1, 1, 1), (1, 5, 3, 2), (3, 13, 7, 20), (5, 33, 17, 40), (4, 9, 300, 11), (3, 4, 5, 0)]

@@ -46,7 +46,7 @@ from safetensors.torch import load_file
 
 import saelens_cosine
 from saelens_cosine import register_inference, register_training
-from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import ScoredSAE, ScoredTrainingSAE
 
 # --- a third party's score, x_c / ||x_c||_1, on two SAELens selectors ---

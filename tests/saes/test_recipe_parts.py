@@ -17,7 +17,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 import saelens_cosine
-from saelens_cosine.saes.recipe import geometric_median
+from saelens_cosine.saes.recipe.training_sae import geometric_median
 
 SCORES = ["inner_product", "cosine", "per_feature_cosine"]
 BATCHTOPK = [f"{score}_batchtopk" for score in SCORES]
