@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from saelens_cosine import saebench
 from saelens_cosine.activations.models import block_of, load_hooked_model, size_at_hook
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
+from saelens_cosine.experiments.compare.run import compare
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources

@@ -8,7 +8,8 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.results import ArmResult, ComparisonSettings
+from saelens_cosine.experiments.compare.results import ArmResult
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
 from saelens_cosine.files.lock import LOCK

@@ -10,7 +10,8 @@ from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.experiments.compare.run import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.tables import as_json, draw
 from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
 from saelens_cosine.experiments.evaluate.command import as_tables

@@ -21,7 +21,8 @@ from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison, ComparisonSettings, FailedArm
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, FailedArm
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
