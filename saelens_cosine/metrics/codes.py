@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,13 +50,6 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     features = np.concatenate([features for _, features, _, _ in parts])
     values = np.concatenate([values for _, _, values, _ in parts])
     return sparse.csr_array((values, features, indptr), shape=(len(activations), sae.cfg.d_sae))
-
-
-def dense_batches(codes: sparse.csr_array, batch: int = 4096) -> Iterator[torch.Tensor]:
-    """The codes as dense `[batch, d_sae]` tensors, one after another."""
-    rows: Any = codes  # scipy's stubs take a matrix for a vector here
-    for start in range(0, rows.shape[0], batch):
-        yield torch.from_numpy(rows[start : start + batch].toarray())
 
 
 def _entries(sae: SAE[Any], x: torch.Tensor) -> tuple[Any, Any, Any, int]:

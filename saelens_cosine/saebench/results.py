@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,3 @@ def load_record(path: Path) -> EvalResult | None:
     variance = record["variance_explained"]
     record["variance_explained"] = variance and VarianceExplained(**variance)
     return EvalResult(**record)
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done now, how many steps were done, and how many there are."""

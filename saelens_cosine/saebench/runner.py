@@ -44,7 +44,6 @@ from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import (
     EvalResult,
     Failure,
-    Progress,
     SAEBenchError,
     SAEBenchReport,
     VarianceExplained,
@@ -77,7 +76,6 @@ def run(
     max_norm_multiple: float | None = None,
     judge: Judge | None = None,
     on_problem: Literal["raise", "record"] = "raise",
-    on_progress: Progress | None = None,
     quiet: bool = False,
     model_identity: str | None = None,
 ) -> SAEBenchReport:
@@ -104,7 +102,6 @@ def run(
         judge: the language model that autointerp asks.
         on_problem: "raise" refuses before any work if an eval cannot run here, and stops at the first that ends without a
             result. "record" lists both in the report's `failures` and does the rest.
-        on_progress: called with what is done now, how many steps are done, and how many there are.
         quiet: send SAEBench's progress bars to the log too.
         model_identity: stands for what the model computes; needed where hooks change that (planted sinks). None is a hash of its
             weights and config.
@@ -151,9 +148,7 @@ def run(
     todo = [(name, sae) for name in EVALS if name in able for sae in prepared if (name, sae.name) not in skip]
     results: dict[tuple[str, str], EvalResult] = {}
     with open_output(runner.output, "saebench", parts=("*/*", "caches/*/*", "caches/*/*/*")):
-        for done, (name, sae) in enumerate(todo):
-            if on_progress is not None:
-                on_progress(f"{name} of {sae.name}", done, len(todo))
+        for name, sae in todo:
             try:
                 results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
             except Exception as error:
@@ -163,8 +158,6 @@ def run(
                 if on_problem == "raise":
                     raise SAEBenchError([failure]) from error
                 problems.append(failure)
-    if on_progress is not None:
-        on_progress("done", len(todo), len(todo))
     order = [(name, sae.name) for sae in prepared for name in EVALS]
     return SAEBenchReport(tuple(results[key] for key in order if key in results), tuple(problems))
 

@@ -56,12 +56,8 @@ def test_a_resumed_pass_is_the_full_one(load, hook, start, monkeypatch):
     p, q = (logits.double().log_softmax(-1)[each, read] for logits in (clean, changed))
     expected = (p.exp() * (p - q)).sum(-1)
     order = torch.tensor([4, 0, 1, 2, 3, 4])
-    done = []
-    found = run.kl(order, lambda h, rows: 1.5 * h + 0.25, "x", lambda *progress: done.append(progress))
+    found = run.kl(order, lambda h, rows: 1.5 * h + 0.25)
     torch.testing.assert_close(found, expected[order], atol=2e-6, rtol=1e-3)
-    assert done == [("x", 2, 6), ("x", 4, 6), ("x", 6, 6)]
-    everywhere = run.kl_everywhere(order, lambda h, rows: 1.5 * h + 0.25)
-    torch.testing.assert_close(everywhere[torch.arange(6), read[order]], expected[order], atol=2e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("load, hook, start", [MODELS[1], MODELS[6]])

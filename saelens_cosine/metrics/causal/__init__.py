@@ -13,7 +13,6 @@ from saelens_cosine.metrics.causal.code_edits import decoded_change, reconstruct
 from saelens_cosine.metrics.causal.forward import CleanRun, ResumedModel, clean_run, kl_divergence
 from saelens_cosine.metrics.causal.patching import Mean, Patches, Patching, ScaledKL, direction_norm_patching
 from saelens_cosine.metrics.causal.steering import Steering, SteeringEffect, steering
-from saelens_cosine.metrics.causal.substitution import SubstitutionKL, substitution_kl
 from saelens_cosine.metrics.causal.win_rate import (
     PROTOCOLS,
     FeatureCorrelations,
@@ -46,8 +45,6 @@ __all__ = [
     "steering",
     "Steering",
     "SteeringEffect",
-    "substitution_kl",
-    "SubstitutionKL",
     "reconstruct",
     "decoded_change",
 ]

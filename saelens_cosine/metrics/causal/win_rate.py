@@ -19,7 +19,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.causal.forward import CleanRun
 from saelens_cosine.metrics.codes import sparse_codes
 from saelens_cosine.metrics.flat_tokens import flat_heads
 
@@ -174,7 +174,6 @@ def win_rate(
     sample: TokenSample,
     protocol: WinRateProtocol = PROTOCOLS["B"],
     seed: int = 0,
-    on_progress: Progress | None = None,
 ) -> WinRate:
     """Win rate of the cosine against the inner product.
 
@@ -185,7 +184,6 @@ def win_rate(
             only they are ablated, and a text counts only if its last token is among them.
         protocol: one of `PROTOCOLS`, or another.
         seed: of the draw of active tokens, for `alone`.
-        on_progress: called after each batch.
 
     Raises:
         ValueError: no feature is active often enough, or the sample holds no text to its end.
@@ -197,7 +195,7 @@ def win_rate(
     acts = torch.from_numpy(active.toarray())  # [tokens, features]
     group, token = _samples(run, sample, acts != 0, protocol, seed)
     directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu()[chosen], dim=-1)
-    kl = _ablate(run, sample, directions, group, token, protocol, on_progress)
+    kl = _ablate(run, sample, directions, group, token, protocol)
 
     norms = sample.norms.double()
     x, d = sample.activations[token].double(), directions[group].double()
@@ -296,7 +294,6 @@ def _ablate(
     group: torch.Tensor,
     token: torch.Tensor,
     protocol: WinRateProtocol,
-    on_progress: Progress | None,
 ) -> torch.Tensor:
     """KL of each pair, `[pairs]` float64."""
     median = sample.norms.median()
@@ -315,8 +312,6 @@ def _ablate(
             parts.append(
                 lone.kl(torch.arange(len(pairs)), lambda hidden, rows, pairs=pairs: without(hidden, pairs[rows]))
             )
-            if on_progress:
-                on_progress("ablations", int(pairs[-1]) + 1, len(token))
         return torch.cat(parts)
     ablated = run.holds(sample)
     if protocol.ablated == "read":
@@ -326,7 +321,7 @@ def _ablate(
     def edit(hidden: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return torch.where(ablated[contexts[pairs]].unsqueeze(-1), without(hidden, pairs), hidden)
 
-    return run.kl(contexts, edit, "ablations", on_progress)
+    return run.kl(contexts, edit)
 
 
 def _correlations(predictors: torch.Tensor, kl: torch.Tensor, group: torch.Tensor, n: int) -> torch.Tensor:

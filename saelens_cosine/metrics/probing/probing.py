@@ -11,9 +11,9 @@ features the two are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -91,7 +91,6 @@ def probe_sae(
     pooling: Pooling = "mean",
     splits: int = 5,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Probing:
     """Probe an SAE's codes for a property of contexts, in both units.
 
@@ -103,7 +102,6 @@ def probe_sae(
         pooling: see `Pooling`.
         splits: every context is tested once, by a probe trained on the other `splits - 1` parts.
         seed: decides the parts. SAEs that are probed with the same seed and labels can be paired split by split.
-        on_progress: called with what is being done, how much of it, and out of how much.
 
     Raises:
         ValueError: labels that do not fit the sample, or a class with fewer contexts than splits.
@@ -111,12 +109,7 @@ def probe_sae(
     """
     truth = _check_labels(labels, splits)
     pooled = pool(canonical_codes(sae, sample.activations), sample.contexts, len(truth), pooling)
-    progress = on_progress or (lambda _what, _done, _total: None)
-    results: list[tuple[KProbe, ...]] = []
-    for i, units in enumerate(("canonical", "scale_free")):
-        progress("Probing", i, 2)
-        results.append(probe(pooled, truth, ks, units, splits, seed))
-    progress("Probing", 2, 2)
+    results = [probe(pooled, truth, ks, units, splits, seed) for units in get_args(Units)]
     return Probing(len(truth), len(sample), float(truth.mean()), pooling, *results)
 
 

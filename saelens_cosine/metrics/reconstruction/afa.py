@@ -17,7 +17,6 @@ makes it 0 for any SAE. It says nothing of an SAE that is trained to match norms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -169,11 +168,7 @@ class AFADistributions:
 
 @torch.no_grad()
 def measure_afa(
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    reference: Reference = "input",
-    bias: Bias = "augment",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    sae: SAE[Any], activations: torch.Tensor, reference: Reference = "input", bias: Bias = "augment"
 ) -> AFATokens:
     """Norms of `activations [tokens, d_in]` and of their features, token by token.
 
@@ -185,7 +180,6 @@ def measure_afa(
         activations: as the SAE takes them, heads flattened.
         reference: what z is.
         bias: what b_dec is.
-        on_progress: called with what is being done, tokens done, and tokens in all.
 
     Raises:
         ValueError: no activations, a reference or bias of another name, or an SAE of another kind (see `on_flat_tokens`).
@@ -199,20 +193,14 @@ def measure_afa(
     b_dec = sae.b_dec.detach().cpu().double()
     bias_norm = b_dec.norm().item()
     parts: list[torch.Tensor] = []
-    done = 0
     with on_flat_tokens(sae):
         for chunk in activations.split(tokens_at_once(sae)):
-            if on_progress is not None:
-                on_progress("Comparing norms", done, len(activations))
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z
             mse = (x - x_hat).square().sum(dim=-1) / x.square().sum(dim=-1)
             finite = finite_rows(x, x_hat, f).double()
             parts.append(torch.cat([z.norm(dim=-1, keepdim=True), f, torch.stack([mse, finite], dim=-1)], dim=-1))
-            done += len(chunk)
-    if on_progress is not None:
-        on_progress("Comparing norms", done, len(activations))
     z_norm, squares, l1, active, mse, finite = torch.cat(parts).T
     if bias == "augment" and bias_norm > 0:
         squares, l1, active = squares + bias_norm**2, l1 + bias_norm, active + 1
