@@ -18,8 +18,9 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
 from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.metrics.codes import most_at_once
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
-from saelens_cosine.metrics.threshold import Threshold, fit_threshold, tokens_at_once
+from saelens_cosine.metrics.threshold import Threshold, fit_threshold
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
@@ -179,7 +180,7 @@ def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
     weights: Any = swap.source
     exponent = getattr(weights, "norm_exponent", swap.lengths.new_ones(())).expand_as(swap.lengths)
     active, before, after = 0, 0.0, 0.0
-    for chunk in activations.split(tokens_at_once(weights)):
+    for chunk in activations.split(most_at_once(weights)):
         x = chunk.to(weights.device)
         codes = weights.encode(x)
         token, feature = codes.nonzero(as_tuple=True)
@@ -229,5 +230,5 @@ def _ready(sae: SAE[Any]) -> SAE[Any]:
 
 
 def _l0(sae: SAE[Any], activations: torch.Tensor) -> float:
-    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(tokens_at_once(sae)))
+    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(most_at_once(sae)))
     return active / len(activations)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
 from saelens_cosine.metrics.causal import clean_run, decoded_change, kl_divergence, reconstruct
-from saelens_cosine.metrics.causal.code_edits import code_units
+from saelens_cosine.metrics.codes import code_units
 
 
 def proxy():
@@ -215,7 +215,7 @@ def test_a_change_of_codes_in_units_of_activations():
 
 def test_a_change_of_codes_passes_through_output_normalisation(monkeypatch):
     # SAELens' layer norm forgets the statistics of its input after one decode
-    monkeypatch.setattr("saelens_cosine.metrics.causal.code_edits.CODES_AT_ONCE", 7 * 4)
+    monkeypatch.setattr("saelens_cosine.metrics.causal.code_edits.most_at_once", lambda sae: 4)
     sae = StandardSAE(StandardSAEConfig(d_in=5, d_sae=7, normalize_activations="layer_norm"))
     sae.W_enc.data, sae.W_dec.data = normal(5, 7), normal(7, 5, seed=1)
     x = 9 * normal(10, 5, seed=2) + 1

@@ -10,8 +10,9 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from scipy import optimize, sparse
 from scipy.stats import norm
 
+from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
-from saelens_cosine.metrics.probing.probing import canonical_codes, pool, probe, probe_activations, probe_sae
+from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_sae
 from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")

@@ -336,7 +336,7 @@ def test_ties_go_to_the_nearer_side(target, active):
 
 
 def test_ties_across_chunks(monkeypatch):
-    monkeypatch.setattr(threshold, "CHUNK_SCORES", 4)
+    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 1)
     sae, x = jumprelu_of([[5.0, 2.0, 1.0, -1.0], [5.0, 1.0, 1.0, -1.0]])
     # one code of 2 tokens: both fives or neither
     assert fit_threshold(sae, x, 0.5).l0 == 0
@@ -360,7 +360,7 @@ def test_chunks_do_not_matter(d_sae, monkeypatch):
     whole = fit_threshold(sae, x, 1.25)
     scores = (x @ weights["W_enc"]).flatten().sort(descending=True).values
     assert scores[375] < whole.value < scores[374]  # 375 of 300 tokens
-    monkeypatch.setattr(threshold, "CHUNK_SCORES", 7 * d_sae)
+    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 7)
     in_chunks = fit_threshold(sae, x, 1.25)
     assert in_chunks.l0 == whole.l0 == 1.25
     assert in_chunks.value == pytest.approx(whole.value, rel=1e-6)

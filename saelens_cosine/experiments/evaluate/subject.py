@@ -32,9 +32,9 @@ from saelens_cosine.experiments.evaluate.texts.tasks import (
 )
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal import CleanRun, clean_run
-from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
-from saelens_cosine.metrics.probing.probing import canonical_codes, pool
+from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 
 

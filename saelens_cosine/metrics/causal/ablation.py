@@ -16,10 +16,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.code_edits import code_units, decoded_change
+from saelens_cosine.metrics.causal.code_edits import decoded_change
 from saelens_cosine.metrics.causal.forward import CleanRun
-from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.metrics.codes import code_units, sparse_codes
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ def ablation_precision(
     if len(names) < 2 or any(not (measured & (labels == name)).any() for name in names):
         raise ValueError(f"{len(labels)} texts with labels {names} are too few: two labels, two texts each, at least.")
     if ranked is None:
-        ranking = sample.activations[rows[~measured]]
-        with flat_heads(sae):
-            codes: Any = sparse_codes(sae, ranking)
+        codes = sparse_codes(sae, sample.activations[rows[~measured]])
         units = code_units(sae)
         found = {name: _rank(codes, units, (labels == name)[~measured]) for name in names}
     else:

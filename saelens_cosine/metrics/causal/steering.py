@@ -10,10 +10,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.code_edits import code_units, decoded_change
+from saelens_cosine.metrics.causal.code_edits import decoded_change
 from saelens_cosine.metrics.causal.forward import CleanRun, kl_divergence
-from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.metrics.codes import code_units, sparse_codes
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ def steering(
     rows = run.read_rows(sample)
     if len(rows) == 0:
         raise ValueError("The sample holds the last token of no context, which is steered.")
-    with flat_heads(sae):
-        codes: Any = sparse_codes(sae, sample.activations[rows])
+    codes: Any = sparse_codes(sae, sample.activations[rows])
     firing = torch.from_numpy((codes != 0).mean(axis=0))
     size = torch.from_numpy(abs(codes).mean(axis=0)) * code_units(sae)
     size[firing <= min_firing_share] = 0

@@ -21,7 +21,6 @@ from sae_lens.saes.sae import SAE
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.causal.forward import CleanRun
 from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
 
 MIN_SAMPLES = 10
 """Samples that a correlation is computed from, at least (experiments 5 to 39)."""
@@ -188,8 +187,7 @@ def win_rate(
     Raises:
         ValueError: no feature is active often enough, or the sample holds no text to its end.
     """
-    with flat_heads(sae):
-        codes = sparse_codes(sae, sample.activations)
+    codes = sparse_codes(sae, sample.activations)
     chosen = _choose(codes, sample, protocol)
     active: Any = codes[:, chosen.numpy()]
     acts = torch.from_numpy(active.toarray())  # [tokens, features]

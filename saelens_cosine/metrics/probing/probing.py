@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.not_finite import NotFiniteError
 
 Pooling = Literal["mean", "last"]
@@ -123,17 +122,6 @@ def probe_activations(
     return probe(pooled, truth, (None,), "canonical", splits, seed)[0]
 
 
-def canonical_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
-    """Codes `[tokens, d_sae]` times the norms of their decoder rows: what each feature adds to the reconstruction.
-
-    A TopK that rescales by decoder norms has them in its codes already.
-    """
-    codes = sparse_codes(sae, activations)
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        _scale_columns(codes, sae.W_dec.detach().float().norm(dim=-1).cpu().numpy())
-    return codes
-
-
 def pool(codes: sparse.csr_array, contexts: ArrayLike, n_contexts: int, how: Pooling = "mean") -> sparse.csr_array:
     """`[tokens, d_sae]` codes to `[n_contexts, d_sae]`, float64. A context without tokens gets zeros.
 
@@ -191,7 +179,7 @@ def probe(
         x = codes
         if units == "scale_free":
             x = codes.copy()
-            _scale_columns(x, 1 / _mean_nonzero_size(codes[train]))
+            x.data *= (1 / _mean_nonzero_size(codes[train]))[x.indices]
         best = np.argsort(-_difference_of_means(x, truth, train), kind="stable")
         for k in ks:
             scores[k].append(_fit(x if k is None else x[:, best[:k]].toarray(), truth, train, test))
@@ -251,10 +239,6 @@ def _mean_nonzero_size(x: sparse.csr_array) -> Array:
     counts = np.bincount(x.indices[active], minlength=n_features)
     sums = np.bincount(x.indices, weights=np.abs(x.data), minlength=n_features)
     return np.where(counts > 0, sums, 1) / np.maximum(counts, 1)
-
-
-def _scale_columns(codes: sparse.csr_array, factors: Array) -> None:
-    codes.data *= factors[codes.indices]
 
 
 def _shape(codes: sparse.csr_array) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.metrics.codes import code_units, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.not_finite import finite_rows
 from saelens_cosine.score import wide
@@ -255,9 +255,7 @@ def _in_decoder_space(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, tor
         sae.decode(codes)
     codes = codes.to_dense()
     token, feature = codes.nonzero(as_tuple=True)
-    coefficients = codes[token, feature].cpu().double()
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # with it codes are coefficients already
-        coefficients = coefficients * sae.W_dec.detach().float().norm(dim=-1)[feature].cpu().double()
+    coefficients = codes[token, feature].cpu().double() * code_units(sae)[feature.cpu()]
     sums = torch.zeros(len(x), 3, dtype=torch.float64)
     terms = [coefficients.square(), coefficients.abs(), (coefficients != 0).double()]
     sums.index_add_(0, token.cpu(), torch.stack(terms, dim=-1))
