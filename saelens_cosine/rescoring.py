@@ -24,7 +24,7 @@ from saelens_cosine.metrics.threshold import Threshold, fit_threshold
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
-SELECTORS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
+RESCORED_AS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
 """Selectors that can be rescored, and what each becomes: a ReLU has no threshold to fit."""
 
 RELATIVE_SCALES = [4 ** (i / 10) for i in range(-10, 11)]
@@ -173,7 +173,7 @@ def _prepare(sae: SAE[Any], activations: torch.Tensor, score: str) -> _Swap:
         # without its own exponent a feature keeps its weight among the others at the mean log norm
         log_norm = torch.stack([centred_norm(source.process_sae_in(x)).log().sum() for x in activations.split(4096)])
         kept = kept * ((exponents.detach() - exponents.detach().mean()) * log_norm.sum() / len(activations)).exp()
-    return _Swap(source, ("cosine_" if score == "cosine" else "") + SELECTORS[selector], lengths, kept, folded)
+    return _Swap(source, ("cosine_" if score == "cosine" else "") + RESCORED_AS[selector], lengths, kept, folded)
 
 
 def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
@@ -195,10 +195,10 @@ def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
 
 def _selector(architecture: str) -> str:
     selector = architecture.removeprefix("per_feature_").removeprefix("cosine_")
-    if selector not in SELECTORS:
+    if selector not in RESCORED_AS:
         raise ValueError(
             f"Architecture {architecture!r} cannot be rescored: it does not select from one score per feature, or scores "
-            f"otherwise. Those that can, with or without 'cosine_' or 'per_feature_cosine_': {', '.join(SELECTORS)}, and "
+            f"otherwise. Those that can, with or without 'cosine_' or 'per_feature_cosine_': {', '.join(RESCORED_AS)}, and "
             "what is saved as one of them. Train the other score instead."
         )
     return selector

@@ -13,8 +13,8 @@ from saelens_cosine.saebench.preflight import (
 )
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import (
+    EvalFailure,
     EvalResult,
-    Failure,
     SAEBenchError,
     SAEBenchReport,
     VarianceExplained,
@@ -23,8 +23,8 @@ from saelens_cosine.saebench.runner import run
 
 __all__ = [
     "EVALS",
+    "EvalFailure",
     "EvalResult",
-    "Failure",
     "Judge",
     "PreparedSAE",
     "SAEBenchError",

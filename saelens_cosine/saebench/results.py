@@ -76,7 +76,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Failure:
+class EvalFailure:
     """
     An eval without a result.
 
@@ -104,11 +104,11 @@ class SAEBenchReport:
 
     Args:
         results (tuple[EvalResult, ...]): SAEs in the caller's order, evals within.
-        failures (tuple[Failure, ...]): What did not run, with `on_problem="record"`.
+        failures (tuple[EvalFailure, ...]): What did not run, with `on_problem="record"`.
     """
 
     results: tuple[EvalResult, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[EvalFailure, ...]
 
 
 class SAEBenchError(RuntimeError):
@@ -118,7 +118,7 @@ class SAEBenchError(RuntimeError):
         failures: which, and why.
     """
 
-    def __init__(self, failures: list[Failure]):
+    def __init__(self, failures: list[EvalFailure]):
         super().__init__("\n".join(map(str, failures)))
         self.failures = tuple(failures)
 

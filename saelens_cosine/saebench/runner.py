@@ -32,7 +32,7 @@ from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.plain import digest, model_fingerprint
-from saelens_cosine.saebench.evals import EVALS, Call, Eval, Judge, text_folder
+from saelens_cosine.saebench.evals import EVALS, BenchEval, Call, Judge, text_folder
 from saelens_cosine.saebench.preflight import (
     check_data,
     check_environment,
@@ -42,8 +42,8 @@ from saelens_cosine.saebench.preflight import (
 )
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import (
+    EvalFailure,
     EvalResult,
-    Failure,
     SAEBenchError,
     SAEBenchReport,
     VarianceExplained,
@@ -152,7 +152,7 @@ def run(
             try:
                 results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
             except Exception as error:
-                failure = Failure(
+                failure = EvalFailure(
                     name, sae.name, without_secrets(f"{type(error).__name__}: {error}"), f"See {runner.log}."
                 )
                 if on_problem == "raise":
@@ -181,7 +181,7 @@ class _Runner:
         self.data: dict[str, dict[str, str]] = {}
         self.log = output / "saebench.log"
 
-    def key(self, row: Eval, config: Any) -> str:
+    def key(self, row: BenchEval, config: Any) -> str:
         """Stands for all but the SAE that decides a score."""
         judge = (
             [self.judge.model, self.judge.base_url and without_secrets(self.judge.base_url)]
@@ -192,11 +192,11 @@ class _Runner:
             self.data[row.name] = data_contents(row.name, config)
         return digest([row.name, _plain(config), self.model_identity, judge, self.data[row.name], versions()])[:12]
 
-    def caches(self, row: Eval, config: Any, multiple: float | None = None) -> Path:
+    def caches(self, row: BenchEval, config: Any, multiple: float | None = None) -> Path:
         suffix = "" if multiple is None else f"-without-{multiple:g}"
         return self.output / "caches" / row.name / (self.key(row, config) + suffix)
 
-    def is_warm(self, row: Eval, config: Any, saes: Sequence[PreparedSAE]) -> bool:
+    def is_warm(self, row: BenchEval, config: Any, saes: Sequence[PreparedSAE]) -> bool:
         """Whether an eval needs no more texts."""
         caches = [self.caches(row, config, multiple) for multiple in {None, self.max_norm_multiple}]
         hooks = {sae.cfg.metadata.hook_name for sae in saes}
@@ -204,7 +204,7 @@ class _Runner:
             below(folder, hook, "hook name").exists() for folder in caches for hook in hooks
         )
 
-    def score(self, row: Eval, config: Any, sae: PreparedSAE) -> EvalResult:
+    def score(self, row: BenchEval, config: Any, sae: PreparedSAE) -> EvalResult:
         multiple = self.max_norm_multiple if row.pools_tokens or row.name == "core" else None
         key = self.key(row, config)
         folder = self.output / row.name / (key if multiple is None else f"{key}-{multiple:g}")
@@ -243,7 +243,7 @@ class _Runner:
         return result
 
     def _run(
-        self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
+        self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
     ) -> tuple[Path, float]:
         """Score one SAE from warm caches; its result file, and the seconds that took."""
         with self._scopes():
@@ -252,7 +252,7 @@ class _Runner:
             self._call(row, config, sae, caches, target)
         return target, time.perf_counter() - start
 
-    def _warm(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
+    def _warm(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
         """Fill an eval's caches with an SAE that is nobody's: the first to be scored would see other random numbers."""
         folder = below(caches, sae.cfg.metadata.hook_name, "hook name")
         if folder.exists() or not (row.pools_tokens or row.name == "absorption"):
@@ -271,7 +271,7 @@ class _Runner:
                     write_json(counts, unfinished / "sinks.json")
         return folder
 
-    def _train_letter_probes(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path) -> None:
+    def _train_letter_probes(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path) -> None:
         common = importlib.import_module("sae_bench.evals.absorption.common")
         with seeded(config.random_seed):
             common.load_or_train_probe(
@@ -283,7 +283,7 @@ class _Runner:
                 device=self.device,
             )
 
-    def _call(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
+    def _call(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
         with scratch_folder(target.parent) as scratch, whole_file(target) as unfinished:
             # SAEBench casts the SAE that it gets, and changes the configuration
             call = Call(copy.deepcopy(sae).to(self.device), self.device, scratch, caches, self.judge)
@@ -383,7 +383,7 @@ def _plain(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else asdict(config)
 
 
-def _without(evals: Sequence[str], problems: Sequence[Failure]) -> list[str]:
+def _without(evals: Sequence[str], problems: Sequence[EvalFailure]) -> list[str]:
     return [name for name in evals if name not in {p.eval for p in problems}]
 
 

@@ -18,13 +18,12 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.metrics.dictionary.features import feature_dashboards, top_activations
+from saelens_cosine.progress import Progress
 from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
 from saelens_cosine.sharing.neuronpedia import check_client, upload_dashboards, write_dashboards
 
 RECORD = "neuronpedia.json"
 """File in an SAE's folder that notes what Neuronpedia has taken, so that an upload can go on. It is not published."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def add_share_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:

@@ -131,7 +131,7 @@ def direction_norm_patching(
     run.holds(sample)
     if bool((sample.contexts == sample.contexts[0]).all()):
         raise ValueError("All tokens of the sample are of one context; pairs are of two.")
-    draw = _Pairs(sample, torch.Generator().manual_seed(seed))
+    draw = _Draw(sample, torch.Generator().manual_seed(seed))
     effect = _Effect(run, sample, context)
     some = draw.rows(rescaled_tokens)
     x = sample.activations[some]
@@ -148,7 +148,7 @@ def direction_norm_patching(
     )
 
 
-class _Pairs:
+class _Draw:
     """Draws tokens of a sample, alone or in pairs."""
 
     def __init__(self, sample: TokenSample, rng: torch.Generator):

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from saelens_cosine.metrics.token_gram import TokenGram, firings, pattern
-
-Array = np.ndarray[Any, Any]
+from saelens_cosine.metrics.token_gram import Array, TokenGram, firings, pattern
 
 LIFTS = (1.0, 2.0, 10.0, 100.0)
 

@@ -19,7 +19,7 @@ from saelens_cosine.score import wide
 BLOCK_ROWS = 1024
 """Decoder rows that are compared with the rest at a time: 256 MiB of cosines for 65,536 features."""
 
-PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -161,5 +161,5 @@ def _spectrum(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _percentiles(values: torch.Tensor) -> tuple[float, ...]:
     if len(values) == 0:
-        return (float("nan"),) * len(PERCENTILES)
-    return tuple(torch.quantile(values.cpu(), torch.tensor(PERCENTILES, dtype=values.dtype)).tolist())
+        return (float("nan"),) * len(QUANTILES)
+    return tuple(torch.quantile(values.cpu(), torch.tensor(QUANTILES, dtype=values.dtype)).tolist())

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from saelens_cosine.metrics.token_gram import TokenGram, firings
+from saelens_cosine.metrics.token_gram import Array, TokenGram, firings
 from saelens_cosine.score import wide
-
-Array = np.ndarray[Any, Any]
 
 PAIRS_AT_ONCE = 4096
 """Decoder rows that are compared at a time."""

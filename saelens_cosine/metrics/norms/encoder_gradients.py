@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from saelens_cosine.metrics.norms.norm_detectors import PERCENTILES
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import FoldedCosineScore
 
 FLOOR = 1e-10
 """A mean gradient up to this counts as none (experiment 54)."""
-
-PERCENTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from scipy import sparse
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.metrics.token_gram import Array
 
 Pooling = Literal["mean", "last"]
 """What stands for a context: the mean over its tokens, or its last token."""
@@ -34,8 +35,6 @@ K_VALUES: tuple[int | None, ...] = (1, 2, 5, None)
 
 ITERATIONS = 10_000
 """Of the regression at most; on scaled inputs tens to hundreds are enough."""
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.not_finite import finite_rows
 from saelens_cosine.score import wide
 
-Reference = Literal["input", "reconstruction"]
+AFAReference = Literal["input", "reconstruction"]
 """What z is: the SAE's input, as in the paper, or its reconstruction, which the coefficients add up to exactly."""
 
 Bias = Literal["augment", "center", "ignore"]
@@ -57,7 +57,7 @@ class AFATokens:
         finite (torch.Tensor): `[tokens]` booleans, False where the token, its codes or its reconstruction are NaN or infinite.
         d_sae (int): h.
         bias_norm (float): `||b_dec||`. With `bias="augment"` no feature norm is below it.
-        reference (Reference): What z is.
+        reference (AFAReference): What z is.
         bias (Bias): What b_dec is.
     """
 
@@ -69,7 +69,7 @@ class AFATokens:
     finite: torch.Tensor
     d_sae: int
     bias_norm: float
-    reference: Reference
+    reference: AFAReference
     bias: Bias
 
     @property
@@ -168,7 +168,7 @@ class AFADistributions:
 
 @torch.no_grad()
 def measure_afa(
-    sae: SAE[Any], activations: torch.Tensor, reference: Reference = "input", bias: Bias = "augment"
+    sae: SAE[Any], activations: torch.Tensor, reference: AFAReference = "input", bias: Bias = "augment"
 ) -> AFATokens:
     """Norms of `activations [tokens, d_in]` and of their features, token by token.
 

@@ -11,7 +11,7 @@ import torch
 
 from saelens_cosine.activations.sample import TokenSample
 
-TOKENS_AT_ONCE = 2048
+RECONSTRUCTED_AT_ONCE = 2048
 """Tokens whose reconstructions are held at once."""
 
 
@@ -88,7 +88,7 @@ def fve_by_document(
     """
     numbers, document = sample.documents.unique(return_inverse=True)
     sums = {name: DocumentSums(len(numbers), sample.activations.shape[-1]) for name in treatments}
-    parts = (tensor.split(TOKENS_AT_ONCE) for tensor in (sample.activations, document, sample.ordinary))
+    parts = (tensor.split(RECONSTRUCTED_AT_ONCE) for tensor in (sample.activations, document, sample.ordinary))
     for x, part, ordinary in zip(*parts, strict=True):
         x_hat = reconstruct(x)
         for name, found in sums.items():
