@@ -19,7 +19,7 @@ from saelens_cosine.saebench.results import (
     SAEBenchReport,
     VarianceExplained,
 )
-from saelens_cosine.saebench.runner import run
+from saelens_cosine.saebench.run_evals import run
 
 __all__ = [
     "EVALS",

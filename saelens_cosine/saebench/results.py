@@ -9,6 +9,7 @@ from typing import Any
 
 from saelens_cosine.files.names import below
 from saelens_cosine.files.whole import read_json, write_json
+from saelens_cosine.plain import from_plain
 
 SCHEMA = "saelens-cosine/saebench/1"
 """Layout of the record of one eval on one SAE; the number grows when a field changes its meaning or goes."""
@@ -151,6 +152,4 @@ def load_record(path: Path) -> EvalResult | None:
         return None
     for name in ("file", "file_without_high_norm"):
         record[name] = record[name] and str(below(path.parent, record[name], f"{name} in {path}"))
-    variance = record["variance_explained"]
-    record["variance_explained"] = variance and VarianceExplained(**variance)
-    return EvalResult(**record)
+    return from_plain(EvalResult, record, f"The record {path}")

@@ -7,9 +7,11 @@ from tokenizers import Tokenizer
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.bundled import model_folder, stdlib_corpus
-from saelens_cosine.experiments.evaluate.texts import code_concepts, tasks
+from saelens_cosine.experiments.evaluate.texts import code_concepts, contexts
 from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, windows
-from saelens_cosine.experiments.evaluate.texts.tasks import Task, bundled_concepts, concept_run, load_tasks, sample_task
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
+from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
+from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.metrics.causal import ablation_precision
 
 HOOK = "blocks.3.hook_resid_post"
@@ -370,7 +372,7 @@ def test_texts_are_run_in_order_and_without_padding(model, max_tokens):
 
 def test_batches_are_bounded(model, monkeypatch):
     whole = sample_task(model, HOOK, TASK)
-    monkeypatch.setattr(tasks, "TOKENS_AT_ONCE", 4)  # one context of any length
+    monkeypatch.setattr(contexts, "TEXT_TOKENS_AT_ONCE", 4)  # one context of any length
     seen = []
     with model.hooks([(HOOK, lambda activations, hook: seen.append(activations.shape[:2].numel()))]):
         parts = sample_task(model, HOOK, TASK)
@@ -437,15 +439,15 @@ def test_concepts_can_be_ablated(model, tmp_path):
 
 def test_token_concepts_are_the_tokens_last_read():
     tokens = torch.tensor([[9, 9, 5], [9, 9, 7], [9, 9, 5], [9, 9, 7], [9, 9, 5], [9, 9, 3]])
-    found = tasks.token_concepts(tokens, per_token=2, first=2)  # the last position is the only one left
+    found = token_concepts(tokens, per_token=2, first=2)  # the last position is the only one left
     assert found.tokens == [5, 7]
     assert found.contexts.tolist() == [0, 2, 1, 3]
     assert found.positions.tolist() == [2] * 4
     assert found.labels == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="6 contexts are too few"):
-        tasks.token_concepts(tokens, n_tokens=1, first=2)
+        token_concepts(tokens, n_tokens=1, first=2)
     with pytest.raises(ValueError, match="end before position 3"):
-        tasks.token_concepts(tokens, first=3)
+        token_concepts(tokens, first=3)
 
 
 def test_a_text_has_no_more_tokens_than_the_contexts_that_the_sae_was_trained_on(model):

@@ -21,7 +21,7 @@ from transformer_lens import HookedTransformer
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.saebench import EVALS, Judge, SAEBenchError, check_environment, prepare, run
 from saelens_cosine.saebench.evals import Call
-from saelens_cosine.saebench.runner import _Runner
+from saelens_cosine.saebench.runner import Runner
 from saelens_cosine.saebench.scopes import within_the_context
 
 pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs `pip install --no-deps sae-bench==0.6.0`")
@@ -62,13 +62,13 @@ def bundled():
 @pytest.fixture
 def scored(monkeypatch):
     """Names of the evals that SAEBench was called for, and on which SAE, in order."""
-    calls, call = [], _Runner._call
+    calls, call = [], Runner._call
 
     def recorded(self, row, config, sae, caches, target):
         calls.append((row.name, target.name.split("-")[0]))
         call(self, row, config, sae, caches, target)
 
-    monkeypatch.setattr(_Runner, "_call", recorded)
+    monkeypatch.setattr(Runner, "_call", recorded)
     return calls
 
 
@@ -300,7 +300,7 @@ def no_work(*args):
 
 
 def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("saelens_cosine.saebench.runner._load", no_work)
+    monkeypatch.setattr("saelens_cosine.saebench.run_evals._load", no_work)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     evals = ["core", "ravel", "autointerp", "unlearning", "sparse_probing", "tpp"]
     settings = {
@@ -324,7 +324,7 @@ def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
 
 
 def test_what_an_sae_does_not_fit_is_said_before_any_work(tmp_path, monkeypatch, bundled):
-    monkeypatch.setattr(_Runner, "score", no_work)
+    monkeypatch.setattr(Runner, "score", no_work)
     mlp = prepare(mirror(), hook_name="blocks.2.hook_mlp_out")
     nowhere = prepare(mirror(), hook_name="blocks.9.hook_resid_post")
     narrow = prepare(make_sae_at("blocks.2.mlp.hook_post"))
@@ -379,7 +379,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_an_sae_is_not_changed_by_an_eval(tmp_path):
     sae = prepare(mirror())
-    runner = _Runner(tmp_path, None, "cpu", Judge(), None, quiet=True)
+    runner = Runner(tmp_path, None, "cpu", Judge(), None, quiet=True)
     row = EVALS["meta_structure"]
     runner.score(row, row.make_config("", "", 1, {"dtype": "bfloat16", "train_steps": 2}), sae)
     assert sae.dtype == torch.float32  # upstream casts what it gets, and the next eval would see it rounded

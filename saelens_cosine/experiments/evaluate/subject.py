@@ -22,14 +22,9 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
-from saelens_cosine.experiments.evaluate.texts.tasks import (
-    Task,
-    bundled_concepts,
-    concept_run,
-    load_tasks,
-    sample_task,
-    token_concepts,
-)
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
+from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
+from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes

@@ -13,14 +13,8 @@ from saelens_cosine.metrics.causal.code_edits import decoded_change, reconstruct
 from saelens_cosine.metrics.causal.forward import CleanRun, ResumedModel, clean_run, kl_divergence
 from saelens_cosine.metrics.causal.patching import Mean, Patches, Patching, ScaledKL, direction_norm_patching
 from saelens_cosine.metrics.causal.steering import Steering, SteeringEffect, steering
-from saelens_cosine.metrics.causal.win_rate import (
-    PROTOCOLS,
-    FeatureCorrelations,
-    NormRangeWinRate,
-    WinRate,
-    WinRateProtocol,
-    win_rate,
-)
+from saelens_cosine.metrics.causal.win_rate import FeatureCorrelations, NormRangeWinRate, WinRate, win_rate
+from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS, WinRateProtocol
 
 __all__ = [
     "clean_run",

@@ -11,7 +11,7 @@ import torch
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, by_sinks, tokens_of
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.experiments.evaluate.texts.tasks import bundled_concepts
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
 from saelens_cosine.metrics.causal import (
     PROTOCOLS,
     AblationPrecision,
