@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -54,15 +54,8 @@ class TokenSample:
 
     def where(self, keep: torch.Tensor) -> TokenSample:
         """The tokens that a mask `[tokens]` keeps."""
-        return TokenSample(
-            self.activations[keep],
-            self.tokens[keep],
-            self.contexts[keep],
-            self.documents[keep],
-            self.positions[keep],
-            self.ordinary[keep],
-            self.max_norm_multiple,
-        )
+        kept = {name: tensor[keep] for name, tensor in vars(self).items() if name != "max_norm_multiple"}
+        return replace(self, **kept)
 
     def without_sinks(self) -> TokenSample:
         """The ordinary tokens."""

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.activations.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.files.names import check_name
 from saelens_cosine.files.output import open_output
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.saebench.evals import EVALS, Judge
+from saelens_cosine.saebench.model import dtype_of, how_loaded, load_for_saebench
 from saelens_cosine.saebench.preflight import check_data, check_environment, check_saes
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import EvalFailure, EvalResult, SAEBenchError, SAEBenchReport
@@ -80,11 +80,11 @@ def run(
     if len(models) != 1:
         raise ValueError(f"A run is on one language model; these SAEs are of {', '.join(models) or 'none'}.")
     check_name(models[0], "model's name in the SAE's metadata, which SAEBench calls files by,")
-    how, *others = [_how_loaded(sae) for sae in prepared]
+    how, *others = [how_loaded(sae) for sae in prepared]
     if any(other != how for other in others):
         ways = ", ".join(str(one.kwargs) for one in (how, *others))
         raise ValueError(f"A run is on one language model, and these SAEs name {models[0]} loaded with {ways}.")
-    dtype = dtype or _dtype_of(model, device)
+    dtype = dtype or dtype_of(model, device)
     problems = check_environment(evals, models[0], judge=judge)
     able = _without(evals, problems)
     configs = {
@@ -98,7 +98,7 @@ def run(
         raise SAEBenchError(problems)
     able = _without(able, problems)
     if model is None and any(EVALS[name].takes_model for name in able):
-        model = _load(models[0], how, device, dtype)
+        model = load_for_saebench(models[0], how, device, dtype)
     runner = Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet, model_identity)
     problems += check_saes(able, prepared, model, configs)
     problems += check_data([name for name in able if not runner.is_warm(EVALS[name], configs[name], prepared)], configs)
@@ -121,28 +121,6 @@ def run(
                 problems.append(failure)
     order = [(name, sae.name) for sae in prepared for name in EVALS]
     return SAEBenchReport(tuple(results[key] for key in order if key in results), tuple(problems))
-
-
-def _how_loaded(sae: PreparedSAE) -> ModelChoice:
-    """As its metadata say, but for the dtype, which is the run's."""
-    metadata = sae.cfg.metadata
-    given = metadata.model_from_pretrained_kwargs or {}
-    kwargs = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype")}
-    return choose_model(metadata.model_name, metadata.hook_name, TRANSFORMER_LENS, kwargs)
-
-
-def _load(name: str, how: ModelChoice, device: str, dtype: str) -> Any:
-    if how.class_name != TRANSFORMER_LENS:
-        raise ValueError(
-            f"SAEBench runs HookedTransformers, and TransformerLens knows no {name}. Pass one with model=."
-        )
-    return load_hooked_model(name, device, class_name=TRANSFORMER_LENS, kwargs={**how.kwargs, "dtype": dtype}).model
-
-
-def _dtype_of(model: Any, device: str) -> str:
-    if model is not None:
-        return str(model.cfg.dtype).removeprefix("torch.")
-    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def _without(evals: Sequence[str], problems: Sequence[EvalFailure]) -> list[str]:

@@ -23,8 +23,8 @@ from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
 from saelens_cosine.experiments.evaluate.subject import Loader
-from saelens_cosine.metrics.causal import clean_run
-from saelens_cosine.saebench.runner import _how_loaded, _load
+from saelens_cosine.metrics.causal.forward import clean_run
+from saelens_cosine.saebench.model import how_loaded, load_for_saebench
 
 D, HEADS, CONTEXT = 16, 2, 16
 TOKENS = torch.tensor([[0, 3, 4, 5, 6, 2], [0, 9, 9, 1, 30, 7]])
@@ -260,7 +260,7 @@ def test_saebench_loads_the_model_so_too(tmp_path):
         for i, kwargs in enumerate([centred, None])
     ]
     assert saes[0].name != saes[1].name
-    model = _load("gpt2", _how_loaded(saes[0]), "cpu", "float32")  # the run's dtype
+    model = load_for_saebench("gpt2", how_loaded(saes[0]), "cpu", "float32")  # the run's dtype
     _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.1.hook_resid_post"])
     x, _ = by_hand(TOKENS)
     found = cache["blocks.1.hook_resid_post"].flatten(0, 1)
@@ -268,7 +268,7 @@ def test_saebench_loads_the_model_so_too(tmp_path):
     with pytest.raises(ValueError, match="one language model.*center_writing_weights"):
         saebench.run(saes, ["core"], tmp_path)
     with pytest.raises(ValueError, match="TransformerLens knows no copy"):
-        _load("copy", _how_loaded(saebench.prepare(saes[1].sae, model_name="copy")), "cpu", "float32")
+        load_for_saebench("copy", how_loaded(saebench.prepare(saes[1].sae, model_name="copy")), "cpu", "float32")
 
 
 # --- one attention head ---
@@ -421,6 +421,6 @@ def test_a_head_that_is_not_there_is_said(tmp_path, capsys):
 
 def test_saebench_says_which_evals_read_all_heads(head_sae, tmp_path):
     prepared = saebench.prepare(SAE.load_from_disk(head_sae))
-    model = _load("gpt2", _how_loaded(prepared), "cpu", "float32")
+    model = load_for_saebench("gpt2", how_loaded(prepared), "cpu", "float32")
     with pytest.raises(saebench.SAEBenchError, match="reads all of blocks.1.attn.hook_z; this SAE is of head 1"):
         saebench.run([prepared], ["sparse_probing"], tmp_path, model=model)

@@ -12,7 +12,7 @@ from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NE
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
 from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
-from saelens_cosine.metrics.causal import ablation_precision
+from saelens_cosine.metrics.causal.ablation import ablation_precision
 
 HOOK = "blocks.3.hook_resid_post"
 

@@ -21,9 +21,10 @@ from saelens_cosine.experiments.evaluate.evals.of_sae.reconstruction import FVEB
 from saelens_cosine.experiments.evaluate.page import report_data
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE, MeasuredText
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.metrics.causal import clean_run
+from saelens_cosine.metrics.causal.forward import clean_run
 from saelens_cosine.metrics.codes import sparse_codes
 from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
+from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.metrics.norm_ranges import group_by_norm
 from saelens_cosine.metrics.norms.encoder_gradients import encoder_gradients
 from saelens_cosine.metrics.norms.exponents import exponent_distribution
@@ -33,7 +34,6 @@ from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.metrics.probing.probing import probe_activations, probe_sae
 from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
-from saelens_cosine.metrics.reconstruction.documents import DocumentErrors
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_points import zf_points

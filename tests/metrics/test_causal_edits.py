@@ -7,12 +7,10 @@ import pytest
 import torch
 from causal_models import FormulaModel, kl, log_p, normal, relu_sae
 
-from saelens_cosine.metrics.causal import (
-    ablation_precision,
-    clean_run,
-    direction_norm_patching,
-    steering,
-)
+from saelens_cosine.metrics.causal.ablation import ablation_precision
+from saelens_cosine.metrics.causal.forward import clean_run
+from saelens_cosine.metrics.causal.patching import direction_norm_patching
+from saelens_cosine.metrics.causal.steering import steering
 
 
 def a_run(read_out, n=60, length=3, d=5, v=8, spread=0.7, gain=0.5):

@@ -9,7 +9,8 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
-from saelens_cosine.metrics.causal import clean_run, decoded_change, kl_divergence, reconstruct
+from saelens_cosine.metrics.causal.code_edits import decoded_change, reconstruct
+from saelens_cosine.metrics.causal.forward import clean_run, kl_divergence
 from saelens_cosine.metrics.codes import code_units
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from causal_models import FormulaModel, kl, normal, relu_sae
 
-from saelens_cosine.metrics.causal import PROTOCOLS, clean_run, win_rate
 from saelens_cosine.metrics.causal.correlations import correlations
-from saelens_cosine.metrics.causal.win_rate import NormRangeWinRate
+from saelens_cosine.metrics.causal.forward import clean_run
+from saelens_cosine.metrics.causal.win_rate import NormRangeWinRate, win_rate
+from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS
 
 D, V = 6, 9
 

@@ -53,7 +53,7 @@ def test_figures_and_quartiles_by_hand():
         codes=lambda x: torch.stack([(x[:, 0] > 2).float(), torch.ones(len(x)), torch.zeros(len(x))], dim=1),
         out=lambda x: torch.where(x.norm(dim=-1, keepdim=True) <= 4, x, 0.0),
     )
-    result = evaluate_reconstruction(sae, x, batch=3)
+    result = evaluate_reconstruction(sae, x)
     # Var(x) = 5.25; the error is 0 four times and 5, 6, 7, 8: mean 3.25, mean square 174/8 = 21.75, variance 11.1875
     assert result.fve == pytest.approx(1 - 11.1875 / 5.25)
     assert result.l0 == pytest.approx((8 + 6) / 8)  # feature 1 always, feature 0 on six tokens
@@ -78,7 +78,7 @@ def test_agrees_with_a_float64_formula_on_a_real_sae():
     sae = StandardSAE(StandardSAEConfig(d_in=5, d_sae=11))
     sae.b_enc.data.normal_()
     x = torch.randn(1003, 5) * torch.rand(1003, 1) * 9
-    result = evaluate_reconstruction(sae, x, batch=100)
+    result = evaluate_reconstruction(sae, x)
     xs, w = x.double(), {name: value.double() for name, value in sae.state_dict().items()}
     codes = ((xs - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     error = xs - (codes @ w["W_dec"] + w["b_dec"])

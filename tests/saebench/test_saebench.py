@@ -300,7 +300,7 @@ def no_work(*args):
 
 
 def test_problems_are_said_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("saelens_cosine.saebench.run_evals._load", no_work)
+    monkeypatch.setattr("saelens_cosine.saebench.run_evals.load_for_saebench", no_work)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     evals = ["core", "ravel", "autointerp", "unlearning", "sparse_probing", "tpp"]
     settings = {

@@ -16,12 +16,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from saelens_cosine.console import PlainTable, literal
+from saelens_cosine.console import PlainTable, literal, shown_number
 from saelens_cosine.experiments.compare.run import ArmResult, Comparison
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
-from saelens_cosine.metrics.not_finite import shown_number
 from saelens_cosine.metrics.reconstruction.by_norm import CE_DEFINITION, FVE_DEFINITION
 from saelens_cosine.plain import plain
 

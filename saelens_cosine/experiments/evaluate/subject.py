@@ -26,7 +26,7 @@ from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts,
 from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.loading import from_pretrained
-from saelens_cosine.metrics.causal import CleanRun, clean_run
+from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
 from saelens_cosine.metrics.probing.probing import pool

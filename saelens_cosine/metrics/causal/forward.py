@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from saelens_cosine.activations.models import of_head
+from saelens_cosine.activations.models import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.not_finite import NotFiniteError
@@ -67,7 +67,7 @@ class ResumedModel:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,13 +190,13 @@ class CleanRun:
         """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
         return replace(self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions)._predicted()
 
-    def alone(self, activations: torch.Tensor, token: int = 0) -> CleanRun:
+    def alone(self, activations: torch.Tensor) -> CleanRun:
         """Activations `[n, d_in]`, each as the only one of a context with one token, whose own is replaced by it.
 
         The paper's one-token protocols. Nothing comes before the token, so no attention: a degenerate context.
         """
         hidden = activations.to(self.hidden.dtype).unsqueeze(1)
-        tokens = torch.full((len(hidden), 1), token)
+        tokens = torch.zeros((len(hidden), 1), dtype=torch.int64)
         return replace(
             self, tokens=tokens, hidden=hidden, read=torch.zeros(len(hidden), dtype=torch.int64)
         )._predicted()

@@ -134,11 +134,9 @@ def diagnose_reconstruction(
     return ReconstructionDiagnostics(by_norm, dead)
 
 
-def evaluate_reconstruction(
-    sae: SAE[Any], activations: torch.Tensor, bins: int = 4, batch: int = 4096
-) -> Reconstruction:
+def evaluate_reconstruction(sae: SAE[Any], activations: torch.Tensor) -> Reconstruction:
     """`diagnose_reconstruction` in the few figures that a comparison shows."""
-    measured = diagnose_reconstruction(sae, activations, bins, batch).by_norm.all_norms
+    measured = diagnose_reconstruction(sae, activations, batch=4096).by_norm.all_norms
     return Reconstruction(
         tokens=measured.overall.tokens,
         not_finite=measured.overall.not_finite,

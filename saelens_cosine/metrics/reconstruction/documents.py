@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
+from saelens_cosine.metrics.intervals import DocumentErrors
 
 RECONSTRUCTED_AT_ONCE = 2048
 """Tokens whose reconstructions are held at once."""
-
-
-@dataclass(frozen=True)
-class DocumentErrors:
-    """
-    The two sums of a fraction of variance explained, a number for each document, 0 where no token is left.
-
-    Args:
-        residual (tuple[float, ...]): Sum over its tokens of `||e - mean e||^2`.
-        total (tuple[float, ...]): Likewise of `||x - mean x||^2`.
-    """
-
-    residual: tuple[float, ...]
-    total: tuple[float, ...]
 
 
 class ErrorsByDocument(NamedTuple):
