@@ -170,8 +170,6 @@ def write(bundle: Bundle, folder: str | Path) -> Path:
         FileExistsError: the folder exists.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Remove it or choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as unfinished:
         for name, source in bundle.files.items():

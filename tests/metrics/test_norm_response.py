@@ -12,7 +12,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAECon
 
 from saelens_cosine.metrics.norms.norm_noise import norm_noise, with_threshold_for
 from saelens_cosine.metrics.norms.norm_response import code_exponents, norm_response, scores_about
-from saelens_cosine.metrics.reconstruction.by_norm import explained_variance
+from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.saes import CosineJumpReLUSAE, CosineJumpReLUSAEConfig
 
 X = make_activations(300, D_IN, seed=3, spread=0.5)

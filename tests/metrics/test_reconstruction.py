@@ -8,14 +8,10 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.reconstruction.by_norm import (
-    ce_loss_recovered,
-    diagnose_reconstruction,
-    evaluate_reconstruction,
-    explained_variance,
-)
+from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
 from saelens_cosine.metrics.reconstruction.dead import dead_in_training
-from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+from saelens_cosine.metrics.reconstruction.fve import explained_variance
+from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered, loss_recovered
 
 
 class Fixed:

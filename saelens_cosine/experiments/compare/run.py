@@ -25,7 +25,8 @@ from saelens_cosine.experiments.compare.results import ArmResult, Comparison, Co
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
-from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, ce_loss_recovered, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
 from saelens_cosine.plain import weights_sha256
 from saelens_cosine.progress import shown
 from saelens_cosine.report.model_card import model_card

@@ -21,7 +21,8 @@ from saelens_cosine.experiments.compare.run import ArmResult, Comparison
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
-from saelens_cosine.metrics.reconstruction.by_norm import CE_DEFINITION, FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION
 from saelens_cosine.plain import plain
 
 SCHEMA = "saelens-cosine/comparison/1"

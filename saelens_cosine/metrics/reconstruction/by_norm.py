@@ -14,20 +14,7 @@ from saelens_cosine.metrics.codes import tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
 from saelens_cosine.metrics.reconstruction.dead import BatchDeaths, DeadShares, dead_in_training
-from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
-from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION, ce_loss_recovered
-
-__all__ = [
-    "CE_DEFINITION",
-    "FVE_DEFINITION",
-    "NormBin",
-    "Reconstruction",
-    "ReconstructionDiagnostics",
-    "ce_loss_recovered",
-    "diagnose_reconstruction",
-    "evaluate_reconstruction",
-    "explained_variance",
-]
+from saelens_cosine.metrics.reconstruction.fve import Fit, FitSums
 
 
 @dataclass(frozen=True)
