@@ -9,6 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
 from saelens_cosine.metrics.codes import most_at_once
+from saelens_cosine.metrics.flat_tokens import flat_heads
 
 
 class Threshold(NamedTuple):
@@ -42,13 +43,14 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
     wanted = max(1, round(target_l0 * len(activations)))
     chunks: list[torch.Tensor] = []
     held, floor = 0, 0.0
-    for x in activations.split(most_at_once(sae)):
-        scores = _scores(sae, x.to(sae.device))
-        chunks.append(scores[(scores > 0) & (scores >= floor)])
-        held += chunks[-1].numel()
-        if held > 2 * wanted:
-            chunks = [_largest(torch.cat(chunks), wanted)]
-            held, floor = chunks[0].numel(), chunks[0].min().item()
+    with flat_heads(sae):
+        for x in activations.split(most_at_once(sae)):
+            scores = _scores(sae, x.to(sae.device))
+            chunks.append(scores[(scores > 0) & (scores >= floor)])
+            held += chunks[-1].numel()
+            if held > 2 * wanted:
+                chunks = [_largest(torch.cat(chunks), wanted)]
+                held, floor = chunks[0].numel(), chunks[0].min().item()
     largest = _largest(torch.cat(chunks), wanted)
     active, value = len(largest), 0.0
     if active >= wanted:

@@ -151,14 +151,6 @@ def test_a_normalised_input_is_compared_where_the_decoder_writes():
     assert not hasattr(sae, "ln_mu")  # nothing is left on the SAE
 
 
-def test_an_sae_on_attention_heads_takes_flat_tokens():
-    config = StandardSAEConfig(d_in=6, d_sae=4, reshape_activations="hook_z")
-    config.metadata.hook_name = "blocks.0.attn.hook_z"
-    sae = StandardSAE(config)
-    assert measure_afa(sae, make_activations(9, 6)).afa.shape == (9,)
-    assert sae.hook_z_reshaping_mode
-
-
 def test_no_active_features_have_no_epsilon():
     x = torch.tensor([[1.0, 2.0], [0.0, -1.0], [0.0, 1.0], [0.0, 0.0]])  # codes (1, 2, 0), none, (0, 1, 0), none
     tokens = measure_afa(hand_made(), x)

@@ -275,17 +275,6 @@ def test_refusals():
         diagnose_reconstruction(transcoder, x)
 
 
-def test_an_sae_on_attention_heads_takes_flat_tokens_and_is_left_as_it_was():
-    torch.manual_seed(0)
-    config = StandardSAEConfig(d_in=6, d_sae=4, reshape_activations="hook_z")
-    config.metadata.hook_name = "blocks.0.attn.hook_z"
-    sae = StandardSAE(config)
-    x = make_activations(20, 6)
-    assert diagnose_reconstruction(sae, x).by_norm.all_norms.overall.tokens == 20
-    assert sae.hook_z_reshaping_mode
-    assert sae.decode(sae.encode(x.view(20, 3, 2))).shape == (20, 3, 2)
-
-
 def test_loss_replaces_only_tokens_that_the_sae_was_trained_to_see(model):
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=4))
     for parameter in sae.parameters():

@@ -287,7 +287,6 @@ class _HeldOut:
         self.prompts = contexts.at_even_steps(settings.eval_prompts).batches
 
     def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
-        sae.turn_off_forward_pass_hook_z_reshaping()  # the store has flattened the heads
         reconstruction = evaluate_reconstruction(sae, self.activations)
         return reconstruction, ce_loss_recovered(sae, self.model.model, self.prompts, self.settings.max_norm_multiple)
 

@@ -236,7 +236,6 @@ class Loader(ExitStack):
             CheckpointError, OSError: it, its model or its text cannot be loaded.
         """
         sae = from_pretrained(source.place, source.sae_id, device=self.settings.device)
-        sae.turn_off_forward_pass_hook_z_reshaping()  # samples have flattened heads
         return Subject(source, sae, self.text(source, sae), self.folder, baseline)
 
     def text(self, source: Source, sae: SAE[Any]) -> Text:

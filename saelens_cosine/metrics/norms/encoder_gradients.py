@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from saelens_cosine.metrics.flat_tokens import flat_heads
 from saelens_cosine.metrics.norms.norm_detectors import PERCENTILES
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import FoldedCosineScore
@@ -85,8 +86,9 @@ def encoder_gradients(sae: SAE[Any], activations: torch.Tensor, batch: int = 204
     torch.nn.Module.train(sae, isinstance(sae, TrainingSAE))  # not the class's own, which may touch the weights
     sae.W_enc.requires_grad_(True)
     try:
-        for x in batches:
-            means += torch.stack([_gradient_norms(sae, quarter) for quarter in _quartiles(x)]) / len(batches)
+        with flat_heads(sae):
+            for x in batches:
+                means += torch.stack([_gradient_norms(sae, quarter) for quarter in _quartiles(x)]) / len(batches)
     finally:
         sae.W_enc.requires_grad_(learns)
         torch.nn.Module.train(sae, training)

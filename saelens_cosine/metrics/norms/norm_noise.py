@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norms.norm_response import About, centre_of
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.metrics.threshold import Threshold, fit_threshold
@@ -124,8 +123,7 @@ def with_threshold_for(sae: SAE[Any], activations: torch.Tensor, target_l0: floa
     """The SAE with one threshold that gives an L0 on these activations. It shares every tensor but the threshold with `sae`."""
     shared: dict[int, Any] = {id(p): p for name, p in sae.named_parameters() if name != "threshold"}
     refitted = copy.deepcopy(sae, shared)
-    with on_flat_tokens(refitted):
-        return refitted, fit_threshold(refitted, activations, target_l0)
+    return refitted, fit_threshold(refitted, activations, target_l0)
 
 
 def _fit(sae: SAE[Any], activations: torch.Tensor) -> NoiseFit:
