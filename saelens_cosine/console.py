@@ -6,6 +6,7 @@ Whatever prints the tables, a notebook too, they are made of `PlainTable`.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -27,6 +28,11 @@ def visible(text: str) -> str:
 def literal(text: str, style: str = "") -> Text:
     """Text that is shown as it is; the style is of its letters, not of what a table fills a cell up with."""
     return Text.assemble((visible(text), style))
+
+
+def shown_number(value: float, form: str) -> str | Text:
+    """A number in a format, in rich's red if it is NaN or infinite."""
+    return form.format(value) if math.isfinite(value) else literal(str(value), "red")
 
 
 def say(console: Console, text: str, wrap: bool = True) -> None:

@@ -11,7 +11,7 @@ from helpers import make_sae
 from sae_lens import SAE
 from saved_evaluations import HOOK, SETTINGS, saved_sae, with_evals, with_metadata
 
-from saelens_cosine.activations.sample import sample_tokens, side_by_side
+from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import main
@@ -323,8 +323,5 @@ def test_a_sample_knows_its_contexts_and_sinks():
     planted[5] *= 1000
     ordinary = torch.arange(64) != 5
     sample = dataclasses.replace(sample, activations=planted, ordinary=ordinary, max_norm_multiple=10.0)
-    both = side_by_side(len, sample)
-    assert (both.with_sinks, both.without_sinks) == (64, 63)
-    assert both.high_norm_share == pytest.approx(1 / 64)
-    with pytest.raises(ValueError, match="sinks='some'"):
-        side_by_side(len, sample, "some")
+    assert (len(sample), len(sample.without_sinks())) == (64, 63)
+    assert sample.high_norm_share == pytest.approx(1 / 64)

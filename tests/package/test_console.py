@@ -11,8 +11,7 @@ from rich.table import Table
 
 import saelens_cosine
 from saelens_cosine.cli import main
-from saelens_cosine.console import PlainTable, literal, plain_table, say, visible
-from saelens_cosine.metrics.not_finite import shown_number
+from saelens_cosine.console import PlainTable, literal, plain_table, say, shown_number, visible
 from saelens_cosine.sharing.neuronpedia import _read
 from saelens_cosine.terminal.bar import progress_bar
 

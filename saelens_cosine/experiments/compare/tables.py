@@ -15,13 +15,13 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from saelens_cosine.console import literal, plain_table
+from saelens_cosine.console import literal, plain_table, shown_number
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
-from saelens_cosine.metrics.not_finite import shown_number
-from saelens_cosine.metrics.reconstruction.by_norm import CE_DEFINITION, FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION
 from saelens_cosine.plain import plain
 
 SCHEMA = "saelens-cosine/comparison/1"

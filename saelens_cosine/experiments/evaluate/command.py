@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from saelens_cosine.console import plain_table, print_tables, say
+from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
 from saelens_cosine.experiments.evaluate.page import report_data
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
@@ -34,7 +34,6 @@ from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
-from saelens_cosine.metrics.not_finite import shown_number
 from saelens_cosine.report.html import write_report
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
