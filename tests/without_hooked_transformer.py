@@ -86,6 +86,8 @@ def measure(folder: Path, output: Path) -> dict:
     from saelens_cosine.bundled import load_bundled_model
     from saelens_cosine.cli import main
     from saelens_cosine.metrics.causal import clean_run, reconstruct
+    from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+    from saelens_cosine.training.next_norm import next_norm
     from saelens_cosine.training.recipe import RECIPES
 
     text = str(folder / "text.jsonl")
@@ -118,6 +120,8 @@ def measure(folder: Path, output: Path) -> dict:
     (codes,) = [cache[name] for name in cache.keys() if name.endswith("hook_sae_acts_post")]  # noqa: SIM118
     hook = HOOK if HOOK in model.hook_dict else "blocks.3.hook_out"
     run = clean_run(model, hook, tokens)  # the SAE has been there, and is not now
+    gain = next_norm(model, hook).gain
+    recovered = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
     replaced = run.kl_everywhere(
         torch.arange(4), lambda hidden, _: reconstruct(sae)(hidden.flatten(0, 1)).view_as(hidden)
     )
@@ -133,6 +137,8 @@ def measure(folder: Path, output: Path) -> dict:
         "with error": with_error[:, -1].tolist(),
         "predictions": run.log_probs.tolist(),
         "replaced": replaced.tolist(),
+        "gain": gain.tolist(),
+        "recovered": [recovered.ce_loss_score, recovered.kl_div_with_sae],
     }
 
 

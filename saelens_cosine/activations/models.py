@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens.load_model import load_model
 
+from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.hooked_transformer import hooked_transformer, official_model_name
@@ -187,7 +188,7 @@ def _translated(hook_name: str, layer_hook: str, model: Any, kwargs: dict[str, A
     """What a model that has another name for a hook point calls it; None if it has none."""
     block = block_of(hook_name)
     if block is None:
-        return _of_a_bridge(hook_name, model)
+        return name_in_bridge(hook_name, model)
     for name in (layer_hook.format(block), f"blocks.{block}.hook_out"):
         if name in model.hook_dict:
             if processed := sorted(PROCESSING & set(kwargs)):
@@ -197,16 +198,6 @@ def _translated(hook_name: str, layer_hook: str, model: Any, kwargs: dict[str, A
                 )
             return name
     return None
-
-
-def _of_a_bridge(hook_name: str, model: Any) -> str | None:
-    """What a bridge calls a hook point of a HookedTransformer: `blocks.3.mlp.hook_out` for `blocks.3.hook_mlp_out`."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    if not isinstance(model, TransformerBridge):
-        return None
-    points = TransformerBridge.hook_dict.__get__(model)  # SAELens' subclass leaves second names out
-    return points[hook_name].name if hook_name in points else None
 
 
 def _checked(kwargs: Mapping[str, Any]) -> dict[str, Any]:

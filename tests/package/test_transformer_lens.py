@@ -100,7 +100,10 @@ def test_commands_give_the_same_numbers_through_a_bridge(both, what):
         assert {key: hidden[key] for key in some} == expected
 
 
-@pytest.mark.parametrize("what", ["logits", "codes", "with error", "predictions", "replaced"])
+HOOKED = ["logits", "codes", "with error", "predictions", "replaced", "gain", "recovered"]
+
+
+@pytest.mark.parametrize("what", HOOKED)
 def test_hooks_and_edits_give_the_same_through_a_bridge(both, what):
     here, hidden = (torch.tensor(one[what]) for one in both)
     assert here.abs().max() > 0.1

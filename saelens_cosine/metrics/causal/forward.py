@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from saelens_cosine.activations.bridges import restore_hook_names
 from saelens_cosine.activations.models import of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
@@ -103,10 +104,10 @@ class ResumedModel:
             if self.start_at_layer is not None:
                 logits = self.model(hidden, start_at_layer=self.start_at_layer)
             else:
-                # by a filter: a bridge passes over the name of a hook point that SAELens has put back after an SAE was there
+                restore_hook_names(self.model)
                 logits = self.model.run_with_hooks(
                     tokens.to(self.device),
-                    fwd_hooks=[(self.hook_name.__eq__, lambda activations, hook: self._replaced(activations, hidden))],  # noqa: ARG005
+                    fwd_hooks=[(self.hook_name, lambda activations, hook: self._replaced(activations, hidden))],  # noqa: ARG005
                     prepend_bos=False,
                 )
         return _log_softmax(logits if read is None else logits.squeeze(1))
