@@ -83,6 +83,7 @@ def hide() -> None:
 def measure(folder: Path, output: Path) -> dict:
     """The commands' JSON, and what hooks and edits give, for the SAE and the text in a folder."""
     from saelens_cosine import saebench
+    from saelens_cosine.activations.bridges import name_in_bridge
     from saelens_cosine.bundled import load_bundled_model
     from saelens_cosine.cli import main
     from saelens_cosine.metrics.causal import clean_run, reconstruct
@@ -118,7 +119,7 @@ def measure(folder: Path, output: Path) -> dict:
         logits, cache = model.run_with_cache_with_saes(tokens, saes=[sae], prepend_bos=False)
         with_error = model.run_with_saes(tokens, saes=[sae], use_error_term=True, prepend_bos=False)
     (codes,) = [cache[name] for name in cache.keys() if name.endswith("hook_sae_acts_post")]  # noqa: SIM118
-    hook = HOOK if HOOK in model.hook_dict else "blocks.3.hook_out"
+    hook = name_in_bridge(HOOK, model) or HOOK
     run = clean_run(model, hook, tokens)  # the SAE has been there, and is not now
     gain = next_norm(model, hook).gain
     recovered = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall

@@ -14,6 +14,7 @@ def name_in_bridge(hook_name: str, model: Any) -> str | None:
 
     if not isinstance(model, TransformerBridge):
         return None
+    restore_hook_names(model)
     points = TransformerBridge.hook_dict.__get__(model)  # SAELens' subclass leaves second names out
     return points[hook_name].name if hook_name in points else None
 
@@ -27,5 +28,7 @@ def restore_hook_names(model: Any) -> None:
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 
     if isinstance(model, SAETransformerBridge):
-        for name, point in model.hook_dict.items():
-            point.name = name
+        points = model.hook_dict
+        for name, point in points.items():
+            if point.name not in points:
+                point.name = name

@@ -160,6 +160,7 @@ def load_hooked_model(
     if not 0 <= block < n_layers:
         raise ValueError(f"layer={layer} is not a layer of {name}: it has {n_layers}, numbered from 0.")
     hook_name = hook or layer_hook.format(block)
+    hook_name = name_in_bridge(hook_name, model) or hook_name
     if hook_name not in model.hook_dict:
         hook_name = _translated(hook_name, layer_hook, model, choice.kwargs)
     if hook_name is None:
@@ -185,10 +186,10 @@ def block_of(hook_name: str) -> int | None:
 
 
 def _translated(hook_name: str, layer_hook: str, model: Any, kwargs: dict[str, Any]) -> str | None:
-    """What a model that has another name for a hook point calls it; None if it has none."""
+    """What a model that has another name for a block's output calls it; None if it has none."""
     block = block_of(hook_name)
     if block is None:
-        return name_in_bridge(hook_name, model)
+        return None
     for name in (layer_hook.format(block), f"blocks.{block}.hook_out"):
         if name in model.hook_dict:
             if processed := sorted(PROCESSING & set(kwargs)):

@@ -98,7 +98,7 @@ def activations(hooked):
         ("copy", "blocks.2.hook_resid_pre", LENS, HF, "transformer.h.1"),
         ("gpt2", "blocks.1.hook_resid_post", "TransformerBridge", "TransformerBridge", "blocks.1.hook_out"),
         ("copy", "transformer.h.1", "TransformerBridge", "TransformerBridge", "blocks.1.hook_out"),
-        ("gpt2-small", "blocks.2.hook_resid_pre", "TransformerBridge", "TransformerBridge", "blocks.1.hook_out"),
+        ("gpt2-small", "blocks.2.hook_resid_pre", "TransformerBridge", "TransformerBridge", "blocks.2.hook_in"),
     ],
 )
 def test_the_stream_between_blocks_is_found_by_either_name(name, hook, class_name, found_class, found_hook):

@@ -12,7 +12,7 @@ from sae_lens.evals import get_recons_loss
 from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from saelens_cosine.activations.bridges import name_in_bridge, restore_hook_names
+from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import device_of
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
@@ -136,7 +136,6 @@ def loss_recovered(
     replacement: Any = _Replacement(sae, max_norm_multiple)
     form = ContextForm.of(sae.cfg.metadata)
     hook = name_in_bridge(sae.cfg.metadata.hook_name, model)  # None: as the SAE says
-    restore_hook_names(model)
     losses: list[dict[str, torch.Tensor]] = []
     with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
         for i, tokens in enumerate(batches):
