@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from helpers import make_sae
 from sae_lens import SAE
 from small_runs import small_batches
 
@@ -80,6 +81,15 @@ def hide() -> None:
             vars(module).pop(name, None)
 
 
+def lost(model, tokens, sae, hook: str, head: int | None) -> list[float]:
+    """KL divergence with an SAE's reconstructions and with zeros, at a hook as HookedTransformers call it."""
+    from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index = hook, head
+    found = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    return [found.kl_div_with_sae, found.kl_div_with_ablation]
+
+
 def measure(folder: Path, output: Path) -> dict:
     """The commands' JSON, and what hooks and edits give, for the SAE and the text in a folder."""
     from saelens_cosine import saebench
@@ -87,7 +97,6 @@ def measure(folder: Path, output: Path) -> dict:
     from saelens_cosine.bundled import load_bundled_model
     from saelens_cosine.cli import main
     from saelens_cosine.metrics.causal import clean_run, reconstruct
-    from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
     from saelens_cosine.training.next_norm import next_norm
     from saelens_cosine.training.recipe import RECIPES
 
@@ -122,7 +131,9 @@ def measure(folder: Path, output: Path) -> dict:
     hook = name_in_bridge(HOOK, model) or HOOK
     run = clean_run(model, hook, tokens)  # the SAE has been there, and is not now
     gain = next_norm(model, hook).gain
-    recovered = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    recovered = [lost(model, tokens, sae, HOOK, None)]
+    recovered += [lost(model, tokens, sae, "blocks.3.attn.hook_z", None)]
+    recovered += [lost(model, tokens, make_sae("cosine_topk", d_in=48, d_sae=24, k=4), "blocks.3.attn.hook_z", 1)]
     replaced = run.kl_everywhere(
         torch.arange(4), lambda hidden, _: reconstruct(sae)(hidden.flatten(0, 1)).view_as(hidden)
     )
@@ -139,7 +150,7 @@ def measure(folder: Path, output: Path) -> dict:
         "predictions": run.log_probs.tolist(),
         "replaced": replaced.tolist(),
         "gain": gain.tolist(),
-        "recovered": [recovered.ce_loss_score, recovered.kl_div_with_sae],
+        "recovered": recovered,
     }
 
 
