@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import variation
 from helpers import make_sae
 from sae_lens import SAE
 from small_runs import small_batches
@@ -155,6 +156,7 @@ def measure(folder: Path, output: Path) -> dict:
 
 
 if __name__ == "__main__":
+    variation.apply()
     hide()
     folder = Path(sys.argv[1])
     (folder / "hidden.json").write_text(json.dumps(measure(folder, folder / "hidden")))
