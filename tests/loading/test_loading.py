@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import json
+import re
+import socket
 import threading
 import zipfile
 from dataclasses import replace
@@ -12,11 +14,12 @@ import pytest
 import torch
 from foreign import D_IN, D_SAE, SOURCES, authors_file, formula, write
 from helpers import codes_and_output, make_activations, make_sae
-from huggingface_hub import close_session, constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import ModelInfo, close_session, constants
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from sae_lens import SAE
 from sae_lens.training.activations_store import ActivationsStore
 
+from saelens_cosine.cli import main
 from saelens_cosine.loading import (
     FORMATS,
     RELEASES,
@@ -28,7 +31,6 @@ from saelens_cosine.loading import (
     sparsify_disk_loader,
     tensor_file,
 )
-from saelens_cosine.loading import pretrained as pretrained_module
 
 
 @pytest.fixture
@@ -42,13 +44,14 @@ def hub(tmp_path, monkeypatch):
             raise LocalEntryNotFoundError(f"no {filename} in {repo_id}")
         return str(path)
 
-    def list_files(self, repo_id):
+    def information(self, repo_id):
         if not (root / repo_id).is_dir():
             raise OfflineModeIsEnabled("offline")
-        return [path.relative_to(root / repo_id).as_posix() for path in (root / repo_id).rglob("*") if path.is_file()]
+        files = [path.relative_to(root / repo_id).as_posix() for path in (root / repo_id).rglob("*") if path.is_file()]
+        return ModelInfo(id=repo_id, siblings=[{"rfilename": file} for file in files])
 
-    monkeypatch.setattr("saelens_cosine.loading.formats.hf_hub_download", download)
-    monkeypatch.setattr("saelens_cosine.loading.pretrained.HfApi.list_repo_files", list_files)
+    monkeypatch.setattr("saelens_cosine.loading.hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", information)
     return root
 
 
@@ -462,17 +465,6 @@ def test_offline_errors_say_what_was_tried(hub, monkeypatch):
         from_pretrained("cosine-scored-saes-qwen3-8b", "standard")
 
 
-def test_offline_the_cache_is_listed(hub, tmp_path, monkeypatch):
-    cached = write("standard", hub / "owner" / "cached" / "arm")
-    monkeypatch.setattr(
-        pretrained_module.HfApi, "list_repo_files", lambda self, repo_id: (_ for _ in ()).throw(OfflineModeIsEnabled())
-    )
-    monkeypatch.setattr(
-        pretrained_module, "snapshot_download", lambda repo_id, local_files_only: str(hub / "owner" / "cached")
-    )
-    assert_computes(from_pretrained("owner/cached"), "standard", cached)
-
-
 def test_a_known_checksum_is_compared(hub, monkeypatch):
     release = RELEASES["cosine-scored-saes-qwen3-8b"]
     path = write("standard", hub / release.repo_id / "standard") / "sae_final.pt"
@@ -511,14 +503,11 @@ class HubServer(http.server.BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body):
-        parts = self.path.split("?")[0].split("/")  # /owner/repo/resolve/main/..., /api/models/owner/repo/tree/main
+        parts = self.path.split("?")[0].split("/")  # /owner/repo/resolve/main/..., /api/models/owner/repo
         file = self.root / "/".join(parts[5:])
-        if "tree" in parts:
-            files = [path for path in self.root.rglob("*") if path.is_file()]
-            listed = [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in files]
-            data = json.dumps(
-                [{"type": "file", "oid": "0" * 40, "size": n, "path": name} for name, n in listed]
-            ).encode()
+        if self.path.startswith("/api/"):
+            files = [path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()]
+            data = json.dumps({"id": "owner/repo", "siblings": [{"rfilename": file} for file in files]}).encode()
         elif "resolve" in parts and file.is_file():
             data = file.read_bytes()
         else:
@@ -565,7 +554,50 @@ def test_through_the_real_client(tmp_path, monkeypatch):
     # and again from the cache
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()
-    assert_computes(from_pretrained("owner/repo", "layers.1"), "sparsify", folder)
+    assert_computes(from_pretrained("owner/repo"), "sparsify", folder)
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """A Hub that nothing answers for, and an empty cache."""
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))  # and never listens
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{unheard.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        close_session()
+        yield
+    close_session()
+
+
+def test_a_folder_that_is_not_there_without_network(no_network, tmp_path, capsys):
+    for command in (
+        ("convert", "no/where", str(tmp_path / "out")),
+        ("evaluate", "no/where", "--output", str(tmp_path / "out")),
+    ):
+        assert main(command) == 2
+        assert re.fullmatch(
+            r"saelens-cosine \w+: Could not list the Hub repository 'no/where' \(ConnectError: .*local folder.*",
+            capsys.readouterr().err.strip(),
+        )
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_ends_in_the_middle(hub, monkeypatch):
+    write("sparsify", hub / "owner" / "repo")
+
+    def broken(repo_id, filename, force_download=False):
+        raise HTTPError("peer closed connection")
+
+    monkeypatch.setattr("saelens_cosine.loading.hub.hf_hub_download", broken)
+    with pytest.raises(ConnectionError, match=r"get 'sae.safetensors' of 'owner/repo'.*peer closed.*HF_ENDPOINT"):
+        from_pretrained("owner/repo")
+
+
+def test_a_release_of_saelens_is_not_converted(tmp_path, capsys):
+    assert main(["convert", "gpt2-small-res-jb", str(tmp_path / "out"), "--sae-id", "blocks.8.hook_resid_pre"]) == 2
+    assert "is a release of SAELens, which reads it: SAE.from_pretrained('gpt2" in capsys.readouterr().err
 
 
 def test_converters_by_name_are_the_formats():
