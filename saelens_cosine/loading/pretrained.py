@@ -16,14 +16,14 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from sae_lens.saes.sae import SAE
 from sae_lens.util import dtype_to_str, str_to_dtype
 
-from saelens_cosine.loading.authors import AUTHORS
-from saelens_cosine.loading.dictionary_learning import DICTIONARY_LEARNING
 from saelens_cosine.loading.errors import CheckpointError, listed
-from saelens_cosine.loading.formats import Format, published_metadata
+from saelens_cosine.loading.formats.authors import AUTHORS
+from saelens_cosine.loading.formats.dictionary_learning import DICTIONARY_LEARNING
+from saelens_cosine.loading.formats.format import Format, published_metadata
+from saelens_cosine.loading.formats.saelens import SAELENS, load_saelens
+from saelens_cosine.loading.formats.sparsify import SPARSIFY
 from saelens_cosine.loading.hub import files_of
 from saelens_cosine.loading.releases import RELEASES
-from saelens_cosine.loading.saelens import SAELENS, load_saelens
-from saelens_cosine.loading.sparsify import SPARSIFY
 
 FORMATS: dict[str, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, AUTHORS)}
 """Layouts by name. The first whose files are all in a folder is taken."""

@@ -24,13 +24,13 @@ from saelens_cosine.loading import (
     FORMATS,
     RELEASES,
     CheckpointError,
-    authors,
     authors_disk_loader,
     authors_huggingface_loader,
     from_pretrained,
     sparsify_disk_loader,
     tensor_file,
 )
+from saelens_cosine.loading.formats import authors
 
 
 @pytest.fixture
