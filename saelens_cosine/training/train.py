@@ -25,8 +25,8 @@ from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
-from saelens_cosine.training.stop import StopRequests
 from saelens_cosine.training.wandb_log import wandb_never_stops
 
 SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)

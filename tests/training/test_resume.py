@@ -20,7 +20,7 @@ from saelens_cosine.activations import text as data
 from saelens_cosine.cli import main
 from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resuming.run import ResumableRun
-from saelens_cosine.training.stop import StopError, handled
+from saelens_cosine.training.resuming.stop import StopError, handled
 from saelens_cosine.training.train import train
 
 

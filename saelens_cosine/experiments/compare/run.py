@@ -37,8 +37,8 @@ from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun
+from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
-from saelens_cosine.training.stop import StopRequests
 
 N_CHECKPOINTS = 5
 """In the course of a seed's training, beside the one at its end."""

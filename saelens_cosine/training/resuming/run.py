@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from saelens_cosine.files.whole import read_json, write_text
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, Checkpoints
+from saelens_cosine.training.resuming.stop import StopError, StopRequests
 from saelens_cosine.training.resuming.stream import ResumableStream, StreamState
-from saelens_cosine.training.stop import StopError, StopRequests
 
 SCHEMA = "saelens-cosine-checkpoint/1"
 """Name and version of the layout of what is beside SAELens' files."""
