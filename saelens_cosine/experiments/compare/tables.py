@@ -158,7 +158,7 @@ def _results(comparison: Comparison) -> Table:
     spread = f", mean ± sd over {_n_seeds(comparison)} seeds" if _n_seeds(comparison) > 1 else ""
     table = _table(
         f"{s.model} at {comparison.hook_name}: {s.d_sae} features, k={s.k}, {s.tokens:,} tokens, recipe {s.recipe}"
-        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (the window of dead); {sinks}{planted}",
+        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens, on none of which a dead feature fires; {sinks}{planted}",
         [heading for heading, _, _ in _MEASURES.values()],
     )
     for arm, results in _by_arm(comparison).items():
