@@ -16,6 +16,7 @@ from typing import Any
 
 from saelens_cosine.activations.models import size_at_hook
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
+from saelens_cosine.hooked_transformer import WAY_OUT, hooked_transformer
 from saelens_cosine.plain import digest, files_fingerprint
 from saelens_cosine.saebench.evals import EVALS, Judge
 from saelens_cosine.saebench.prepare import PreparedSAE
@@ -68,6 +69,8 @@ def check_environment(
         raise ValueError(f"There is no eval {', '.join(unknown)}. SAEBench has {', '.join(EVALS)}.")
     if find_spec("sae_bench") is None:
         return [EvalFailure(name, None, "SAEBench is not installed.", INSTALL) for name in evals]
+    if hooked_transformer() is None:
+        return [EvalFailure(name, None, "SAEBench runs HookedTransformers.", WAY_OUT) for name in evals]
     found: list[EvalFailure] = []
     for name in evals:
         needed = ("sklearn", "tabulate", *EVALS[name].packages)

@@ -206,7 +206,8 @@ def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
 
 
 def lens_hook(hook_name: str | None) -> str:
-    """A hook's name in TransformerLens: block outputs of Hugging Face models are `blocks.<layer>.hook_resid_post`.
+    """A HookedTransformer's name for a hook: block outputs of Hugging Face models and of bridges are
+    `blocks.<layer>.hook_resid_post`, a bridge's block inputs `hook_resid_pre`.
 
     Raises:
         ValueError: nothing is known of it, or SAEBench could read no layer from it.
@@ -215,6 +216,8 @@ def lens_hook(hook_name: str | None) -> str:
         raise ValueError("The SAE's metadata name no hook; say which with hook_name='blocks.<layer>.hook_resid_post'.")
     if path := BLOCK_OUTPUT.fullmatch(hook_name):
         return f"blocks.{path[1]}.hook_resid_post"
+    if bridged := re.fullmatch(r"(blocks\.\d+)\.hook_(in|out)", hook_name):
+        return f"{bridged[1]}.hook_resid_{'pre' if bridged[2] == 'in' else 'post'}"
     if not re.match(r"blocks\.\d+\.", hook_name):
         raise ValueError(
             f"{hook_name!r} is no hook of a block in TransformerLens, which SAEBench needs. Give its name there, such as "

@@ -5,6 +5,7 @@ under that name; `copy` is the same under a name that only Hugging Face knows. I
 """
 
 import json
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import GPT2LMHeadModel
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import block_of, load_hooked_model
+from saelens_cosine.activations.models import block_of, choose_model, load_hooked_model
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.run import compare
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
@@ -52,12 +53,41 @@ def activations(hooked):
         ("copy", "blocks.2.hook_resid_pre", LENS, HF, "transformer.h.1"),
         ("gpt2", "blocks.1.hook_resid_post", "TransformerBridge", "TransformerBridge", "blocks.1.hook_out"),
         ("copy", "transformer.h.1", "TransformerBridge", "TransformerBridge", "blocks.1.hook_out"),
+        ("gpt2-small", "blocks.2.hook_resid_pre", "TransformerBridge", "TransformerBridge", "blocks.2.hook_in"),
     ],
 )
 def test_the_stream_between_blocks_is_found_by_either_name(name, hook, class_name, found_class, found_hook):
     hooked = load_hooked_model(name, hook=hook, class_name=class_name)
     assert (hooked.class_name, hooked.hook_name, hooked.d_in, hooked.context_size) == (found_class, found_hook, D, 32)
     torch.testing.assert_close(activations(hooked), by_hand(TOKENS)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hook", "found"),
+    [
+        ("blocks.0.hook_resid_pre", "blocks.0.hook_in"),
+        ("blocks.1.hook_resid_mid", "blocks.1.ln2.hook_in"),
+        ("blocks.1.hook_attn_out", "blocks.1.attn.hook_out"),
+        ("blocks.1.hook_mlp_out", "blocks.1.mlp.hook_out"),
+        ("blocks.1.attn.hook_z", "blocks.1.attn.o.hook_in"),
+        ("blocks.1.mlp.hook_post", "blocks.1.mlp.out.hook_in"),
+    ],
+)
+def test_a_bridge_is_asked_what_it_calls_other_hook_points(hook, found):
+    hooked = load_hooked_model("gpt2", hook=hook, class_name="TransformerBridge")
+    same = load_hooked_model("gpt2", hook=hook, class_name=LENS)
+    assert (hooked.hook_name, hooked.d_in) == (found, same.d_in)
+    torch.testing.assert_close(activations(hooked), activations(same), rtol=1e-4, atol=1e-4)
+
+
+def test_where_transformer_lens_has_no_hooked_transformer_a_bridge_is_chosen(monkeypatch):
+    monkeypatch.delattr("transformer_lens.HookedTransformer")
+    monkeypatch.setitem(sys.modules, "transformer_lens.HookedTransformer", None)
+    found = [choose_model("gpt2", "blocks.1.hook_mlp_out", class_name).class_name for class_name in (None, LENS, HF)]
+    assert found == ["TransformerBridge"] * 3
+    assert choose_model("gpt2", "transformer.h.1").class_name == choose_model("copy").class_name == HF
+    with pytest.raises(ValueError, match="fold_ln.*loaded as TransformerBridge"):
+        choose_model("gpt2", class_name=LENS, kwargs={"fold_ln": True})
 
 
 def test_only_blocks_outputs_have_two_names():

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
+from saelens_cosine.activations.bridges import restore_hook_names
 from saelens_cosine.activations.models import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
+from saelens_cosine.hooked_transformer import is_hooked_transformer
 from saelens_cosine.metrics.not_finite import NotFiniteError
 
 TOKENS_AT_ONCE = 4096
@@ -100,6 +101,7 @@ class ResumedModel:
             if self.start_at_layer is not None:
                 logits = self.model(hidden, start_at_layer=self.start_at_layer)
             else:
+                restore_hook_names(self.model)
                 logits = self.model.run_with_hooks(
                     tokens.to(self.device),
                     fwd_hooks=[(self.hook_name, lambda activations, hook: self._replaced(activations, hidden))],  # noqa: ARG005
@@ -291,7 +293,7 @@ def clean_run(
 def _first_layer_after(model: Any, hook_name: str) -> int | None:
     """The layer that a HookedTransformer can start at with this hook's activations as its residual stream."""
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-    if not found or not isinstance(model, HookedTransformer):
+    if not found or not is_hooked_transformer(model):
         return None
     masks = getattr(model.tokenizer, "padding_side", "right") == "left"  # made from tokens, which a later start lacks
     if masks or model.cfg.positional_embedding_type == "shortformer":

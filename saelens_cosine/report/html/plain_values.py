@@ -54,7 +54,8 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} has {len(value)} items; {kind.__name__} is {list(hints)}.")
         return kind(*(from_plain(hint, item, where) for hint, item in zip(hints.values(), value, strict=True)))
     plain = str if origin is Literal else kind
-    if isinstance(plain, type) and isinstance(value, int | float if plain is float else plain):
+    bare = isinstance(plain, type) and get_origin(plain) is None  # to Python 3.10 tuple[int] is a type too
+    if bare and isinstance(value, int | float if plain is float else plain):
         if origin is Literal and value not in inner:
             raise ValueError(f"{where} is {value!r}, which is none of {list(inner)}.")
         return value
