@@ -74,3 +74,10 @@ def test_the_pages_build_without_a_warning_and_ask_the_network_for_nothing(tmp_p
         )
         assert fetched == [], path.name
     assert "high_norm_share" in (tmp_path / "site" / "evals.html").read_text()  # fields come from the docstrings
+
+
+def test_files_that_are_named_exist():
+    texts = [PAGES["runs.md"], *((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))]
+    named = {name for text in texts for name in re.findall(r"`([\w/]+/\w+\.(?:py|ipynb))`", text)}
+    assert len(named) > 10
+    assert [name for name in named if not ((ROOT / name).exists() or (ROOT / "saelens_cosine" / name).exists())] == []
