@@ -36,6 +36,10 @@ DEVICES = ("device", "llm_device", "act_store_device")
 
 LARGEST_SEED = 2**63 - 1
 
+N_CHECKPOINTS = 10
+"""Checkpoints in the course of a run, where SAELens' --n_checkpoints is not given, or 0."""
+
+_ABOUT_CHECKPOINTS = re.compile(r"(--n_checkpoints int\s+).*?\(default:\s+0\)", re.DOTALL)
 
 OWN_FLAGS = ("--max-norm-multiple", "--resume", "--overwrite", "--keep", "--stop-on", "--deterministic")
 """Those of `saelens-cosine train` itself, which SAELens' parser does not see; suggested for one that is misspelt."""
@@ -47,12 +51,15 @@ def parse_flags(arguments: Sequence[str]) -> Any:
     Raises:
         argparse.ArgumentError, ValueError: a flag that there is not, or with a value that it cannot have.
     """
-    said = io.StringIO()
+    said, shown = io.StringIO(), io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(said), redirect_stdout(shown):
             return _parse_cfg_args(arguments)
     except SystemExit as stop:
         if not stop.code:  # --help
+            indent = "\n" + 24 * " "
+            ours = f"Checkpoints in the course of a run, beside the one at{indent}its end. (default: {N_CHECKPOINTS})"
+            print(_ABOUT_CHECKPOINTS.sub(rf"\g<1>{ours}", shown.getvalue()), end="")  # noqa: T201
             raise
         raise _refused(said.getvalue().strip().rpartition("error: ")[2]) from None
     except argparse.ArgumentError as error:

@@ -23,7 +23,7 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
   --deterministic        the same bits every time on a GPU too; slower there
 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
-Unless --n_checkpoints says otherwise, 10 are written; --checkpoint_path none writes none.
+--checkpoint_path none writes no checkpoints.
 """
 
 

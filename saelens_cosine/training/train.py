@@ -19,7 +19,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
-from saelens_cosine.training.check import check_run, parse_flags
+from saelens_cosine.training.check import N_CHECKPOINTS, check_run, parse_flags
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
@@ -31,9 +31,6 @@ from saelens_cosine.training.wandb_log import wandb_never_stops
 
 SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 """What SAELens writes as a trained SAE."""
-
-N_CHECKPOINTS = 10
-"""Checkpoints in the course of a run, where SAELens' --n_checkpoints is not given."""
 
 
 def train(

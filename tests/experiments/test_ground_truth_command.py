@@ -36,6 +36,8 @@ def test_it_runs_prints_and_writes_what_was_asked_for(folder, tmp_path, capfd):
     printed, errors = capfd.readouterr()
     assert errors == ""  # neither our progress bars nor SAELens'
     assert printed.count("Recovery of known features, mean ± sd over 2 seeds") == 2
+    assert "…" not in printed  # every figure whole
+    assert printed.count("l0: latents active per sample.") == 2
     assert printed.count("500 samples without sinks") == printed.count("500 samples with sinks") == 1
     assert [path.name for path in (tmp_path / "a" / "b").glob("[!.]*")] == ["ground_truth.json"]
     result = json.loads((tmp_path / "a" / "b" / "ground_truth.json").read_text())

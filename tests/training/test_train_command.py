@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,17 @@ def test_help_is_saelens_own_with_our_architectures(capsys):
     assert "--lr_warm_up_steps" in text
     assert "--norm_exponent_init" in text
     assert "inner_product_batchtopk" in text
+
+
+def test_help_tells_the_default_of_n_checkpoints_once_and_right(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    before, *about = re.split(r"^  --n_checkpoints int\s", capsys.readouterr().out, flags=re.MULTILINE)
+    (about,) = about
+    assert "--n_checkpoints is" not in before
+    assert " ".join(about.partition("\n  --")[0].split()) == (
+        "Checkpoints in the course of a run, beside the one at its end. (default: 10)"
+    )
 
 
 def test_either_module_runs_the_commands():

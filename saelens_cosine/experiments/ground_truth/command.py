@@ -75,7 +75,7 @@ def run_ground_truth(options: Any) -> int:
         result = ground_truth(settings, progress)
         with output.file(FILE) as path:
             write_json(result, path)
-    console = print_tables(as_tables(result) + (as_tables(result, sinks=True) if settings.sink_share else []), 120)
+    console = print_tables(as_tables(result) + (as_tables(result, sinks=True) if settings.sink_share else []), 150)
     if not options.quiet:
         say(console, f"Written to {folder}: {FILE}")
     return 0
