@@ -1,4 +1,4 @@
-"""Results as JSON holds them, and hashes that say what they are results of."""
+"""Results as JSON holds them and back, and hashes that say what they are results of."""
 
 from __future__ import annotations
 
@@ -8,23 +8,114 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from sae_lens.saes.sae import SAE
+
+OMITTED = {"omitted": True}
+"""Metadata of a dataclass field that JSON leaves out where it is None."""
+
+
+def named(name: str) -> dict[str, str]:
+    """Metadata of a dataclass field that JSON calls by another name."""
+    return {"name": name}
+
+
+def _name(part: Field[Any]) -> str:
+    return part.metadata.get("name") or part.name
 
 
 def plain(value: Any) -> Any:
     """Dataclasses, tuples and mappings as what JSON holds; numbers that are not finite become None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        parts = [(part, getattr(value, part.name)) for part in fields(value)]
+        return {
+            _name(part): plain(item) for part, item in parts if item is not None or not part.metadata.get("omitted")
+        }
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
+        if value and all(type(item) is str for item in value):  # tokens, of which there are many
+            return list(value)
         return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """What `plain` was given, from what it made of it. Null is NaN where a float belongs.
+
+    Args:
+        kind: a dataclass, a named tuple, a plain type, or a tuple, dictionary, union or literal of them.
+        value: what JSON holds.
+        where: what errors call it.
+
+    Raises:
+        ValueError: a field that is missing or unknown, or a value of another kind; it says where.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        return None if value is None else from_plain(inner[0], value, where)
+    if kind is float and value is None:
+        return math.nan
+    if is_dataclass(origin or kind) and isinstance(value, Mapping):
+        return _dataclass_from_plain(kind, cast("Mapping[str, Any]", value), where)
+    if origin is dict and isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {name: from_plain(inner[1], item, f"{where}[{name!r}]") for name, item in items}
+    if isinstance(value, list | tuple):
+        items = cast("Sequence[Any]", value)
+        if origin is tuple and inner[-1] is Ellipsis:
+            if all(type(item) is inner[0] for item in items):  # tokens and codes, of which there are many
+                return tuple(items)
+            return tuple(from_plain(inner[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+        named = isinstance(kind, type) and issubclass(kind, tuple)
+        kinds = tuple(get_type_hints(kind).values()) if named else inner if origin is tuple else None
+        if kinds is not None and len(kinds) == len(items):
+            parts = (
+                from_plain(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(zip(kinds, items, strict=True))
+            )
+            return kind(*parts) if named else tuple(parts)
+    expected = str if origin is Literal else kind
+    if isinstance(expected, type) and isinstance(value, int | float if expected is float else expected):
+        if origin is Literal and value not in inner:
+            raise ValueError(f"{where} is {value!r}, which is none of {list(inner)}.")
+        return value
+    raise ValueError(f"{where} is {value!r:.80}, where {kind} belongs.")
+
+
+def _dataclass_from_plain(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    parts, hints = {_name(part): part for part in fields(get_origin(kind) or kind)}, _hints(kind)
+    missing = [name for name, part in parts.items() if part.default is MISSING and name not in value]
+    if missing or not value.keys() <= parts.keys():
+        raise ValueError(f"{where} has {sorted(value)}; {kind} has {sorted(parts)}.")
+    found = {
+        parts[name].name: from_plain(hints[parts[name].name], item, f"{where}.{name}") for name, item in value.items()
+    }
+    return kind(**found)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass' fields, type variables replaced by what stands in brackets: `ByNorm[Fit]`."""
+    origin = get_origin(kind) or kind
+    known = dict(zip(getattr(origin, "__parameters__", ()), get_args(kind), strict=False))
+    for base in getattr(origin, "__orig_bases__", ()):
+        known |= zip(getattr(get_origin(base), "__parameters__", ()), get_args(base), strict=False)
+    return {name: _filled(hint, known) for name, hint in get_type_hints(origin).items()}
+
+
+def _filled(hint: Any, known: Mapping[Any, Any]) -> Any:
+    if isinstance(hint, TypeVar):
+        return known[hint]
+    parameters = getattr(hint, "__parameters__", ())
+    return hint[tuple(known[part] for part in parameters)] if parameters else hint
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from rich.text import Text
@@ -46,21 +44,3 @@ def finite_rows(*rows: torch.Tensor) -> torch.Tensor:
 def shown_number(value: float, form: str) -> str | Text:
     """A number in a format, in rich's red if it is NaN or infinite."""
     return form.format(value) if math.isfinite(value) else literal(str(value), "red")
-
-
-def not_finite(results: Mapping[str, Any]) -> dict[str, int]:
-    """Evals with tokens that were not finite, and the largest number that one of their figures counts."""
-    counts = {name: max(_counts(result), default=0) for name, result in results.items()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _counts(result: Any) -> Iterator[int]:
-    if isinstance(result, Mapping):
-        for name, value in result.items():
-            if name == "not_finite":
-                yield value or 0
-            else:
-                yield from _counts(value)
-    elif isinstance(result, list | tuple):
-        for value in result:
-            yield from _counts(value)

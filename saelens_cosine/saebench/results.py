@@ -57,7 +57,7 @@ class EvalResult:
         versions (dict[str, str]): Packages it ran with.
         seconds (float): Time for this SAE, caches not counted.
         silence_padding (bool): Whether zeroed tokens were given no codes, which stock SAEBench does not do.
-        file (str): SAEBench's own JSON, complete.
+        file (str | None): SAEBench's own JSON, complete; None where it is not told.
         file_without_high_norm (str | None): Likewise.
     """
 
@@ -72,7 +72,7 @@ class EvalResult:
     versions: dict[str, str]
     seconds: float
     silence_padding: bool
-    file: str
+    file: str | None
     file_without_high_norm: str | None
 
 
@@ -137,7 +137,7 @@ def headline_metrics(path: Path) -> dict[str, float]:
 
 def save_record(result: EvalResult, path: Path) -> None:
     """Write a result, complete or not at all; file names relative to the record's folder."""
-    record = asdict(result) | {"schema": SCHEMA, "file": Path(result.file).name}
+    record = asdict(result) | {"schema": SCHEMA, "file": result.file and Path(result.file).name}
     if result.file_without_high_norm:
         record["file_without_high_norm"] = Path(result.file_without_high_norm).name
     write_json(record, path)

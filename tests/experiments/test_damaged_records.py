@@ -1,31 +1,47 @@
 """What the package has written beside SAEs and is damaged since: said with the file's name, and done again or without."""
 
 import json
+import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 from helpers import make_sae
+from saved_evaluations import saved_sae, with_evals
 from shared_saes import save_comparison, share
-from test_evaluate import saved_sae, with_evals
 
 from saelens_cosine.experiments.compare.file import ComparisonFileError, comparison_beside, read_comparison
-from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept
-from saelens_cosine.experiments.evaluate.results.training_log import training_log
+from saelens_cosine.experiments.evaluate.evals import Eval
+from saelens_cosine.experiments.evaluate.results.kept import Kept, keep, read_kept
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.sources import Source, parse_sources
+from saelens_cosine.experiments.evaluate.training_log import training_log
 from saelens_cosine.plain import weights_sha256
 from saelens_cosine.sharing.neuronpedia import _read as read_record
 
 
+@dataclass(frozen=True)
+class Found:
+    fve: float
+    by: tuple[float, ...]
+
+
+def measure(_) -> Found: ...
+
+
+ROW = Eval("fve", "sae", "", measure)
+
+
 def test_a_damaged_measurement_is_made_again(tmp_path):
     sae, out, settings = saved_sae(tmp_path / "sae"), tmp_path / "out", with_evals("reconstruction", "dictionary")
-    document = evaluate([sae], settings, out)
+    found = evaluate([sae], settings, out)
+    document = found.document()
     file, other = (next((out / "measured").glob(f"{name}-*.json")) for name in settings.evals)
     good, kept = json.loads(file.read_text()), other.read_bytes()
     file.write_text(file.read_text()[:100])
     with pytest.warns(UserWarning, match=rf"{file.name} is damaged .* measured again"):
         again = evaluate([sae], settings, out)
-    assert again["saes"][0]["results"] == document["saes"][0]["results"]
+    assert again.document()["saes"][0]["results"] == document["saes"][0]["results"]
     assert json.loads(file.read_text())["result"] == good["result"]
     assert other.read_bytes() == kept
 
@@ -40,26 +56,27 @@ def test_a_damaged_measurement_is_made_again(tmp_path):
         lambda text: "[" * 100_000,
         lambda text: text.replace('"seconds"', '"second"'),
         lambda text: text.replace("0.5", "0.7"),
+        lambda text: json.dumps({"result": {"fve": 0.5}, "seconds": 0.1}),  # of a version whose result had other fields
         lambda text: b"\xff\xfe" + text.encode(),
     ],
 )
 def test_what_is_kept_is_taken_only_as_it_was_written(damage, tmp_path):
-    measured = {"result": {"fve": 0.5, "by": [1, None]}, "seconds": 0.1}
+    measured = Kept(Found(0.5, (1, 2)), 0.1)
     file = tmp_path / "measured" / "fve-0123.json"
-    assert read_kept(file) is None
+    assert read_kept(file, ROW) is None
     keep(measured, file)
-    taken = read_kept(file)
-    assert taken is not None
-    assert {name: taken[name] for name in measured} == measured
+    assert read_kept(file, ROW) == measured
     write(file, damage(file.read_text()))
     with pytest.warns(UserWarning, match=r"fve-0123\.json is damaged .* measured again"):
-        assert read_kept(file) is None
+        assert read_kept(file, ROW) is None
 
 
 def test_what_a_version_without_checksums_kept_is_taken(tmp_path):
-    measured = {"result": {"fve": 0.5}, "seconds": 0.1}
+    measured = {"result": {"fve": 0.5, "by": [1, None]}, "seconds": 0.1}
     (tmp_path / "old.json").write_text(json.dumps(measured))
-    assert read_kept(tmp_path / "old.json") == measured
+    (taken, seconds) = read_kept(tmp_path / "old.json", ROW)
+    assert (taken.fve, taken.by[0], seconds) == (0.5, 1, 0.1)
+    assert math.isnan(taken.by[1])
 
 
 BROKEN = ["", "{", "[]", "null", "{}", '{"arms": 3}', '{"arms": [3]}', '{"arms": [{}]}', '{"arms": [{"path": 3}]}']

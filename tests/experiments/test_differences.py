@@ -6,39 +6,48 @@ import torch
 
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.experiments.evaluate.command import as_tables
-from saelens_cosine.experiments.evaluate.results.differences import about_differences, compared, differences, summary
+from saelens_cosine.experiments.evaluate.evals.of_sae.probing import ProbingByTask
+from saelens_cosine.experiments.evaluate.evals.of_sae.reconstruction import FVEByDocument, Reconstructed
+from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE
+from saelens_cosine.experiments.evaluate.results.listing import about_differences, summary
 from saelens_cosine.experiments.evaluate.run import _baseline
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
-from saelens_cosine.metrics.reconstruction.documents import fve_by_document
+from saelens_cosine.metrics.norm_ranges import ByNorm, WithAndWithoutTop
+from saelens_cosine.metrics.probing.probing import KProbe
+from saelens_cosine.metrics.reconstruction.by_norm import ReconstructionDiagnostics
+from saelens_cosine.metrics.reconstruction.dead import DeadShares
+from saelens_cosine.metrics.reconstruction.documents import DocumentErrors, fve_by_document
+from saelens_cosine.metrics.reconstruction.fve import Fit
 
 TOTAL = [1.0, 2, 3, 4, 5, 6, 7, 8, 9, 55]  # 100 in sum
 
 
 def entry(arm, seed, fve, text="text", total=TOTAL, tasks=None):
-    """What `evaluation.json` holds of an SAE with these fractions of variance explained in each document."""
+    """An SAE with these fractions of variance explained in each document."""
     total = np.asarray(total)
     residual = (1 - np.broadcast_to(fve, total.shape)) * total
-    overall = {
-        "tokens": 1000,
-        "fve": 1 - residual.sum() / total.sum(),
-        "cosine": 0.9,
-        "norm_ratio": 1.0,
-        "l0": 8.0 + seed,
-        "never_fired": 0.0,
-        "rarely_fired": 0.0,
-    }
-    by_norm = {"all_norms": {"overall": overall}, "without_top": {"overall": overall}}
-    by_document = {"text": text, "with_sinks": {"residual": residual.tolist(), "total": total.tolist()}}
-    fit = {"by_norm": by_norm, "dead": {"in_batch": 0.0, "in_training": None}}
-    results = {"reconstruction": {"with_sinks": fit, "fve_by_document": by_document}}
+    fit = Fit(1000, 0, 1 - residual.sum() / total.sum(), 0.8, 0.8, 0.8, 0.9, 1.0, 1.0, 8.0 + seed, 0.0, 0.0)
+    diagnostics = ReconstructionDiagnostics(
+        WithAndWithoutTop(ByNorm(fit, ()), ByNorm(fit, ()), 1.0, 0), DeadShares(1000, 0.0, 0.0, 0.0, 100, None, None)
+    )
+    errors = DocumentErrors(tuple(residual.tolist()), tuple(total.tolist()))
+    documents = FVEByDocument(text=text, documents=tuple(range(len(total))), with_sinks=errors)
+    results = {"reconstruction": Reconstructed(with_sinks=diagnostics, fve_by_document=documents)}
     if tasks is not None:
-        probes = [[{"k": 1, "accuracies": accuracies}] for accuracies in tasks.values()]
-        results["probing"] = {"tasks": list(tasks), "with_sinks": {"canonical": probes}}
-    return {"arm": arm, "seed": seed, "held_out": True, "results": results}
+        probes = tuple((KProbe(1, 0.0, 0.0, tuple(accuracies), (), ()),) for accuracies in tasks.values())
+        by_units = {"canonical": probes}
+        results["probing"] = ProbingByTask(tasks=tuple(tasks), texts=(9,) * len(tasks), with_sinks=by_units)
+    return MeasuredSAE(results=results, seconds={}, arm=arm, seed=seed, metadata={}, trained={}, held_out=True)
+
+
+def found_in(saes):
+    settings = EvaluationSettings(evals=("reconstruction", "probing"))
+    return Evaluation(settings, "", None, {}, (), tuple(saes))
 
 
 def of(saes, measure="FVE, sinks in"):
-    return [item for item in differences(saes) if item.measure == measure]
+    return [item for item in found_in(saes).differences if item.measure == measure]
 
 
 def test_a_difference_is_that_of_the_printed_figures():
@@ -49,7 +58,7 @@ def test_a_difference_is_that_of_the_printed_figures():
     (one,) = of(saes)
     assert (one.arm, one.baseline, one.over, one.difference.shape) == ("cosine", "inner", ("documents",), (10,))
     assert one.difference.mean == pytest.approx(printed, abs=1e-12)
-    assert one.difference.mean == summary(saes[1:])["FVE, sinks in"][0] - summary(saes[:1])["FVE, sinks in"][0]
+    assert one.difference.mean == (summary(saes[1:])["FVE, sinks in"].value - summary(saes[:1])["FVE, sinks in"].value)
     (two,) = of([*saes[:1], entry("inner", 1, b), *saes[1:], entry("cosine", 1, 0.9)])
     other = 0.9 - (45 * 0.8 + 55 * 0.75) / 100
     assert (two.over, two.difference.shape) == (("seeds",), (2,))
@@ -64,19 +73,18 @@ def test_seeds_are_paired_by_number_and_those_without_a_partner_named():
     assert found.difference.shape == (2,)
     (l0,) = of([*inner, *cosine], "L0, sinks in")
     assert l0.difference.mean == 0
-    document = {"settings": {"max_norm_multiple": 10.0}, "texts": [], "saes": [*inner, *cosine]}
-    document |= compared(document["saes"])
-    assert document["unpaired"] == [
+    both = found_in([*inner, *cosine])
+    assert both.unpaired == [
         {"arm": "cos", "seed": 3, "without": "ip"},
         {"arm": "ip", "seed": 1, "without": "cos"},
     ]
-    assert "seed 3 of cos (ip has none), seed 1 of ip (cos has none)" in about_differences(document)[-1]
+    assert "seed 3 of cos (ip has none), seed 1 of ip (cos has none)" in about_differences(both)[-1]
 
 
 def test_no_seed_in_common_is_no_difference():
     saes = [entry("ip", 0, 0.8), entry("ip", 1, 0.8), entry("cos", 2, 0.9)]
-    assert differences(saes) == []
-    assert [item["seed"] for item in compared(saes)["unpaired"]] == [2, 0, 1]
+    assert found_in(saes).differences == ()
+    assert [item["seed"] for item in found_in(saes).unpaired] == [2, 0, 1]
 
 
 def test_other_tokens_and_few_documents_have_no_interval():
@@ -105,17 +113,17 @@ def test_probing_is_a_difference_of_its_mean_over_tasks_and_splits():
 
 
 def test_the_json_says_what_intervals_are_over_and_how_many_mean_nothing():
-    two = compared([entry(arm, seed, 0.8 + seed / 100) for arm in ("ip", "cos") for seed in (0, 1)])
+    two = found_in([entry(arm, seed, 0.8 + seed / 100) for arm in ("ip", "cos") for seed in (0, 1)]).document()
     assert (two["baseline"], two["unpaired"]) == ("ip", [])
     intervals = two["intervals"]
     # FVE twice, cosine, norm ratio, L0, never and rarely fired, dead in a batch; one in twenty leaves out zero by chance
     assert (intervals["looked_at"], intervals["exclude_zero"], intervals["expected_by_chance"]) == (8, 0, 0.4)
     assert list(intervals["assumptions"]) == ["seeds"]
     assert "88 % at three seeds" in intervals["assumptions"]["seeds"]
-    one = compared([entry("ip", 0, 0.8), entry("cos", 0, 0.9)])
+    one = found_in([entry("ip", 0, 0.8), entry("cos", 0, 0.9)]).document()
     assert list(one["intervals"]["assumptions"]) == ["documents"]
-    alone = compared([entry("ip", 0, 0.8)])
-    assert (alone["differences"], alone["intervals"]["looked_at"]) == ([], 0)
+    alone = found_in([entry("ip", 0, 0.8)])
+    assert (alone.differences, alone.chance.looked_at) == ((), 0)
     assert about_differences(alone) == []
 
 
@@ -138,23 +146,19 @@ def test_sums_by_document_are_those_of_the_formula():
         return part - torch.stack([errors[tuple(row)] for row in part.tolist()])
 
     found = fve_by_document(reconstruct, sample, ("with_sinks", "without_sinks"))
-    assert found["documents"] == list(range(40, 47))
+    assert found.documents == tuple(range(40, 47))
     for treatment, keep in (("with_sinks", torch.ones_like(ordinary)), ("without_sinks", ordinary)):
         for part, values in (("residual", error), ("total", x)):
             about = values.double() - values[keep].double().mean(dim=0)
             expected = [about[keep & (document == i)].square().sum().item() for i in range(40, 47)]
-            assert found[treatment][part] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert getattr(found.by_treatment[treatment], part) == pytest.approx(expected, rel=1e-5, abs=1e-6)
     other = TokenSample(x, numbers + 1, numbers, document, numbers, ordinary, 10.0)
-    assert fve_by_document(reconstruct, other, ())["text"] != found["text"]
+    assert fve_by_document(reconstruct, other, ()).text != found.text
 
 
 def test_the_table_shows_means_intervals_and_what_they_are_worth():
     saes = [entry("ip", 0, 0.8), entry("cos", 0, 0.9), entry("short", 0, 0.7, text="other")]
-    saes = [{**one, "figures": {}} for one in saes]
-    document = {"settings": {"max_norm_multiple": 10.0, "evals": ["reconstruction"]}, "texts": [], "saes": saes}
-    document |= compared(saes)
-    document["differences"] = [vars(item) | {"difference": vars(item.difference)} for item in document["differences"]]
-    table = as_tables(document)[1]
+    table = next(table for table in as_tables(found_in(saes)) if table.title.startswith("Difference"))
     assert table.title.startswith("Difference to ip")
     assert [list(column.cells) for column in table.columns][3] == [
         "+0.1000 (+0.1000 to +0.1000)",

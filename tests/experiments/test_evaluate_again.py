@@ -99,7 +99,7 @@ def test_the_command_keeps_replaces_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "--overwrite" in message
     assert run("one") == 0  # the same again
     with monkeypatch.context() as patched:
-        patched.setattr(module, "compared", lambda _saes: 1 / 0)
+        patched.setattr(module.Evaluation, "document", lambda _found: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("two", more=["--overwrite"])
     assert places() == ["one"]

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import saelens_cosine.bundled
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
-from saelens_cosine.experiments.evaluate.results.differences import measures
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.plain import digest, files_fingerprint, fingerprint, model_fingerprint, weights_sha256
@@ -59,7 +58,7 @@ def counted(monkeypatch):
             measured.append(name)
             return measure(subject)
 
-        monkeypatch.setitem(EVALS, name, Eval(counting, of, "", **more))
+        monkeypatch.setitem(EVALS, name, Eval(name, of, "", counting, **more))
 
     replace.measured = measured
     return replace
@@ -81,7 +80,7 @@ def test_another_text_under_the_same_name_is_measured(tmp_path, counted):
     assert {len(word) for word in ids.values()} == {1}
 
     def found(dataset):
-        (text,) = evaluate([sae], settings("words", dataset=dataset), tmp_path / "out")["texts"]
+        (text,) = evaluate([sae], settings("words", dataset=dataset), tmp_path / "out").document()["texts"]
         return [word for word, (number,) in ids.items() if number in text["results"]["words"]["ids"]]
 
     assert found(documents(file, ["def", "self"])) == ["def", "self"]
@@ -101,7 +100,8 @@ def test_other_labels_in_the_same_file_are_measured(tmp_path, counted):
 
     def found(one, two):
         file.write_text(f"text,label\none,{one}\ntwo,{two}\n")
-        document = evaluate(saes, settings(*names, tasks=(str(file),), task_texts=4), tmp_path / "out")
+        found = evaluate(saes, settings(*names, tasks=(str(file),), task_texts=4), tmp_path / "out")
+        document = found.document()
         results = {**document["texts"][0]["results"], **document["saes"][1]["results"]}
         return [results[name] for name in names]
 
@@ -125,7 +125,8 @@ def test_other_weights_of_the_model_in_the_same_folder_are_measured(tmp_path, co
     sae = save(topk(), tmp_path / "sae", path, str(folder))
 
     def norm():
-        document = evaluate([sae], settings("norm"), tmp_path / "out")
+        found = evaluate([sae], settings("norm"), tmp_path / "out")
+        document = found.document()
         return document["texts"][0]["results"]["norm"]["median"]
 
     before = norm()
@@ -174,12 +175,13 @@ def test_saes_of_equal_weights_and_other_configs_have_figures_of_their_own(tmp_p
     assert len({weights_sha256(loaded[name]) for name in ("k32", "k8", "b_dec", "layer_norm")}) == 1
     assert weights_sha256(loaded["restored"]) == weights_sha256(loaded["unrestored"])
     counted("capture", capture, "sae")
-    document = evaluate(sources, settings("capture", "reconstruction", sinks="keep"), tmp_path / "out")
-    figures = {entry["arm"]: measures(entry) for entry in document["saes"]}
-    assert figures["k32"]["L0, sinks in"].value == 32
-    assert figures["k8"]["L0, sinks in"].value == 8
+    found = evaluate(sources, settings("capture", "reconstruction", sinks="keep"), tmp_path / "out")
+    document = found.document()
+    figures = {entry.arm: entry.compared for entry in found.saes}
+    assert figures["k32"]["L0, sinks in"].number == 32
+    assert figures["k8"]["L0, sinks in"].number == 8
     for name, found in figures.items():
-        assert found["FVE, sinks in"].value == pytest.approx(captured[name], rel=1e-4, abs=1e-4), name
+        assert found["FVE, sinks in"].number == pytest.approx(captured[name], rel=1e-4, abs=1e-4), name
     assert len({entry["sha256"] for entry in document["saes"]}) == len(saes)
     evaluate(sources, settings("capture", "reconstruction", sinks="keep"), tmp_path / "out")
     assert counted.measured == ["capture"] * len(saes)
@@ -200,7 +202,8 @@ def test_a_seed_that_leads_an_arm_has_its_features_shown(tmp_path, counted):
     seeds = [save(topk(8 + i), tmp_path / "arm" / f"seed{i}") for i in range(2)]
 
     def found(sources):
-        document = evaluate(sources, settings("features"), tmp_path / "out")
+        found = evaluate(sources, settings("features"), tmp_path / "out")
+        document = found.document()
         return ["features" in entry["results"] for entry in document["saes"]]
 
     assert found(seeds) == [True, False]
@@ -212,7 +215,7 @@ def test_pairs_are_kept_by_the_text_of_the_baseline_too(tmp_path, counted):
     one, other = (save(topk(k), tmp_path / f"k{k}") for k in (8, 4))
 
     def same():
-        return evaluate([one, other], settings("matching"), tmp_path / "out")["saes"][1]["results"]["matching"]["same"]
+        return evaluate([one, other], settings("matching"), tmp_path / "out").saes[1].results["matching"]["same"]
 
     assert same()
     save(topk(8), tmp_path / "k8", "blocks.2.hook_resid_post")
@@ -227,7 +230,7 @@ def test_curves_are_not_those_of_another_sae_at_the_same_place(tmp_path):
     (tmp_path / "comparison.json").write_text(json.dumps({"arms": [arm]}))
 
     def curves():
-        return evaluate([str(place)], settings(), tmp_path / "out")["saes"][0]["training"]
+        return evaluate([str(place)], settings(), tmp_path / "out").saes[0].training
 
     assert curves() == {"training_tokens": [10], "fve": [0.5], "l0": [8.0]}
     sae.b_dec.data[0] += 1

@@ -12,7 +12,7 @@ from planted_concept import STRENGTH, best_by_inner_product, concept, identity_s
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from scipy.stats import norm
 
-from saelens_cosine.experiments.evaluate.score_swap import score_swap
+from saelens_cosine.experiments.evaluate.evals.of_sae.score_swap import score_swap
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.rescoring import RELATIVE_SCALES, rescore
 

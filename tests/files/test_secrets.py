@@ -257,7 +257,7 @@ def test_convert_saves_no_token(tmp_path, capsys):
     assert_nowhere(tmp_path / "out", said(capsys))
 
 
-def test_a_token_that_the_hub_echoes_is_not_said(tmp_path, logged_in, monkeypatch, capsys):  # noqa: F811
+def test_a_token_that_the_hub_echoes_is_not_said(tmp_path, logged_in, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)  # which this Hub does not take
     route = logged_in.route
 

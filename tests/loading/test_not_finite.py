@@ -14,8 +14,12 @@ from saelens_cosine.experiments.compare.run import ArmResult, Comparison, Compar
 from saelens_cosine.experiments.compare.tables import as_json, draw
 from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
 from saelens_cosine.experiments.evaluate.command import as_tables
+from saelens_cosine.experiments.evaluate.evals import BySinks, NotMeasured
+from saelens_cosine.experiments.evaluate.evals.of_sae.afa import AFA, AFAOfTokens
+from saelens_cosine.experiments.evaluate.evals.of_sae.norm_response import Scaled
+from saelens_cosine.experiments.evaluate.evals.of_sae.reconstruction import FVEByDocument, Reconstructed
 from saelens_cosine.experiments.evaluate.page import report_data
-from saelens_cosine.experiments.evaluate.results.differences import compared
+from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE, MeasuredText
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.causal import clean_run, substitution_kl
 from saelens_cosine.metrics.codes import sparse_codes
@@ -29,6 +33,7 @@ from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.metrics.probing.probing import probe_activations, probe_sae
 from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.documents import DocumentErrors
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_plot import zf_figure, zf_points
@@ -229,44 +234,39 @@ def test_effects_on_predictions(model, value):
 # --- what is said ---
 
 
-def document(tmp_path, sae):
-    """As `saelens-cosine evaluate` writes it, of one SAE and what can be measured without a model."""
+def evaluation(tmp_path, sae):
+    """What `saelens-cosine evaluate` finds of one SAE, without a model."""
     x = activations()
-    tokens = measure_afa(sae, x)
-    afa = {f"{bias}, to the input": summarize_afa(tokens) for bias in ("augment", "center")}
-    fit = diagnose_reconstruction(sae, x)
-    documents = {"text": "t", "documents": [0, 1], "without_sinks": {"residual": [math.nan, 0.5], "total": [1.0, 1.0]}}
+    tokens, centred = measure_afa(sae, x), measure_afa(sae, x, bias="center")
+    augmented, points = summarize_afa(tokens), zf_points(centred, "cos")
+    afa = AFAOfTokens(augmented, augmented, summarize_afa(centred), summarize_afa(centred), points)
+    errors = DocumentErrors((math.nan, 0.5), (1.0, 1.0))
+    documents = FVEByDocument(text="t", documents=(0, 1), without_sinks=errors)
     results = {
-        "reconstruction": {"without_sinks": fit, "fve_by_document": documents},
-        "afa": {
-            "without_sinks": {**afa, "zf_points_centred": zf_points(measure_afa(sae, x, bias="center"), "cos")},
-            "zf_points": zf_points(tokens, "cos"),
-        },
-        "dictionary": {"not_applicable": "Codes are not finite", "not_finite": 3},
-        "norm_response": {"without_sinks": {"response": norm_response(sae, x), "noise": norm_noise(sae, x)}},
+        "reconstruction": Reconstructed(without_sinks=diagnose_reconstruction(sae, x), fve_by_document=documents),
+        "afa": AFA(without_sinks=afa, zf_points=zf_points(tokens, "cos")),
+        "dictionary": NotMeasured("Codes are not finite", 3),
+        "norm_response": BySinks(without_sinks=Scaled(norm_response(sae, x), norm_noise(sae, x))),
     }
-    entry = {"arm": "cos", "seed": 0, "architecture": "cosine_topk", "results": results}
-    entry["training"] = {"training_tokens": [0, 100], "fve": [math.nan, 0.2], "l0": [3.0, math.inf]}
-    entry |= {
-        "place": "cos",
-        "sha256": "0" * 64,
-        "metadata": {},
-        "held_out": True,
-        "trained": trained(sae),
-        "figures": {},
-    }
-    text = {"model": "tiny", "hook": HOOK, "dataset": "tiny", "planted_sinks": False, "results": {}, "figures": {}}
-    found = plain(
-        {
-            "date": "2026-01-01",
-            "command": None,
-            "settings": EvaluationSettings().to_dict(),
-            "versions": {},
-            "texts": [text],
-            "saes": [entry],
-        }
+    entry = MeasuredSAE(
+        results=results,
+        seconds={},
+        arm="cos",
+        seed=0,
+        architecture="cosine_topk",
+        training={"training_tokens": [0, 100], "fve": [math.nan, 0.2], "l0": [3.0, math.inf]},
+        place="cos",
+        sha256="0" * 64,
+        metadata={},
+        held_out=True,
+        trained=trained(sae),
     )
-    return json.loads(json.dumps(found | plain(compared(found["saes"])), allow_nan=False))
+    text = MeasuredText(
+        results={}, seconds={}, model="tiny", hook=HOOK, head=None, dataset="tiny", planted_sinks=False, form={}
+    )
+    found = Evaluation(EvaluationSettings(), "2026-01-01", None, {}, (text,), (entry,))
+    json.dumps(found.document(), allow_nan=False)
+    return found
 
 
 def printed(tables):
@@ -278,7 +278,7 @@ def printed(tables):
 
 
 def test_evaluate_says_it_in_red_and_draws_the_rest(tmp_path):
-    found = document(tmp_path, broken(tmp_path, "encode", math.nan))
+    found = evaluation(tmp_path, broken(tmp_path, "encode", math.nan))
     text = printed(as_tables(found))
     assert "\x1b[31mnan\x1b[0m" in text  # FVE, L0 and never fired
     first = text.split("Held-out text")[0]
@@ -293,8 +293,8 @@ def test_evaluate_says_it_in_red_and_draws_the_rest(tmp_path):
 
 
 def test_evaluate_says_nothing_of_a_sound_sae(tmp_path):
-    found = document(tmp_path, sound(tmp_path))
-    del found["saes"][0]["results"]["dictionary"]
+    found = evaluation(tmp_path, sound(tmp_path))
+    del found.saes[0].results["dictionary"]
     assert "Not finite" not in printed(as_tables(found))
     assert 'class="warning"' not in render(report_data(found))
 

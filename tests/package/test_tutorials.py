@@ -47,11 +47,13 @@ BEFORE = f"""
 import functools, sys
 sys.path.append({str(Path(__file__).parents[1])!r})
 import short_corpus, variation
-from saelens_cosine.experiments.evaluate import evals
+from saelens_cosine.experiments.evaluate.evals.of_sae import probing
+from saelens_cosine.experiments.evaluate.evals.of_text import patching, probing_baseline
+from saelens_cosine.experiments.evaluate.evals.of_pair import decomposition
 variation.apply()
 short_corpus.apply(corpus=short_corpus.few_documents)
-evals.direction_norm_patching = functools.partial(evals.direction_norm_patching, pairs=20, control_pairs=10, rescaled_tokens=10)
-evals.SPLITS = 2
+patching.direction_norm_patching = functools.partial(patching.direction_norm_patching, pairs=20, control_pairs=10, rescaled_tokens=10)
+probing.SPLITS = probing_baseline.SPLITS = decomposition.SPLITS = 2
 """
 """Run first in a notebook's process: seeds and threads as in this one, few documents, patches and probes."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +14,31 @@ from rich import box
 from rich.table import Table
 
 from saelens_cosine.console import PlainTable
-from saelens_cosine.experiments.evaluate.evals import EVALS
+from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
 from saelens_cosine.experiments.evaluate.page import report_data
-from saelens_cosine.experiments.evaluate.results.differences import TREATMENTS, about_differences, by_arm, summary
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
-from saelens_cosine.experiments.evaluate.results.figures import Figures, by_column, left_out, rows, text_is
-from saelens_cosine.experiments.evaluate.results.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
+from saelens_cosine.experiments.evaluate.results.listing import (
+    Figures,
+    about_differences,
+    by_column,
+    columns,
+    left_out,
+    not_finite,
+    notes,
+    rows,
+    summary,
+    text_is,
+    tokens_measured,
+)
 from saelens_cosine.experiments.evaluate.run import Progress, evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
-from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS, Difference
-from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE
-from saelens_cosine.metrics.not_finite import not_finite, shown_number
-from saelens_cosine.metrics.reconstruction.loss_recovered import CE_NOTE
+from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
+from saelens_cosine.metrics.not_finite import shown_number
 from saelens_cosine.report.html import write_report
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
-
-COLUMNS = (
-    ("FVE", "{:.4f}"),
-    ("L0", "{:.1f}"),
-    ("never fired", "{:.1%}"),
-    ("CE recovered", "{:.4f}"),
-    ("KL, nats", "{:.4f}"),
-    ("active-set overlap at half scale, about b_dec", "{:.3f}"),
-    ("active-set overlap at half scale, about 0", "{:.3f}"),
-)
-"""Of the printed table, where they were measured."""
-
-NOTES = {"CE recovered": CE_NOTE, "active-set overlap at half scale, about b_dec": SCALING_NOTE}
-"""What stands under the table where it has a column."""
 
 GROUPS = {
     "diagnostics": tuple(name for name in EVALS if name not in SAEBENCH_EVALS),
@@ -72,9 +70,16 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
         "--evals",
         nargs="+",
         default=default.evals,
-        choices=(*GROUPS, *EVALS),
         metavar="EVAL",
         help=f"{listed}; SAEBench's {', '.join(SAEBENCH_EVALS)}; 'diagnostics' and 'saebench' stand for all of a kind",
+    )
+    add(
+        "--eval-file",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE.py",
+        help="Python files of your own that call register_eval; --evals may then name what they register",
     )
     add("--tokens", type=count, default=default.tokens, help="tokens, in contexts from all held-out documents")
     add("--sinks", choices=("keep", "drop", "both"), default=default.sinks, help="what happens to high-norm tokens")
@@ -117,6 +122,8 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
 
 def run_evaluate(options: Any, progress: Progress) -> list[Table]:
     """Evaluate, write `evaluation.json` and `report.html`, and give the tables to print."""
+    for file in options.eval_file:
+        _run_file(file)
     chosen = [name for group in options.evals for name in GROUPS.get(group, (group,))]
     settings = EvaluationSettings(
         evals=tuple(dict.fromkeys(chosen)),
@@ -137,7 +144,7 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         judge=Judge(options.judge_model, options.judge_url),
     )
     with open_evaluation(options.output) as output:
-        document = evaluate(
+        found = evaluate(
             options.saes,
             settings,
             output,
@@ -147,8 +154,26 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
             overwrite=options.overwrite,
         )
         with output.file("report.html") as path:
-            write_report(report_data(document), path)
-    return as_tables(document)
+            write_report(report_data(found), path)
+    return as_tables(found)
+
+
+def _run_file(file: Path) -> None:
+    """Run a file that registers evals, once in a process."""
+    name = f"evals of {file.resolve()}"
+    if name in sys.modules:
+        return
+    if not file.is_file():
+        raise ValueError(f"--eval-file {file} is not there, or is no file.")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--eval-file {file} is no Python file: its name must end in .py.")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # annotations are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ValueError(f"--eval-file {file} stopped with {type(error).__name__}: {error}") from error
 
 
 def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -163,91 +188,72 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def as_tables(document: Mapping[str, Any]) -> list[Table]:
+def as_tables(found: Evaluation) -> list[Table]:
     """The figures that one looks at first, sinks in and out side by side; all others by eval; differences; what did not apply."""
-    texts, arms = by_column(document)
+    texts, arms = by_column(found)
+    first = {title: one for title, one in columns(found.saes).items() if one.sinks is not None}
     tables = [
-        *_not_finite(document),
-        _results(document),
-        _listed("Figures of the text", texts, document),
-        _listed("Other figures, mean over seeds", arms, document),
+        *_not_finite(found),
+        _results(found, first),
+        _listed("Figures of the text", texts, found, first),
+        _listed("Other figures, mean over seeds", arms, found, first),
     ]
-    if document["differences"] or document["unpaired"]:
-        tables.append(_differences(document))
+    if found.differences or found.unpaired:
+        tables.append(_differences(found))
     tables.append(_table("Left out", "arm", "eval", "reason"))
-    for (name, reason), whose in left_out(document).items():
-        tables[-1].add_row(", ".join(whose), name, reason)
+    for item in left_out(found):
+        tables[-1].add_row(item.whose, item.eval, item.reason)
     return [table for table in tables if table.row_count or table.caption]
 
 
-def _listed(title: str, columns: Mapping[str, Figures], document: Mapping[str, Any]) -> Table:
+def _listed(title: str, by_name: Mapping[str, Figures], found: Evaluation, shown: Container[str]) -> Table:
     """Figures that have no column in the first table."""
-    table = _table(title, "eval", "figure", *columns)
-    shown = {f"{name}, {sinks}" for name, _ in COLUMNS for sinks in TREATMENTS.values()}
+    table = _table(title, "eval", "figure", *by_name)
     before = None
-    for name, figure, values in rows(columns, document["settings"]["evals"]):
+    for name, figure, values in rows(by_name, found.settings.evals):
         if figure not in shown:
-            cells = ["-" if value is None else f"{value:.4g}" for value in values]
+            cells = ["-" if value is None or not math.isfinite(value) else f"{value:.4g}" for value in values]
             table.add_row(name if name != before else "", figure, *cells)
             before = name
     return table
 
 
-def _not_finite(document: Mapping[str, Any]) -> Iterator[Table]:
+def _not_finite(found: Evaluation) -> Iterator[Table]:
     """What is NaN or infinite, in red, where anything is."""
-    found = [
-        (entry["arm"], str(entry["seed"]), name, f"{count:,}")
-        for entry in document["saes"]
-        for name, count in not_finite(entry["results"]).items()
-    ]
-    if found:
+    broken = not_finite(found)
+    if broken:
         table = _table("Not finite: figures of these are NaN", "arm", "seed", "eval", "not finite")
         table.style = table.title_style = "red"
-        for row in found:
-            table.add_row(*row)
+        for item in broken:
+            table.add_row(item.arm, str(item.seed), item.eval, f"{item.bad:,}")
         yield table
 
 
-def _results(document: Mapping[str, Any]) -> Table:
-    settings = document["settings"]
-    bound = f"sinks: tokens above {settings['max_norm_multiple']:g} times the median norm"
-    planted = ", planted in each context" if any(text["planted_sinks"] for text in document["texts"]) else ""
-    arms = {arm: summary(entries) for arm, entries in by_arm(document["saes"]).items()}
-    shown = [
-        (name, form)
-        for name, form in COLUMNS
-        if any(f"{name}, {sinks}" in figures for figures in arms.values() for sinks in TREATMENTS.values())
-    ]
-    measured = tokens_measured(document["saes"])
+def _results(found: Evaluation, first: Mapping[str, Figure]) -> Table:
+    bound = f"sinks: tokens above {found.settings.max_norm_multiple:g} times the median norm"
+    planted = ", planted in each context" if any(text.planted_sinks for text in found.texts) else ""
+    measured = tokens_measured(found.saes)
     tokens = f"\nTokens: {', '.join(f'{name} {count}' for name, count in measured.items())}" if measured else ""
-    table = _table(
-        f"{text_is(document['saes'])}; mean over seeds; {bound}{planted}{tokens}",
-        "arm",
-        "seeds",
-        "",
-        *(name for name, _ in shown),
-    )
-    names = {name for name, _ in shown}
-    table.caption = "\n".join(note for name, note in NOTES.items() if name in names) or None
+    forms = {one.name: one.column or "" for one in first.values()}
+    table = _table(f"{text_is(found.saes)}; mean over seeds; {bound}{planted}{tokens}", "arm", "seeds", "", *forms)
+    table.caption = "\n".join(notes(found.saes)) or None
     table.caption_justify = "left"
-    counts = {arm: len(entries) for arm, entries in by_arm(document["saes"]).items()}
-    for arm, figures in arms.items():
+    for arm, entries in found.arms.items():
+        figures = summary(entries)
         for sinks in TREATMENTS.values():
-            cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in shown]
-            if any(found for _, found in cells):
-                values = ["-" if found is None else shown_number(found[0], form) for form, found in cells]
-                table.add_row(arm, str(counts[arm]), sinks, *values)
+            cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in forms.items()]
+            if any(cell for _, cell in cells):
+                values = ["-" if cell is None else shown_number(cell.value, form) for form, cell in cells]
+                table.add_row(arm, str(len(entries)), sinks, *values)
     return table
 
 
-def _differences(document: Mapping[str, Any]) -> Table:
-    title = f"Difference to {document['baseline']}, paired, 95 % interval"
+def _differences(found: Evaluation) -> Table:
+    title = f"Difference to {found.baseline}, paired, 95 % interval"
     table = _table(title, "arm", "measure", "over", "difference")
-    for item in document["differences"]:
-        numbers = item["difference"]
-        over = " x ".join(f"{n} {what}" for n, what in zip(numbers["shape"], item["over"], strict=True))
-        table.add_row(item["arm"], item["measure"], over, str(Difference(**numbers)))
-    table.caption, table.caption_justify = "\n".join(about_differences(document)), "left"
+    for item in found.differences:
+        table.add_row(item.arm, item.measure, item.counted, str(item.difference))
+    table.caption, table.caption_justify = "\n".join(about_differences(found)), "left"
     return table
 
 

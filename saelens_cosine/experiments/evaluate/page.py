@@ -9,13 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from saelens_cosine.experiments.evaluate.results.differences import TREATMENTS, about_differences, by_arm, summary
-from saelens_cosine.experiments.evaluate.results.figures import by_column, left_out, rows, text_is, text_names
-from saelens_cosine.experiments.evaluate.results.tokens_measured import tokens_measured
+from saelens_cosine.experiments.evaluate.evals.of_text.tokens import TokenNorms
+from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE
+from saelens_cosine.experiments.evaluate.results.listing import (
+    about_differences,
+    by_column,
+    columns,
+    left_out,
+    not_finite,
+    rows,
+    summary,
+    text_is,
+    text_names,
+    tokens_measured,
+)
 from saelens_cosine.files.secrets import published
 from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 from saelens_cosine.metrics.intervals import paired_difference
-from saelens_cosine.metrics.not_finite import not_finite
 from saelens_cosine.report.html.data import (
     Arm,
     Curve,
@@ -34,38 +44,27 @@ from saelens_cosine.report.html.data import (
     ZFPoints,
 )
 
-IN_TABLE = (
-    "FVE",
-    "L0",
-    "never fired",
-    "rarely fired",
-    "CE recovered",
-    "KL, nats",
-    "probing k=1, canonical",
-    "probing k=all, canonical",
-)
-"""Measures of the comparison table; differences show all."""
-
 SINKS: dict[str, Literal["in", "out"]] = {"with_sinks": "in", "without_sinks": "out"}
 
 Entry = Mapping[str, Any]
 
 
-def report_data(document: Mapping[str, Any]) -> ReportData:
-    """The sections of a report that an `evaluation.json` has figures for, without places on this machine: a page is handed around."""
-    arms = by_arm(document["saes"])
-    preferred = "without_sinks" if document["settings"]["sinks"] != "keep" else "with_sinks"
+def report_data(found: Evaluation) -> ReportData:
+    """The sections of a report that an evaluation has figures for, without places on this machine: a page is handed around."""
+    document = found.document()
+    arms: dict[str, list[Entry]] = {}
+    for entry in document["saes"]:
+        arms.setdefault(entry["arm"], []).append(entry)
+    preferred = "without_sinks" if found.settings.sinks != "keep" else "with_sinks"
     data = ReportData(
         title="Evaluation of sparse autoencoders",
-        facts=_facts(document),
+        facts=_facts(found),
         not_finite=tuple(
-            f"{entry['arm']}, seed {entry['seed']}, {name}: {count:,} not finite"
-            for entry in document["saes"]
-            for name, count in not_finite(entry["results"]).items()
+            f"{item.arm}, seed {item.seed}, {item.eval}: {item.bad:,} not finite" for item in not_finite(found)
         ),
-        arms=tuple(_arm(name, entries) for name, entries in arms.items()),
+        arms=tuple(_arm(name, found.arms[name], entries) for name, entries in arms.items()),
         differences=tuple(_differences(document["differences"])),
-        about_differences=tuple(about_differences(document)),
+        about_differences=tuple(about_differences(found)),
         quartiles=tuple(part for name, entries in arms.items() for part in _quartiles(name, entries)),
         zf=tuple(points for name, entries in arms.items() for points in _zf(name, entries[0])),
         scaling=tuple(line for name, entries in arms.items() for line in _scaling(name, entries, preferred)),
@@ -74,8 +73,8 @@ def report_data(document: Mapping[str, Any]) -> ReportData:
         matches=tuple(pairs for name, entries in arms.items() for pairs in _matches(name, entries, arms, preferred)),
         features=tuple(feature for name, entries in arms.items() for feature in _features(name, entries[0])),
         saes=tuple(_sae(entry) for entry in document["saes"]),
-        listed=tuple(_listed(document)),
-        left_out=tuple(LeftOut(name, ", ".join(whose), why) for (name, why), whose in left_out(document).items()),
+        listed=tuple(_listed(found)),
+        left_out=tuple(LeftOut(*item) for item in left_out(found)),
     )
     told = data.to_dict()
     features = told.pop("features")  # text that was read, as it is
@@ -109,60 +108,54 @@ def _sae(entry: Entry) -> dict[str, str]:
     }
 
 
-def _listed(document: Mapping[str, Any]) -> Iterator[Listed]:
-    for columns in by_column(document):
-        for name, figure, values in rows(columns, document["settings"]["evals"]):
+def _listed(found: Evaluation) -> Iterator[Listed]:
+    for by_name in by_column(found):
+        for name, figure, values in rows(by_name, found.settings.evals):
             known = (float("nan") if value is None else value for value in values)
-            yield Listed(name, figure, dict(zip(columns, known, strict=True)))
+            yield Listed(name, figure, dict(zip(by_name, known, strict=True)))
 
 
-def _facts(document: Mapping[str, Any]) -> dict[str, str]:
-    settings, arms = document["settings"], by_arm(document["saes"])
-    hooks = dict.fromkeys(f"{text['model']} at {text['hook']}" for text in document["texts"])
-    seeds = sorted({len(entries) for entries in arms.values()})
+def _facts(found: Evaluation) -> dict[str, str]:
+    settings, texts = found.settings, found.texts
+    seeds = sorted({len(entries) for entries in found.arms.values()})
     facts = {
-        "model and hook": "; ".join(hooks),
-        "text": "; ".join(dict.fromkeys(text["dataset"] for text in document["texts"])),
-        "held out": text_is(document["saes"]),
-        "tokens": "; ".join(f"{name} {count}" for name, count in tokens_measured(document["saes"]).items())
+        "model and hook": "; ".join(dict.fromkeys(f"{text.model} at {text.hook}" for text in texts)),
+        "text": "; ".join(dict.fromkeys(text.dataset for text in texts)),
+        "held out": text_is(found.saes),
+        "tokens": "; ".join(f"{name} {count}" for name, count in tokens_measured(found.saes).items())
         or "none measured by an SAE",
         "seeds": " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " of each arm",
-        "high-norm tokens (sinks)": f"above {settings['max_norm_multiple']:g} times the median norm; "
-        + {"keep": "kept", "drop": "left out", "both": "shown with and without"}[settings["sinks"]]
-        + ("; planted in each context" if any(text["planted_sinks"] for text in document["texts"]) else ""),
+        "high-norm tokens (sinks)": f"above {settings.max_norm_multiple:g} times the median norm; "
+        + {"keep": "kept", "drop": "left out", "both": "shown with and without"}[settings.sinks]
+        + ("; planted in each context" if any(text.planted_sinks for text in texts) else ""),
     }
-    texts = document["texts"]
     for name, text in zip(text_names(texts), texts, strict=True):
         of = f" of {name}" if len(texts) > 1 else ""
-        if found := text["results"].get("tokens"):
-            facts[f"share of high-norm tokens{of}"] = f"{found['high_norm_share']:.2%}"
-            if found["high_norm_multiple"]:
-                facts[f"their norm{of}"] = f"{found['high_norm_multiple']:.1f} times the median"
-    if {"probing", "causal", "norm_response", "matching"} & set(settings["evals"]):
-        preferred = "out" if settings["sinks"] != "keep" else "in"
+        if isinstance(norms := text.results.get("tokens"), TokenNorms):
+            facts[f"share of high-norm tokens{of}"] = f"{norms.high_norm_share:.2%}"
+            if norms.high_norm_multiple:
+                facts[f"their norm{of}"] = f"{norms.high_norm_multiple:.1f} times the median"
+    if {"probing", "causal", "norm_response", "matching"} & set(settings.evals):
+        preferred = "out" if settings.sinks != "keep" else "in"
         facts["probing, precision, scaled tokens and matches"] = f"sinks {preferred}"
     if unknown := [
-        name for name, entries in arms.items() if "reconstruction" in settings["evals"] and not _trained(entries)
+        name
+        for name, entries in found.arms.items()
+        if "reconstruction" in settings.evals and "dead in training" not in summary(entries)
     ]:
         facts["dead in training"] = (
             f"unknown of {', '.join(unknown)}: not in the metadata, and no comparison.json beside"
         )
     made = {
-        "made": document["date"],
-        "by": document["command"] or "saelens_cosine.experiments.evaluate.run, from Python",
+        "made": found.date,
+        "by": found.command or "saelens_cosine.experiments.evaluate.run, from Python",
     }
-    return {**facts, **{f"version of {name}": version for name, version in document["versions"].items()}, **made}
+    return {**facts, **{f"version of {name}": version for name, version in found.versions.items()}, **made}
 
 
-def _arm(name: str, entries: Sequence[Entry]) -> Arm:
-    figures = summary(entries)
-    wanted = [f"{measure}, {sinks}" for measure in IN_TABLE for sinks in TREATMENTS.values()]
-    metrics = {measure: Estimate(*figures[measure]) for measure in wanted if measure in figures}
-    metrics |= {
-        measure: Estimate(*found)
-        for measure, found in figures.items()
-        if measure == "dead in training" or measure.startswith("SAEBench")
-    }
+def _arm(name: str, measured: Sequence[MeasuredSAE], entries: Sequence[Entry]) -> Arm:
+    figures = summary(measured)
+    metrics = {title: figures[title] for title in columns(measured)}
     exponents = (entries[0]["results"].get("dictionary") or {}).get("exponent_values") or []
     logs = [entry["training"] for entry in entries if entry["training"]]
     curves = {
@@ -198,10 +191,6 @@ def _quartiles(name: str, entries: Sequence[Entry]) -> Iterator[NormQuartiles]:
                 (*(part["low"] for part in first), first[-1]["high"]) if first else (),
                 tuple(part["measured"]["tokens"] for part in first),
             )
-
-
-def _trained(entries: Sequence[Entry]) -> bool:
-    return "dead in training" in summary(entries)
 
 
 def _zf(name: str, entry: Entry) -> Iterator[ZFPoints]:

@@ -10,22 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine import saebench
 from saelens_cosine.devices import check_device
-from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable, saebench_settings
-from saelens_cosine.experiments.evaluate.results.differences import compared, figures_by_eval
+from saelens_cosine.experiments.evaluate.evals import EVALS, Eval, NotApplicable, NotMeasured
+from saelens_cosine.experiments.evaluate.evals.of_sae.saebench import saebench_settings
 from saelens_cosine.experiments.evaluate.results.earlier import begin, open_evaluation
-from saelens_cosine.experiments.evaluate.results.kept import keep, read_kept
-from saelens_cosine.experiments.evaluate.results.training_log import COURSE, training_log
+from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA, Evaluation, MeasuredSAE, MeasuredText
+from saelens_cosine.experiments.evaluate.results.kept import Kept, keep, read_kept
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source, pair_seeds, parse_sources
 from saelens_cosine.experiments.evaluate.subject import Loader, Subject, Text
+from saelens_cosine.experiments.evaluate.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
 from saelens_cosine.files.whole import write_json
@@ -33,9 +35,6 @@ from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.plain import digest, plain, versions
 from saelens_cosine.progress import shown
 from saelens_cosine.training.recorded import trained
-
-SCHEMA = "saelens-cosine-evaluation/2"
-"""Name and version of the layout of `evaluation.json`; the number grows when a field changes its meaning or goes."""
 
 ALWAYS_USED = ("sinks", "max_norm_multiple")
 """Settings that every result depends on. What else the settings say of the tokens, the tokens themselves say."""
@@ -51,7 +50,7 @@ def evaluate(
     baseline: str | None = None,
     command: Sequence[str] = (),
     overwrite: bool = True,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate SAEs, and write `evaluation.json`; what an earlier run with these settings has measured is not measured again.
 
     Args:
@@ -66,7 +65,7 @@ def evaluate(
             command refuses unless told to.
 
     Returns:
-        What `evaluation.json` holds.
+        What was found; its `document()` is what `evaluation.json` holds.
 
     Raises:
         ValueError: unknown evaluations, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
@@ -91,19 +90,13 @@ def _evaluate(
     output: Output,
     on_progress: Progress | None,
     command: Sequence[str],
-) -> dict[str, Any]:
+) -> Evaluation:
     folder = output.folder
     measured = _Measured(folder, settings, shown(on_progress), parsed)
-    document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": as_typed(command) or None,
-        "settings": settings.to_dict(),
-        "versions": versions(),
-        "texts": [],
-        "saes": [],
-    }
-    texts: list[Text] = []
+    began, typed = datetime.now(timezone.utc).isoformat(timespec="seconds"), as_typed(command) or None
+    texts: dict[Text, MeasuredText] = {}
+    saes: list[MeasuredSAE] = []
+    found = Evaluation(settings, began, typed, versions(), (), ())
     partner: Subject | None = None
     with Loader(settings, folder.resolve()) as loader:
         for i, source in enumerate(parsed):
@@ -116,14 +109,13 @@ def _evaluate(
             if i == 0:
                 _check_saebench(subject)
             if subject.text not in texts:
-                texts.append(subject.text)
-                document["texts"].append(measured.text(subject.text))
-            document["saes"].append({**measured.sae(subject), "text": texts.index(subject.text)})
-            document |= plain(compared(document["saes"]))
+                texts[subject.text] = measured.text(subject.text)
+            saes.append(measured.sae(subject, list(texts).index(subject.text)))
+            found = replace(found, texts=tuple(texts.values()), saes=tuple(saes))
             with output.file("evaluation.json") as path:  # after each SAE
-                write_json(document, path)
+                write_json(found.document(), path)
     measured.end()
-    return document
+    return found
 
 
 def _baseline(sources: Sequence[Source], source: Source) -> Source | None:
@@ -144,49 +136,47 @@ class _Measured:
         self.done, self.total = 0, len(sources) * len(settings.evals)
         self.firsts = {source.arm: source for source in reversed(sources)}
 
-    def text(self, text: Text) -> dict[str, Any]:
+    def text(self, text: Text) -> MeasuredText:
         """What is true of the text, whatever the SAE."""
-        found = self._results(text, "text", f"{text.model_name} at {text.hook}", [text.identity])
-        return {
-            "model": text.model_name,
-            "hook": text.hook,
-            "head": text.head,
-            "dataset": text.dataset,
-            "planted_sinks": text.planted,
-            "form": plain(text.form),
-            **found,
-        }
+        return MeasuredText(
+            **self._results(text, "text", f"{text.model_name} at {text.hook}", [text.identity])._asdict(),
+            model=text.model_name,
+            hook=text.hook,
+            head=text.head,
+            dataset=text.dataset,
+            planted_sinks=text.planted,
+            form=plain(text.form),
+        )
 
-    def sae(self, subject: Subject) -> dict[str, Any]:
-        """One SAE's entry."""
-        source = subject.source
-        identity = subject.identity
+    def sae(self, subject: Subject, text: int) -> MeasuredSAE:
+        """One SAE, measured on one of the texts."""
+        source, identity = subject.source, subject.identity
         found = self._results(subject, "sae", source.name, identity)
         if source == self.firsts[source.arm]:
-            found = _both(found, self._results(subject, "arm", source.name, identity))
+            found = found.and_of(self._results(subject, "arm", source.name, identity))
         if (baseline := subject.baseline) is not None:
-            found = _both(found, self._results(subject, "pair", source.name, identity + baseline.identity))
+            found = found.and_of(self._results(subject, "pair", source.name, identity + baseline.identity))
         self.done = min(self.total, self.done + len(self.settings.evals))
-        return {
-            "arm": source.arm,
-            "seed": source.seed,
-            "place": source.name,
-            "sha256": subject.sha256,
-            "architecture": subject.sae.cfg.architecture(),
-            "held_out": subject.held_out,
-            "baseline": subject.baseline and subject.baseline.source.name,
-            "metadata": scrubbed(plain(subject.sae.cfg.metadata.to_dict())),
-            "trained": trained(subject.sae),
-            "training": _training_log(source, subject.sae),
-            **found,
-        }
+        return MeasuredSAE(
+            **found._asdict(),
+            arm=source.arm,
+            seed=source.seed,
+            place=source.name,
+            sha256=subject.sha256,
+            architecture=subject.sae.cfg.architecture(),
+            held_out=subject.held_out,
+            baseline=subject.baseline and subject.baseline.source.name,
+            metadata=scrubbed(plain(subject.sae.cfg.metadata.to_dict())),
+            trained=trained(subject.sae),
+            training=_training_log(source, subject.sae),
+            text=text,
+        )
 
     def end(self) -> None:
         self.progress("Evaluated", self.total, self.total)
 
-    def _results(self, of: Text | Subject, kind: str, name: str, identity: list[str]) -> dict[str, dict[str, Any]]:
-        results: dict[str, Any] = {}
-        seconds: dict[str, float] = {}
+    def _results(self, of: Text | Subject, kind: str, name: str, identity: list[str]) -> _Results:
+        found = _Results({}, {})
         settings = self.settings.to_dict()
         for chosen in self.settings.evals:
             row = EVALS[chosen]
@@ -194,34 +184,38 @@ class _Measured:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
             used = {field: settings[field] for field in (*ALWAYS_USED, *row.uses)}
-            content = digest([identity, used, row.reads(of), versions()])
+            content = digest([identity, used, row.reads(of), versions(), *filter(None, [row.code])])
             file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"
-            kept = read_kept(file)
+            kept = read_kept(file, row)
             if kept is None:
+                start = time.perf_counter()
                 try:
-                    kept = _measure(row.measure, of)
+                    result = _measure(row, of)
                 except saebench.SAEBenchError as error:  # not kept: the next run tries again
-                    results[chosen] = {"not_applicable": without_secrets(str(error))}
+                    found.results[chosen] = NotMeasured(without_secrets(str(error)))
                     continue
+                kept = Kept(result, time.perf_counter() - start)
                 keep(kept, file)
-            results[chosen], seconds[chosen] = kept["result"], kept["seconds"]
-        return {"results": results, "seconds": seconds, "figures": plain(figures_by_eval(results))}
+            found.results[chosen], found.seconds[chosen] = kept
+        return found
 
 
-def _both(ones: dict[str, dict[str, Any]], others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: ones[name] | others[name] for name in ones}
+class _Results(NamedTuple):
+    results: dict[str, Any]
+    seconds: dict[str, float]
+
+    def and_of(self, others: _Results) -> _Results:
+        return _Results(self.results | others.results, self.seconds | others.seconds)
 
 
-def _measure(measure: Callable[[Any], Any], of: Any) -> dict[str, Any]:
+def _measure(row: Eval[Any], of: Any) -> Any:
     """What a measure finds, or why it refuses this SAE or this text; the other evals go on."""
-    start = time.perf_counter()
     try:
-        result = plain(measure(of))
+        return row.read(plain(row.measure(of)))  # in the form that a later run reads
     except NotFiniteError as reason:
-        result = {"not_applicable": without_secrets(str(reason)), "not_finite": reason.bad}
+        return NotMeasured(without_secrets(str(reason)), reason.bad)
     except (NotApplicable, ValueError) as reason:
-        result = {"not_applicable": without_secrets(str(reason))}
-    return {"result": result, "seconds": time.perf_counter() - start}
+        return NotMeasured(without_secrets(str(reason)))
 
 
 def _check_saebench(subject: Subject) -> None:

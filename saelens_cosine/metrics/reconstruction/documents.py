@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,35 @@ from saelens_cosine.activations.sample import TokenSample
 
 TOKENS_AT_ONCE = 2048
 """Tokens whose reconstructions are held at once."""
+
+
+@dataclass(frozen=True)
+class DocumentErrors:
+    """
+    The two sums of a fraction of variance explained, a number for each document, 0 where no token is left.
+
+    Args:
+        residual (tuple[float, ...]): Sum over its tokens of `||e - mean e||^2`.
+        total (tuple[float, ...]): Likewise of `||x - mean x||^2`.
+    """
+
+    residual: tuple[float, ...]
+    total: tuple[float, ...]
+
+
+class ErrorsByDocument(NamedTuple):
+    """
+    What `intervals.difference_over_documents` needs of an SAE.
+
+    Args:
+        text (str): A hash of tokens and documents, without which two SAEs' documents are no pairs.
+        documents (tuple[int, ...]): Their numbers.
+        by_treatment (dict[str, DocumentErrors]): With sinks, without, or both.
+    """
+
+    text: str
+    documents: tuple[int, ...]
+    by_treatment: dict[str, DocumentErrors]
 
 
 class DocumentSums:
@@ -48,17 +78,13 @@ class DocumentSums:
 
 def fve_by_document(
     reconstruct: Callable[[torch.Tensor], torch.Tensor], sample: TokenSample, treatments: Sequence[str]
-) -> dict[str, Any]:
-    """What `intervals.difference_over_documents` needs of an SAE, with and without sinks.
+) -> ErrorsByDocument:
+    """What a fraction of variance explained is made of, with and without sinks.
 
     Args:
         reconstruct: from `[tokens, d_in]` to their reconstructions.
         sample: what it is measured on.
         treatments: of `with_sinks` and `without_sinks`.
-
-    Returns:
-        `documents`, their numbers; `text`, a hash of tokens and documents, without which two SAEs' documents are no pairs; and
-        by treatment `residual` and `total`, one number for each document, 0 where no token is left.
     """
     numbers, document = sample.documents.unique(return_inverse=True)
     sums = {name: DocumentSums(len(numbers), sample.activations.shape[-1]) for name in treatments}
@@ -69,9 +95,7 @@ def fve_by_document(
             keep = ordinary if name == "without_sinks" else torch.ones_like(ordinary)
             found.add(x[keep], x_hat[keep], part[keep])
     text = torch.stack([sample.tokens, sample.documents]).numpy().tobytes()
-    by_treatment = {name: found.about_the_mean().T.tolist() for name, found in sums.items()}
-    return {
-        "text": hashlib.sha256(text).hexdigest(),
-        "documents": numbers.tolist(),
-        **{name: {"residual": residual, "total": total} for name, (residual, total) in by_treatment.items()},
+    by_treatment = {
+        name: DocumentErrors(*map(tuple, found.about_the_mean().T.tolist())) for name, found in sums.items()
     }
+    return ErrorsByDocument(hashlib.sha256(text).hexdigest(), tuple(numbers.tolist()), by_treatment)

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from saelens_cosine.experiments.evaluate.evals import Eval
 from saelens_cosine.files.whole import read_json, write_json
-from saelens_cosine.plain import digest
+from saelens_cosine.plain import digest, plain
 
 
-def keep(measured: dict[str, Any], file: Path) -> None:
-    """Write a `result` and its `seconds`."""
+class Kept(NamedTuple):
+    """What an eval found, or why it found nothing, and the seconds that it took."""
+
+    result: Any
+    seconds: float
+
+
+def keep(measured: Kept, file: Path) -> None:
+    """Write a result."""
     file.parent.mkdir(exist_ok=True)
-    write_json({**measured, "sha256": digest(measured["result"])}, file)
+    result = plain(measured.result)
+    write_json({"result": result, "seconds": measured.seconds, "sha256": digest(result)}, file)
 
 
-def read_kept(file: Path) -> dict[str, Any] | None:
+def read_kept(file: Path, row: Eval[Any]) -> Kept | None:
     """What `keep` has written; None, with a warning that names the file, if it is not that any more, and None if there is none."""
     if not file.is_file():
         return None
@@ -30,6 +39,9 @@ def read_kept(file: Path) -> dict[str, Any] | None:
         elif content.get("sha256", "none") not in ("none", digest(content["result"])):  # earlier versions wrote none
             fault = "it does not match its checksum"
         else:
-            return cast("dict[str, Any]", content)
+            try:
+                return Kept(row.read(content["result"]), content["seconds"])
+            except ValueError as error:
+                fault = f"no result of {row.name}: {error}"
     warnings.warn(f"{file} is damaged ({fault}); this is measured again.", stacklevel=2)
     return None

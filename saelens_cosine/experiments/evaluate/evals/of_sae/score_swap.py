@@ -6,6 +6,7 @@ fidelity, sparsity and score change together. Here `saelens_cosine.rescore` fits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
+from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, tokens_of
+from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.probing.probing import Probing, probe_sae
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
 from saelens_cosine.rescoring import rescore
@@ -107,3 +110,29 @@ def _read(
         evaluate_reconstruction(sae, sample.activations),
         None if labels is None else probe_sae(sae, sample, labels, **probing),
     )
+
+
+def _measure(subject: Subject) -> BySinks[ScoreSwap]:
+    def of(sample: TokenSample) -> ScoreSwap:
+        fit_on = sample.contexts % 2 == 0
+        return score_swap(subject.sae, sample.where(fit_on), sample.where(~fit_on), progress=False)
+
+    return BySinks(**subject.by_treatment(of))
+
+
+def _figures(result: BySinks[ScoreSwap]) -> Iterator[Figure]:
+    for sinks, swap in result.items():
+        for reading in swap.readings:
+            score = reading.score.replace("_", " ")
+            yield Figure(f"FVE read by {score} score", reading.reconstruction.fve, sinks)
+            yield Figure(f"L0 read by {score} score", reading.reconstruction.l0, sinks)
+
+
+SCORE_SWAP = Eval(
+    "score_swap",
+    "sae",
+    "the same dictionary read by the other score",
+    _measure,
+    figures=_figures,
+    tokens=lambda result: tokens_of(result, lambda swap: swap.readings[0].reconstruction.tokens),
+)

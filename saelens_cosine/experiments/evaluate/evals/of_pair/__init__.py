@@ -1,0 +1,1 @@
+"""Evals of an SAE against the one that it is compared with."""

@@ -1,0 +1,129 @@
+"""Features that an SAE shares with the one that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, NotApplicable, by_sinks, tokens_of
+from saelens_cosine.experiments.evaluate.subject import Subject
+from saelens_cosine.metrics.dictionary.matching import FeatureMatching, FeaturePairs, Matches
+from saelens_cosine.metrics.norms.norm_detectors import NormDetectors, norm_detectors
+from saelens_cosine.metrics.token_gram import firings
+from saelens_cosine.plain import OMITTED
+
+PAIRS_LISTED = 2000
+"""Features whose partners are listed, at even steps through those that have one."""
+
+
+@dataclass(frozen=True)
+class MatchCounts:
+    """The numbers of `Matches`, which says what each is; `paired` is how many features have a partner at all."""
+
+    alive: int
+    strong: int
+    weak: int
+    unmatched: int
+    matched: int
+    mutual: int
+    matched_correlation: float
+    matched_decoder_cosine: float
+    strong_decoder_cosine: float
+    paired: int | None = field(default=None, metadata=OMITTED)
+
+    @classmethod
+    def of(cls, matches: Matches, paired: int | None = None) -> MatchCounts:
+        """Of one side of a matching."""
+        return cls(*(getattr(matches, part.name) for part in fields(cls)[:-1]), paired=paired)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """
+    Matched features, and the norms of the tokens that they fire on.
+
+    Args:
+        tokens (int): Tokens whose codes were compared.
+        min_joint_firings (int): As in `FeatureMatching`, also of the next four.
+        alive_rate (float): Likewise.
+        strong_correlation (float): Likewise.
+        weak_correlation (float): Likewise.
+        min_decoder_cosine (float): Likewise.
+        features (MatchCounts): Of the SAE.
+        baseline_features (MatchCounts): Of the one that it is compared with.
+        pairs (FeaturePairs): At most `PAIRS_LISTED` of the SAE's features that have a partner.
+        top_quartile_share (tuple[float, ...]): Of each of these, the share of its firings on the top quartile of norms.
+        matched_norms (NormDetectors): Of the features that are matched.
+        unique_norms (NormDetectors): Of those that are not.
+    """
+
+    tokens: int
+    min_joint_firings: int
+    alive_rate: float
+    strong_correlation: float
+    weak_correlation: float
+    min_decoder_cosine: float
+    features: MatchCounts
+    baseline_features: MatchCounts
+    pairs: FeaturePairs
+    top_quartile_share: tuple[float, ...]
+    matched_norms: NormDetectors
+    unique_norms: NormDetectors
+
+
+def matchings_of(subject: Subject) -> dict[str, FeatureMatching]:
+    """By treatment, all features with a partner in the baseline.
+
+    Raises:
+        NotApplicable: there is no baseline on the same activations.
+    """
+    if subject.baseline is None or subject.baseline.text is not subject.text:
+        raise NotApplicable("The SAE that it is compared with was not measured on the same activations.")
+    return subject.matchings
+
+
+def _measure(subject: Subject) -> BySinks[Matching]:
+    matchings = matchings_of(subject)
+
+    def of(name: str) -> Matching:
+        found, codes = matchings[name], subject.codes_of(name)
+        norms = subject.text.treated(subject.text.sample, name).norms
+        in_top = firings(codes[(norms >= norms.quantile(0.75)).numpy()]) / np.maximum(firings(codes), 1)
+        pairs = found.a.pairs
+        paired = len(pairs.features)
+        steps = np.linspace(0, paired - 1, min(paired, PAIRS_LISTED)).round().astype(int).tolist()
+        listed = FeaturePairs(*(tuple(getattr(pairs, part.name)[i] for i in steps) for part in fields(FeaturePairs)))
+        return Matching(
+            found.tokens,
+            found.min_joint_firings,
+            found.alive_rate,
+            found.strong_correlation,
+            found.weak_correlation,
+            found.min_decoder_cosine,
+            MatchCounts.of(found.a, paired),
+            MatchCounts.of(found.b),
+            listed,
+            tuple(float(in_top[feature]) for feature in listed.features),
+            norm_detectors(codes, norms, found.a.matched_features),
+            norm_detectors(codes, norms, found.a.unique_features),
+        )
+
+    return BySinks(**by_sinks(subject.settings.treatments, of))
+
+
+def _figures(result: BySinks[Matching]) -> Iterator[Figure]:
+    for sinks, found in result.items():
+        share = found.features.matched / max(1, found.features.alive)
+        yield Figure("matched share of alive features", share, sinks, compared=False)
+
+
+MATCHING = Eval(
+    "matching",
+    "pair",
+    "features shared with the first arm",
+    _measure,
+    figures=_figures,
+    tokens=lambda result: tokens_of(result, lambda found: found.tokens),
+)

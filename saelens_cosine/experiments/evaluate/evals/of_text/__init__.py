@@ -1,0 +1,1 @@
+"""Evals of a text and its model, whatever the SAE."""

@@ -1,0 +1,215 @@
+"""What an evaluation found: texts, SAEs, and differences between arms. JSON is its last step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure, NotMeasured
+from saelens_cosine.experiments.evaluate.results.differences import ArmDifference, differences
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.evaluate.sources import pair_seeds
+from saelens_cosine.metrics.intervals import ASSUMPTIONS, CONFIDENCE, Chance, by_chance
+from saelens_cosine.plain import plain
+
+SCHEMA = "saelens-cosine-evaluation/2"
+"""Name and version of the layout of `evaluation.json`; the number grows when a field changes its meaning or goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """
+    What evals found of a text or an SAE.
+
+    Args:
+        results (dict[str, Any]): By eval, in the order of the settings, what its `measure` returned, or `NotMeasured`.
+        seconds (dict[str, float]): What each took, in the run that measured it.
+    """
+
+    results: dict[str, Any]
+    seconds: dict[str, float]
+
+    @cached_property
+    def figures(self) -> dict[str, tuple[Figure, ...]]:
+        """Named numbers by eval; none of those that did not apply."""
+        return {
+            name: () if isinstance(result, NotMeasured) else tuple(EVALS[name].figures(result))
+            for name, result in self.results.items()
+        }
+
+    @cached_property
+    def compared(self) -> dict[str, Figure]:
+        """Figures that arms are compared in, by title: those with sinks, those without, then those that no token has a part in."""
+        found = [one for figures in self.figures.values() for one in figures if one.compared]
+        order = (*TREATMENTS, None)
+        return {one.title: one for one in sorted(found, key=lambda one: order.index(one.sinks))}
+
+    def document(self) -> dict[str, Any]:
+        """As `evaluation.json` holds it."""
+        figures = {name: {one.title: one.number for one in found} for name, found in self.figures.items()}
+        return plain(self) | {"figures": plain(figures)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredText(Measured):
+    """
+    A text as one model sees it, see `subject.Text`.
+
+    Args:
+        model (str): The language model.
+        hook (str): Hook point.
+        head (int | None): The attention head whose activations they are; None for all of the hook.
+        dataset (str): Where the text is from.
+        planted_sinks (bool): Whether sinks were planted.
+        form (dict[str, Any]): What its contexts are like.
+    """
+
+    model: str
+    hook: str
+    head: int | None
+    dataset: str
+    planted_sinks: bool
+    form: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSAE(Measured):
+    """
+    One SAE.
+
+    Args:
+        arm (str): What it is called, together with its other seeds.
+        seed (int): Its number among them.
+        place (str): Folder, repository or short name that it was loaded from.
+        sha256 (str): Hash of its weights and config.
+        architecture (str): SAELens' name for it.
+        held_out (bool): Whether it is known that it was not trained on the text.
+        baseline (str | None): Place of the SAE that it was compared with in `of="pair"` evals.
+        metadata (dict[str, Any]): As in its config.
+        trained (dict[str, Any]): How it was trained, see `training.recorded.trained`.
+        training (dict[str, list[float]] | None): The course of its training, of an SAE that `saelens-cosine compare` has trained.
+        text (int): Which of the evaluation's texts it was measured on.
+    """
+
+    arm: str
+    seed: int
+    place: str = ""
+    sha256: str = ""
+    architecture: str = ""
+    held_out: bool = False
+    baseline: str | None = None
+    metadata: dict[str, Any]
+    trained: dict[str, Any]
+    training: dict[str, list[float]] | None = None
+    text: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Args:
+        settings (EvaluationSettings): What was to be measured.
+        date (str): When, in UTC.
+        command (str | None): The command line, as typed, if one asked for it.
+        versions (dict[str, str]): Packages.
+        texts (tuple[MeasuredText, ...]): What SAEs were measured on.
+        saes (tuple[MeasuredSAE, ...]): Arm by arm, the baseline first, seeds ascending.
+    """
+
+    settings: EvaluationSettings
+    date: str
+    command: str | None
+    versions: dict[str, str]
+    texts: tuple[MeasuredText, ...]
+    saes: tuple[MeasuredSAE, ...]
+
+    @property
+    def arms(self) -> dict[str, list[MeasuredSAE]]:
+        """SAEs by arm."""
+        return by_arm(self.saes)
+
+    @property
+    def baseline(self) -> str:
+        """The arm that others are compared with."""
+        return self.saes[0].arm
+
+    @cached_property
+    def differences(self) -> tuple[ArmDifference, ...]:
+        """Each arm minus the first, see `differences`."""
+        seeds = {arm: {entry.seed: entry.compared for entry in entries} for arm, entries in self.arms.items()}
+        return tuple(differences(seeds))
+
+    @cached_property
+    def chance(self) -> Chance:
+        """How many intervals leave out zero, and how many would by chance."""
+        return by_chance([item.difference for item in self.differences])
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What intervals are over."""
+        return tuple(dict.fromkeys(axis for item in self.differences for axis in item.over))
+
+    @property
+    def on_other_tokens(self) -> list[str]:
+        """Arms whose seeds were not all measured on the texts that the first arm's were."""
+        (_, theirs), *others = self.arms.items()
+        texts = {entry.text for entry in theirs}
+        return [arm for arm, entries in others if {entry.text for entry in entries} != texts]
+
+    @property
+    def unpaired(self) -> list[dict[str, Any]]:
+        """Seeds that an arm has and the other lacks, which differences between the two leave out: `arm`, `seed`, `without`."""
+        (baseline, theirs), *others = self.arms.items()
+        found: list[dict[str, Any]] = []
+        for arm, entries in others:
+            ours, its = [entry.seed for entry in entries], [entry.seed for entry in theirs]
+            partners = pair_seeds(ours, its)
+            for name, seeds, paired, without in (
+                (arm, ours, partners.keys(), baseline),
+                (baseline, its, partners.values(), arm),
+            ):
+                found += [{"arm": name, "seed": seed, "without": without} for seed in seeds if seed not in paired]
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """`evaluation.json`."""
+        return {
+            "schema": SCHEMA,
+            "date": self.date,
+            "command": self.command,
+            "settings": self.settings.to_dict(),
+            "versions": self.versions,
+            "texts": [text.document() for text in self.texts],
+            "saes": [sae.document() for sae in self.saes],
+            "baseline": self.baseline,
+            "unpaired": self.unpaired,
+            "on_other_tokens": self.on_other_tokens,
+            "differences": plain(self.differences),
+            "intervals": {
+                "confidence": CONFIDENCE,
+                **plain(self.chance._asdict()),
+                "assumptions": {axis: ASSUMPTIONS[axis] for axis in self.axes},
+            },
+        }
+
+
+def by_arm(saes: Sequence[MeasuredSAE]) -> dict[str, list[MeasuredSAE]]:
+    """SAEs by arm, seeds ascending."""
+    arms: dict[str, list[MeasuredSAE]] = {}
+    for entry in saes:
+        arms.setdefault(entry.arm, []).append(entry)
+    return arms
+
+
+def mean_figures(entries: Sequence[Measured]) -> Mapping[str, Mapping[str, float]]:
+    """By eval and title, the mean over an arm's seeds of each figure, over those that have it; NaN if one of them is not finite."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for entry in entries:
+        for name, figures in entry.figures.items():
+            for one in figures:
+                values.setdefault(name, {}).setdefault(one.title, []).append(one.number)
+    return {
+        name: {title: sum(found) / len(found) for title, found in by_title.items()} for name, by_title in values.items()
+    }
