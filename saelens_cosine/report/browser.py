@@ -12,11 +12,12 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from saelens_cosine.files.secrets import published
 from saelens_cosine.metrics.dictionary.features import Context, TokenValue
 from saelens_cosine.report.chart import Arms
+from saelens_cosine.report.table import public
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Browser:
     def html(self, arms: Arms) -> str:
         """Controls, the places that the script fills, and what it fills them with."""
         options = "".join(
-            f'<option value="{arms.number(arm)}">{escape(arm)}</option>'
+            f'<option value="{arms.number(arm)}">{public(arm)}</option>'
             for arm in dict.fromkeys(feature.arm for feature in self.features)
         )
         choice = f'<label>Arm<select id="arm"><option value="">all</option>{options}</select></label>'
@@ -77,7 +78,7 @@ class Browser:
         )
 
     def packed(self, arms: Arms) -> dict[str, Any]:
-        """Every token once, contexts as numbers of tokens, and only the codes that are not zero."""
+        """Every token once, as it was read, contexts as numbers of tokens, and only the codes that are not zero."""
         counts: Counter[str] = Counter()
         for feature in self.features:
             for context in feature.contexts:
@@ -95,7 +96,7 @@ class Browser:
             exponent = feature.exponent if feature.exponent is not None and math.isfinite(feature.exponent) else None
             told = [_rounded(feature.density), None if exponent is None else round(exponent, 4), contexts, *logits]
             packed.append([arms.number(feature.arm), feature.index, *told])
-        return {"arms": arms.names, "tokens": tokens, "features": packed}
+        return {"arms": published(arms.names), "tokens": tokens, "features": packed}
 
 
 def json_for_script(value: Any) -> str:

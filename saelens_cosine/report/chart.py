@@ -125,6 +125,8 @@ class Axis:
     def layout(self) -> dict[str, Any]:
         """As plotly takes it."""
         found: dict[str, Any] = {"title": {"text": literal(self.label)}, "type": "log" if self.log else "linear"}
+        if self.ends and max(map(abs, self.ends)) < 1:
+            found["tickformat"] = "~g"  # 0.0001, not 100µ
         if self.ends:
             found["range"] = [math.log10(end) for end in self.ends] if self.log else list(self.ends)
         if self.ticks is not None:
@@ -143,6 +145,12 @@ def ends(values: Iterable[float | Estimate], *, log: bool = False, margin: float
         return low / room, high * room
     room = (high - low) * margin or max(abs(high), 1e-3) * 0.1
     return low - room, high + room
+
+
+def beside(names: Sequence[str], most: float = 0.12) -> dict[str, float]:
+    """Places around 0 for arms that would cover each other: `most` apart, or closer where there are many."""
+    step = min(most, 0.7 / max(1, len(names)))
+    return {name: (i - (len(names) - 1) / 2) * step for i, name in enumerate(names)}
 
 
 def literal(text: str) -> str:

@@ -4,7 +4,8 @@
   const boxes = [...document.querySelectorAll(".chart")];
   const drawn = new Set();
   const coarse = matchMedia("(pointer: coarse)").matches;
-  const isShown = (arm) => document.getElementById(`show${arm}`)?.checked ?? true;
+  const byId = (id) => document.getElementById(id);
+  const isShown = (arm) => byId(`show${arm}`)?.checked ?? true;
   const PRINTED = {
     "--ink": "#000", "--soft": "#444", "--grid": "#ddd", "--rule": "#bbb", "--card": "#fff",
   };
@@ -44,7 +45,9 @@
     });
     if (drawn.has(box)) return;
     drawn.add(box);
-    // a point that stands for a feature opens it in the browser
+    // a point that stands for a feature opens it in the browser, where there is one
+    if (!byId("feature") || !data.some((trace) => trace.customdata)) return;
+    box.previousElementSibling.append(" Choose a point to open its feature.");
     box.on("plotly_click", ({ points }) => { if (points[0]?.customdata) location.hash = `feature/${points[0].customdata}`; });
   };
 

@@ -29,11 +29,10 @@ class Estimate(NamedTuple):
 
 def over_seeds(values: Sequence[float | None]) -> Estimate:
     """Mean with its 95 % interval where there are several seeds; NaN unless all are known."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
-        return Estimate(math.nan)
-    if len(known) == 1:
-        return Estimate(known[0])
+    known = [math.nan if value is None else value for value in values]
+    mean = sum(known) / len(known) if known else math.nan
+    if len(known) < 2 or not math.isfinite(mean):
+        return Estimate(mean)
     interval = paired_difference(known, [0.0] * len(known))
     return Estimate(interval.mean, interval.low, interval.high)
 
@@ -63,11 +62,16 @@ def numbers(estimates: Iterable[float | Estimate]) -> list[float]:
 
 
 def form_of(estimates: Iterable[Estimate], sign: str = "") -> Callable[[float], str]:
-    """One form for numbers of a kind: as many decimals as give the largest four digits, none to whole numbers."""
+    """One form for numbers of a kind: as many decimals as give the largest four digits, none to whole numbers.
+
+    Where values are a hundred times apart, four digits for each.
+    """
+    estimates = list(estimates)
+    values = [abs(value) for value in numbers(e.value for e in estimates) if value]
     sizes = [abs(number) for number in numbers(estimates)]
     largest = max(sizes, default=0.0)
     if all(size == int(size) for size in sizes):
         return f"{{:{sign},.0f}}".format
-    if largest < 1e-3:
-        return f"{{:{sign}.3g}}".format
+    if largest < 1e-3 or (values and max(values) > 100 * min(values)):
+        return f"{{:{sign},.4g}}".format
     return f"{{:{sign},.{max(0, 3 - math.floor(math.log10(largest)))}f}}".format

@@ -12,10 +12,11 @@ from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
+from saelens_cosine.files.secrets import published
 from saelens_cosine.files.whole import whole_file
 from saelens_cosine.report.browser import Browser, json_for_script
 from saelens_cosine.report.chart import STYLES, Arms, Chart
-from saelens_cosine.report.table import Table, breakable
+from saelens_cosine.report.table import Table, breakable, public
 
 NO_SCRIPT = " 'none'"
 
@@ -88,19 +89,19 @@ def render(page: Page) -> str:
         f"script-src{hashes or NO_SCRIPT}"
     )
     marks = {name: _mark(i) for i, name in enumerate(page.arms.names)}
-    links = "".join(f'<a href="#{section.id}">{escape(section.heading)}</a>' for section in sections)
+    links = "".join(f'<a href="#{section.id}">{public(section.heading)}</a>' for section in sections)
     body = "".join(_section(section, page.arms, marks) for section in sections)
     facts = "".join(_fact(name, value) for name, value in page.facts.items())
-    lines = "".join(f"<li>{escape(line)}</li>" for line in page.warnings)
+    lines = "".join(f"<li>{public(line)}</li>" for line in page.warnings)
     warnings = f'<ul class="warning" role="alert">{lines}</ul>' if lines else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(page.title)}</title>'
+        f'<meta name="color-scheme" content="light dark"><title>{public(page.title)}</title>'
         f"<style>{_colours()}{assets.joinpath('page.css').read_text('utf-8')}</style></head><body>"
-        f'<header><h1>{escape(page.title)}</h1>{warnings}<dl class="facts">{facts}</dl></header>'
-        f'<nav aria-label="Sections">{links}</nav>{_legend(page.arms, marks)}<main>{body}</main>'
+        f'<header><h1>{public(page.title)}</h1>{warnings}<dl class="facts">{facts}</dl></header>'
+        f'<div class="top"><nav aria-label="Sections">{links}</nav>{_legend(page.arms, marks)}</div><main>{body}</main>'
         f"{''.join(f'<script>{script}</script>' for script in scripts)}</body></html>\n"
     )
 
@@ -118,12 +119,12 @@ def _mark(arm: int) -> str:
 
 def _fact(name: str, value: str) -> str:
     kind = ' class="long"' if len(value) > LONG else ""
-    return f"<div{kind}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+    return f"<div{kind}><dt>{public(name)}</dt><dd>{public(value)}</dd></div>"
 
 
 def _legend(arms: Arms, marks: Mapping[str, str]) -> str:
     boxes = "".join(
-        f'<label><input type="checkbox" id="show{i}" checked>{marks[name]}<span>{escape(name)}</span></label>'
+        f'<label><input type="checkbox" id="show{i}" checked>{marks[name]}<span>{public(name)}</span></label>'
         for i, name in enumerate(arms.names)
     )
     return f'<fieldset class="legend"><legend>Arms shown</legend>{boxes}</fieldset>' if boxes else ""
@@ -135,27 +136,27 @@ def _section(section: Section, arms: Arms, marks: Mapping[str, str]) -> str:
         drawn = "".join(_content(item, arms, marks) for item in items)
         parts.append(f'<div class="figures">{drawn}</div>' if charts else drawn)
     return (
-        f'<section id="{escape(section.id)}"><h2>{escape(section.heading)}</h2>'
-        f'<p class="about">{escape(section.about)}</p>{"".join(parts)}</section>'
+        f'<section id="{escape(section.id)}"><h2>{public(section.heading)}</h2>'
+        f'<p class="about">{public(section.about)}</p>{"".join(parts)}</section>'
     )
 
 
 def _content(item: Chart | Table | Browser | str, arms: Arms, marks: Mapping[str, str]) -> str:
     if isinstance(item, str):
-        return f"<p>{escape(item)}</p>"
+        return f"<p>{public(item)}</p>"
     if isinstance(item, Table):
         return item.html(marks)
     return item.html(arms) if isinstance(item, Browser) else _chart(item, marks)
 
 
 def _chart(chart: Chart, marks: Mapping[str, str]) -> str:
-    figure = json.loads(str(chart.figure.to_json()))  # what is not finite is null there
+    figure = published(json.loads(str(chart.figure.to_json())))  # what is not finite is null there
     figure["layout"].pop("template", None)  # the page's own look
     table = f"<details><summary>Numbers</summary>{chart.table.html(marks)}</details>" if chart.table else ""
     told = " Its numbers are below." if chart.table else ""
     return (
-        f"<figure><figcaption><strong>{breakable(chart.title)}</strong> {escape(chart.note)}</figcaption>"
-        f'<div class="chart" role="group" aria-label="{escape(chart.title)}" style="height:{chart.height}px">'
+        f"<figure><figcaption><strong>{breakable(chart.title)}</strong> {public(chart.note)}</figcaption>"
+        f'<div class="chart" role="group" aria-label="{public(chart.title)}" style="height:{chart.height}px">'
         f"<noscript>The chart needs JavaScript.{told}</noscript></div>"
         f'<script type="application/json">{json_for_script(figure)}</script>{table}</figure>'
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from saelens_cosine.files.secrets import published
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE
 from saelens_cosine.report.estimate import Estimate, form_of, numbers
 
@@ -23,14 +24,14 @@ class Table:
 
     Args:
         label (str): What is in it; read aloud.
-        headings (tuple[str, ...]): Of the columns. An arm's name gets its mark, here and at the head of a row.
-        rows (tuple[tuple[Cell, ...], ...]): As many cells in each; the first names the row.
+        headings (Sequence[str]): Of the columns. An arm's name gets its mark, here and at the head of a row.
+        rows (Sequence[Sequence[Cell]]): As many cells in each; the first names the row.
         differences (bool): Whether its numbers are differences: with their sign, and named only if the interval leaves out zero.
     """
 
     label: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
     differences: bool = False
 
     def html(self, marks: Mapping[str, str] | None = None) -> str:
@@ -45,13 +46,13 @@ class Table:
             f'<th scope="col"{_kind(heading, number)}>{_named(heading, marks)}</th>'
             for heading, number in zip(self.headings, right, strict=True)
         )
-        body = "".join(f"<tr>{''.join(self._row(row, marks))}</tr>" for row in self.rows)
+        body = "".join(f"<tr>{''.join(self._row(row, right, marks))}</tr>" for row in self.rows)
         return (
-            f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(self.label)}">'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{public(self.label)}">'
             f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
-    def _row(self, row: tuple[Cell, ...], marks: Mapping[str, str]) -> list[str]:
+    def _row(self, row: Sequence[Cell], right: Sequence[bool], marks: Mapping[str, str]) -> list[str]:
         estimates = [cell for cell in row if isinstance(cell, Estimate)]
         form = form_of(estimates, "+" if self.differences else "")
         strips = not self.differences and any(e.bounds for e in estimates)
@@ -60,7 +61,7 @@ class Table:
         for i, (cell, heading) in enumerate(zip(row, self.headings, strict=True)):
             if isinstance(cell, str):
                 tag, scope = ("td", "") if i else ("th", ' scope="row"')
-                cells.append(f"<{tag}{scope}{_kind(cell)}>{_named(cell, {} if i else marks)}</{tag}>")
+                cells.append(f"<{tag}{scope}{_kind(cell, right[i])}>{_named(cell, {} if i else marks)}</{tag}>")
             elif self.differences:
                 cells.append(f'<td class="number">{_difference(cell, form)}</td>')
             else:
@@ -69,9 +70,14 @@ class Table:
         return cells
 
 
+def public(text: str) -> str:
+    """Text as a page shows it: escaped, without secrets and places on this machine, for a page is handed around."""
+    return escape(published(text))
+
+
 def breakable(text: str) -> str:
-    """Escaped text that may also break after underscores."""
-    return escape(text).replace("_", "_<wbr>")
+    """Likewise, and it may also break after underscores and slashes."""
+    return public(text).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _named(text: str, marks: Mapping[str, str]) -> str:
