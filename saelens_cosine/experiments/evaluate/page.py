@@ -6,8 +6,8 @@ seed's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, NotMeasured, Shown, Treatment
 from saelens_cosine.experiments.evaluate.evals.of_text.tokens import TokenNorms
@@ -27,7 +27,7 @@ from saelens_cosine.experiments.evaluate.results.listing import (
 from saelens_cosine.metrics.intervals import Difference
 from saelens_cosine.report.browser import Browser
 from saelens_cosine.report.chart import Arms, Axis, Chart, Plot, ends
-from saelens_cosine.report.estimate import Estimate, short
+from saelens_cosine.report.estimate import Estimate, numbers, short
 from saelens_cosine.report.page import Page, Section
 from saelens_cosine.report.table import Table
 
@@ -149,28 +149,26 @@ def _sae(entry: MeasuredSAE) -> dict[str, str]:
 
 def _learning_curves(found: Evaluation, arms: Arms) -> Iterator[Chart]:
     """A chart for each measure; its axis holds what follows the first tenth of training, and zooms out to all."""
+    logs = {arm: [entry.training for entry in entries if entry.training] for arm, entries in found.arms.items()}
+    several = any(len(of) > 1 for of in logs.values())
     for label, field in (("FVE", "fve"), ("L0", "l0")):
-        logs = {arm: [entry.training for entry in entries if entry.training] for arm, entries in found.arms.items()}
-        curves = [(arm, log["training_tokens"], log[field]) for arm, of in logs.items() for log in of]
-        curves = [(arm, *_known(tokens, values)) for arm, tokens, values in curves]
-        curves = [(arm, tokens, values) for arm, tokens, values in curves if tokens]
-        if not curves:
+        curves = [(arm, _known(log["training_tokens"]), _known(log[field])) for arm, of in logs.items() for log in of]
+        end = max(numbers(t for _, tokens, _ in curves for t in tokens), default=None)
+        if end is None:
             continue
-        end = max(tokens[-1] for _, tokens, _ in curves)
         late = [v for _, tokens, values in curves for t, v in zip(tokens, values, strict=True) if t >= end / 10]
         plot = Plot(arms, Axis("training tokens", ends=(0, end * 1.02)), Axis(label, ends=ends(late)))
         for arm, tokens, values in curves:
             tips = [f"{label} {v:.4g} after {short(t)} tokens" for t, v in zip(tokens, values, strict=True)]
             plot.line(arm, tokens, values, tips, marked=False, faint=len(logs[arm]) > 3)
-        table = [(arm, short(tokens[-1]), Estimate(values[-1])) for arm, tokens, values in curves]
-        note = "One line for each seed." if any(len(of) > 1 for of in logs.values()) else ""
+        table = [(arm, short(tokens[-1]), Estimate(values[-1])) for arm, tokens, values in curves if tokens]
+        note = "One line for each seed." if several else ""
         yield Chart(label, note, plot.figure, Table(f"{label} at the end of training", ("arm", "tokens", label), table))
 
 
-def _known(tokens: list[Any], values: list[Any]) -> tuple[list[float], list[float]]:
-    """Points of a curve that have both numbers."""
-    pairs = [(t, v) for t, v in zip(tokens, values, strict=True) if t is not None and v is not None]
-    return [t for t, _ in pairs], [v for _, v in pairs]
+def _known(values: Iterable[float | None]) -> list[float]:
+    """NaN for what is not known."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _figures(found: Evaluation) -> Iterator[Table]:

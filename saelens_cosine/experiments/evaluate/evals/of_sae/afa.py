@@ -110,7 +110,10 @@ def _zf_plot(arms: Arms, arm: str, found: AFAOfTokens, title: str, both: tuple[f
     row = (arm, f"{centred.tokens:,}", f"{centred.without_features:,}", ratio, below)
     heads = ("arm", "tokens", "without codes", "median ‖f‖/‖x - b_dec‖", "share below the line")
     silent = f", {centred.without_features:,} of them without codes" if centred.without_features else ""
-    note = f"Median ‖f‖/‖x - b_dec‖ {short(ratio.value)} of {centred.tokens:,} tokens{silent}; {drawn:,} drawn."
+    note = (
+        f"Median ‖f‖/‖x - b_dec‖ {short(ratio.value)}, {below.value:.1%} below the line, of {centred.tokens:,} tokens{silent}; "
+        f"{drawn:,} drawn."
+    )
     return Chart(title, note, plot.figure, Table(title, heads, [row]), height=400)
 
 

@@ -97,16 +97,16 @@ def _fve(value: float, by_document: FVEByDocument, sinks: Treatment) -> Figure:
 
 def _charts(shown: Shown[Reconstructed]) -> Iterator[Chart]:
     """FVE by quartile, with sinks and without, on one scale."""
-    by_norm = {
-        sinks: {arm: [fit.by_norm.all_norms.ranges for fit in fits] for arm, fits in shown.of(sinks).items()}
+    by_norm = [
+        {arm: [fit.by_norm.all_norms.ranges for fit in fits] for arm, fits in shown.of(sinks).items()}
         for sinks in TREATMENTS
-    }
+    ]
     means = [
         {arm: [over_seeds([one.measured.fve for one in q]) for q in zip(*of, strict=False)] for arm, of in arms.items()}
-        for arms in by_norm.values()
+        for arms in by_norm
     ]
     scale = Axis("FVE", ends=ends(e for arms in means for fve in arms.values() for e in fve))
-    for (sinks, ranges), arms in zip(by_norm.items(), means, strict=True):
+    for told, ranges, arms in zip(TREATMENTS.values(), by_norm, means, strict=True):
         first = next((one for of in ranges.values() for one in of if one), ())
         if not first:
             continue
@@ -116,7 +116,7 @@ def _charts(shown: Shown[Reconstructed]) -> Iterator[Chart]:
         for arm, fve in arms.items():
             tips = [f"Q{q + 1}, {e}" for q, e in enumerate(fve)]
             plot.line(arm, [q + places[arm] for q in range(len(fve))], fve, tips, faint=True)
-        title, tokens = f"FVE by norm, {TREATMENTS[sinks]}", sum(part.measured.tokens for part in first)
+        title, tokens = f"FVE by norm, {told}", sum(part.measured.tokens for part in first)
         heads = ("arm", *(f"Q{q + 1}" for q in range(len(first))))
         rows = [(arm, *fve) for arm, fve in arms.items() if len(fve) == len(first)]
         yield Chart(title, f"{tokens:,} tokens.", plot.figure, Table(title, heads, rows))
