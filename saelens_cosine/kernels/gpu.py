@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from saelens_cosine.kernels.entries import Entries
-from saelens_cosine.kernels.gpu_scores import places_above
-from saelens_cosine.kernels.gpu_selection import best_places
+from saelens_cosine.kernels.triton.scores import places_above
+from saelens_cosine.kernels.triton.selection import best_places
 from saelens_cosine.score import wide
 
 __all__ = ["best_places", "places_above", "sampled_product", "segment_sum"]

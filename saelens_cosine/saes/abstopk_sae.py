@@ -20,7 +20,7 @@ from saelens_cosine.saes.per_feature_cosine import (
     PerFeatureCosineScore,
     PerFeatureCosineScoreConfig,
 )
-from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import InnerProductScore
 
 

@@ -17,7 +17,7 @@ from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
 from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFeatureCosineScoreConfig
-from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import InnerProductScore, ScoredTrainingSAE
 from saelens_cosine.score import wide
 

@@ -26,7 +26,7 @@ from saelens_cosine.saes.per_feature_cosine import (
     PerFeatureCosineScore,
     PerFeatureCosineScoreConfig,
 )
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.recipe.training_sae import RecipeConfig, RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import InnerProductScore, ScoredSAE
 
 

@@ -35,7 +35,7 @@ from typing_extensions import override
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
 from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFeatureCosineScoreConfig
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.recipe.training_sae import RecipeConfig, RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import InnerProductScore
 
 UNIT_RATE = 0.1

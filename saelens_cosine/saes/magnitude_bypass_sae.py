@@ -29,9 +29,9 @@ from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.batchtopk_sae import BatchTopKThreshold, BatchTopKThresholdConfig
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE, FoldedCosineScore, refuse_normalisation, refuse_whitening
-from saelens_cosine.saes.dead_features import DeadFeatures
 from saelens_cosine.saes.jumprelu_sae import ThresholdSelector
-from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.recipe.dead_features import DeadFeatures
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE
 from saelens_cosine.score import NORM_FLOOR, ScoreParameters, centred_norm, cosine_score, fold_scale, folded_score, wide
 

@@ -24,10 +24,10 @@ from saelens_cosine.kernels.codes import EntryCodes
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.batchtopk_sae import BatchTopKThreshold, BatchTopKThresholdConfig
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
-from saelens_cosine.saes.dead_features import DeadFeatures
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
 from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFeatureCosineScoreConfig
-from saelens_cosine.saes.recipe import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.recipe.dead_features import DeadFeatures
+from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
 from saelens_cosine.saes.scored_sae import InnerProductScore
 
 

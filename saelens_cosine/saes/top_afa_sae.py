@@ -18,7 +18,7 @@ from typing_extensions import override
 from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
-from saelens_cosine.saes.recipe import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.recipe.training_sae import RecipeConfig, RecipeTrainingSAE
 from saelens_cosine.saes.scored_sae import InnerProductScore
 from saelens_cosine.score import wide
 

@@ -12,7 +12,7 @@ import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from saelens_cosine.metrics.reconstruction.by_norm import explained_variance
-from saelens_cosine.saes.recipe import not_finite
+from saelens_cosine.saes.recipe.training_sae import not_finite
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The norm that reads the residual stream after a hook, for the post-norm loss (`saelens_cosine.saes.losses`).
+"""The norm that reads the residual stream after a hook, for the post-norm loss (`saelens_cosine.saes.recipe.losses`).
 
 Models disagree about names, about what a stored weight means (Gemma's gain is 1 + weight) and about which block has which
 norm. So nothing is read off names: a forward pass shows which norm takes the activation, and inputs show what it does.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saelens_cosine.saes.losses import rms_norm
+from saelens_cosine.saes.recipe.losses import rms_norm
 
 FOLDED = (
     "from_pretrained in TransformerLens folds it into the weights that follow (fold_ln), as enable_compatibility_mode does in "

@@ -16,7 +16,7 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from saelens_cosine.registry import check_training_architecture
-from saelens_cosine.saes.recipe import RecipeConfig
+from saelens_cosine.saes.recipe.training_sae import RecipeConfig
 
 PAPER_BATCH = 2048
 """Tokens per training step in the paper's recipe."""

@@ -1,64 +1,39 @@
-"""Training by the active codes alone: what the dense formula gives, wherever SAELens looks, and never silently otherwise."""
+"""A training step on the fast path is the dense formula's step, and SAELens' trainer sees no difference."""
 
 import copy
-import gc
-import logging
 import math
-import re
-from typing import NamedTuple
 
 import pytest
 import torch
+from fast_path_cases import (
+    AUX,
+    SIZE,
+    B,
+    D,
+    F,
+    K,
+    _reasons_not_logged_yet,  # noqa: F401
+    assert_equal,
+    dense,
+    descend,
+    gradients,
+    is_fast,
+    make,
+    run,
+)
 from helpers import (
     BATCHTOPK,
     FAST,
     FREE_DECODER,
-    OURS,
-    SELECTORS,
-    Batches,
     assert_close,
     make_activations,
-    make_sae,
-    make_trainer,
     planted_batches,
     randomize,
-    selector_of,
     train_step,
 )
-from sae_lens import SAE, TrainingSAE
-from sae_lens.registry import get_sae_class
-from sae_lens.saes.topk_sae import TopK, TopKTrainingSAE
-from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import load_file
-from torch.optim import optimizer as torch_optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-import saelens_cosine
-from saelens_cosine.kernels import filter
-from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.counting import LaggedCount
-from saelens_cosine.saes import path
-from saelens_cosine.saes.recipe import RecipeTrainingSAE
-from saelens_cosine.saes.scored_sae import ScoredSAE
-
-D, F, K, B = 24, 300, 5, 64
-AUX = "auxiliary_reconstruction_loss"
-SIZE = {"d_in": D, "d_sae": F, "k": K}
-
 
 RECTIFIED = [name for name in FAST if "abstopk" not in name and "bypass" not in name]
 """With codes that b_enc can turn on and off."""
-
-
-@pytest.fixture(autouse=True)
-def _reasons_not_logged_yet():
-    path._log_once.cache_clear()
-
-
-def make(name, kernels="auto", seed=1, **options):
-    """Training SAE in training mode, of a size that takes the fast path."""
-    return make_sae(name, seed=seed, kernels=kernels, **{**SIZE, **options}).train()
 
 
 def twin(sae, kernels):
@@ -66,27 +41,6 @@ def twin(sae, kernels):
     other = copy.deepcopy(sae)
     other.cfg.kernels = kernels
     return other
-
-
-def dense(tensor):
-    return tensor.dense() if isinstance(tensor, EntryCodes | ScoresOnDemand) else tensor
-
-
-def is_fast(output):
-    return isinstance(output.feature_acts, EntryCodes) and isinstance(output.hidden_pre, ScoresOnDemand)
-
-
-def gradients(sae):
-    return {name: p.grad for name, p in sae.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def descend(sae):
-    """A step that depends on the gradient's direction alone, so that rounding does not grow."""
-    for parameter in sae.parameters():
-        if parameter.grad is not None:
-            parameter -= 0.01 * parameter.grad / parameter.grad.abs().max().clamp_min(1e-30)
-            parameter.grad = None
 
 
 def steps(sae, batches, start=1):
@@ -99,27 +53,6 @@ def steps(sae, batches, start=1):
         losses.append(output.loss.detach())
     return {"losses": torch.stack(losses), **sae.state_dict()}
 
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(other[name], tensor), name
-
-
-class Sizes(TorchDispatchMode):
-    """The largest number of elements of anything that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        sizes = [t.numel() if t.layout == torch.strided else t._nnz() for t in tensors]
-        self.largest = max(self.largest, *sizes, 0)
-        return result
-
-
-# --- one step is the dense formula's step ---
 
 AUX_CASES = {
     "none dead": {},
@@ -283,30 +216,6 @@ def test_autocast_loses_no_more_than_the_reference_path(name, options):
     assert errors[1] <= errors[0] + 1e-6 * exact
 
 
-# --- SAELens' trainer sees no difference ---
-
-
-class Recording(SAETrainer):
-    """SAELens' trainer, keeping each step's log and which path it took."""
-
-    def step(self, batch):
-        output = super().step(batch)
-        self.logs = [*getattr(self, "logs", []), self.build_train_step_log_dict(output, self.n_training_samples)]
-        self.fast = [*getattr(self, "fast", []), is_fast(output)]
-        return output
-
-
-def run(name, kernels, n=30, start=0, batch=32, **options):
-    """SAELens' trainer before it has run, at small size, with features that die soon."""
-    options = {"d_in": 16, "d_sae": 160, "k": 4, "dead_feature_window_tokens": 100, **options}
-    sae = make_sae(name, seed=None, kernels=kernels, **options)
-    data = planted_batches(d_in=16, n_features=24, active=3, batch=batch)
-    data.position = start
-    trainer = make_trainer(sae, data, steps=n, batch=batch, lr=3e-3)
-    trainer.__class__ = Recording
-    return trainer
-
-
 RUNS = {
     "default": {},
     "free": FREE_DECODER,
@@ -442,408 +351,3 @@ def test_pre_activations_of_an_earlier_step_are_refused(options):
         with pytest.raises(RuntimeError, match='kernels="reference"'):
             output.hidden_pre[:, 3]
         assert (output.feature_acts > 0).sum() == K * B  # the codes are still there
-
-
-# --- when the fast path is declined ---
-
-
-class L1Score(ScoredSAE):
-    """A third party's score without the form that the fast path needs."""
-
-    def score(self, x_centered):
-        share = x_centered / x_centered.abs().sum(dim=-1, keepdim=True).clamp_min(1e-8)
-        return share @ self.W_enc + self.b_enc
-
-
-class L1TopK(L1Score, RecipeTrainingSAE, TopKTrainingSAE): ...
-
-
-class EverySecond(saelens_cosine.CosineBatchTopKTrainingSAE):
-    """A third party's selector, likewise."""
-
-    def select(self, hidden_pre):
-        return super().select(hidden_pre) * (torch.arange(F) % 2)
-
-
-class NoisyTopK(TopK): ...
-
-
-def with_class(cls):
-    def change(sae):
-        sae.__class__ = cls
-
-    return change
-
-
-def with_activation(sae):
-    sae.activation_fn = NoisyTopK(K)
-
-
-def with_hook(point, direction="fwd"):
-    return lambda sae: getattr(sae, point).add_hook(lambda *_, **__: None, dir=direction)
-
-
-def unchanged(sae):
-    pass
-
-
-DECLINED = {  # architecture, options, what happens to the SAE, shape of the batch, reason
-    "hook before": ("cosine_batchtopk", {}, with_hook("hook_sae_acts_pre"), (B, D), "a hook asks for dense"),
-    "hook behind": ("cosine_topk", {}, with_hook("hook_sae_acts_post"), (B, D), "a hook asks for dense"),
-    "gradient hook": ("cosine_topk", {}, with_hook("hook_sae_acts_post", "bwd"), (B, D), "a hook asks for dense"),
-    "three dimensions": ("cosine_batchtopk", {}, unchanged, (4, 16, D), r"shape \(4, 16, 24\), not \[tokens, d_in\]"),
-    "one dimension": ("cosine_topk", {}, unchanged, (D,), r"shape \(24,\), not \[tokens, d_in\]"),
-    "bfloat16": ("cosine_batchtopk", {"dtype": "bfloat16"}, unchanged, (B, D), "parameters are torch.bfloat16"),
-    "score": ("inner_product_topk", {}, with_class(L1TopK), (B, D), "L1Score defines score without score_parameters"),
-    "selector": ("cosine_batchtopk", {}, with_class(EverySecond), (B, D), "EverySecond defines select without entry_sel"),
-    "activation": ("inner_product_topk", {}, with_activation, (B, D), "NoisyTopK has no selection by entries"),
-    "sparse": ("cosine_topk", {"use_sparse_activations": True}, unchanged, (B, D), "use_sparse_activations=True"),
-}  # fmt: skip
-
-
-def reasons(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "saelens_cosine.saes.path"]
-
-
-def assert_reference_result(sae, x):
-    reference = copy.deepcopy(sae)
-    reference.cfg.kernels = "reference"
-    for found, expected in zip(sae.encode_with_hidden_pre(x), reference.encode_with_hidden_pre(x), strict=True):
-        assert type(found) is torch.Tensor
-        assert torch.equal(found.to_dense(), expected.to_dense())
-        assert found.to_dense().any()
-
-
-@pytest.mark.parametrize("case", DECLINED)
-def test_a_declined_call_takes_the_reference_path_and_says_why_once(case, caplog):
-    name, options, change, shape, reason = DECLINED[case]
-    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
-    sae = make(name, **options)
-    change(sae)
-    x = make_activations(*shape)
-    for _ in range(3):
-        assert_reference_result(sae, x)
-    (message,) = reasons(caplog)
-    assert re.search(f"{name} takes the reference path: .*{reason}", message)
-    assert caplog.records[-1].levelno == logging.INFO
-
-    sae.cfg.kernels = "fast"
-    with pytest.raises(RuntimeError, match=rf'kernels="fast" is impossible here: .*{reason}.*"auto"'):
-        sae.encode_with_hidden_pre(x)
-
-
-def test_auto_declines_what_is_too_dense_to_gain(caplog):
-    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
-    x = make_activations(B, D)
-    assert is_fast(train_step(make("cosine_topk", d_sae=40), x, step=1))  # 5 of 40 is an eighth
-    assert reasons(caplog) == []
-    assert_reference_result(make("cosine_topk", d_sae=39), x)
-    (message,) = reasons(caplog)
-    assert "k=5 of d_sae=39 is too dense" in message
-    assert is_fast(train_step(make("cosine_topk", "fast", d_sae=39), x, step=1))
-
-
-def test_auto_declines_on_a_gpu_what_is_too_little_to_gain(caplog, monkeypatch):
-    class Batch(NamedTuple):
-        """What is asked of a batch: a device that is not here."""
-
-        shape: tuple[int, int]
-        device: torch.device
-        ndim: int = 2
-
-    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
-    monkeypatch.setattr(path, "_has_triton", lambda: True)
-    monkeypatch.setattr(path, "GPU_WORTH", 9 * 40 * 4)
-    sae, gpu = make("cosine_topk", d_sae=40).train(), torch.device("cuda")
-    assert path.use_fast_path(sae, Batch((9, D), gpu))
-    assert reasons(caplog) == []
-    assert not path.use_fast_path(sae, Batch((8, D), gpu))
-    (message,) = reasons(caplog)
-    assert "8 tokens of 40 features are too few for a GPU" in message
-    with monkeypatch.context() as patched:  # torch.autocast does nothing without the device
-        patched.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-        patched.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-        assert not path.use_fast_path(sae, Batch((17, D), gpu))  # half the bytes
-        assert path.use_fast_path(sae, Batch((18, D), gpu))
-    assert path.use_fast_path(sae, Batch((8, D), torch.device("cpu")))
-    sae.cfg.kernels = "fast"
-    assert path.use_fast_path(sae, Batch((8, D), gpu))
-
-
-def test_the_reference_path_and_eval_mode_give_no_reasons(caplog):
-    caplog.set_level(logging.INFO, logger="saelens_cosine.saes.path")
-    x = make_activations(B, D)
-    for sae in (
-        make("cosine_batchtopk", "reference"),
-        make("cosine_batchtopk").eval(),
-        make("cosine_topk", "fast").eval(),
-    ):
-        with_hook("hook_sae_acts_pre")(sae)
-        assert_reference_result(sae, x)
-        assert type(sae.encode(x)) is torch.Tensor
-    assert reasons(caplog) == []
-
-
-def test_an_unknown_path_is_refused():
-    with pytest.raises(ValueError, match="kernels='quick'"):
-        make("cosine_topk", "quick")
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_hooks_see_dense_tensors_and_may_change_them(name):
-    sae, x = make(name), make_activations(B, D)
-    plain = train_step(copy.deepcopy(sae), x, step=1)
-    seen = {}
-
-    def add_one(codes, hook):
-        seen[hook.name] = codes
-        codes = codes.clone()
-        codes[:, 2] += 1
-        return codes
-
-    def lift(scores, hook):
-        seen[hook.name] = scores
-        return scores.index_fill(1, torch.tensor([7]), 1e4)
-
-    with sae.hooks(fwd_hooks=[("hook_sae_acts_post", add_one)]):
-        changed = train_step(sae, x, step=1)
-    assert torch.allclose(changed.sae_out - plain.sae_out, sae.W_dec[2], atol=1e-4)
-    assert is_fast(train_step(sae, x, step=2))  # the hook is gone
-    with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lift)]):
-        lifted = train_step(sae, x, step=3)
-    # a magnitude bypass makes codes of any scale from it
-    assert (lifted.feature_acts[:, 7] == 1e4).sum() == B or ("bypass" in name and (lifted.feature_acts[:, 7] > 0).all())
-    assert all(type(tensor) is torch.Tensor and tensor.shape == (B, F) for tensor in seen.values())
-    assert set(seen) == {"hook_sae_acts_pre", "hook_sae_acts_post"}
-    assert is_fast(train_step(sae, x, step=4))
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_run_with_cache_in_training_mode(name):
-    sae, x = make(name), make_activations(B, D)
-    codes = train_step(copy.deepcopy(sae), x, step=1).feature_acts
-    _, cache = sae.run_with_cache(x)
-    assert cache["hook_sae_acts_pre"].shape == (B, F)
-    assert type(cache["hook_sae_acts_post"]) is torch.Tensor
-    assert_close(cache["hook_sae_acts_post"], dense(codes))
-    assert is_fast(train_step(sae, x, step=1))
-
-
-# --- nobody pays for what nobody asked for ---
-
-
-@pytest.mark.parametrize("name", FAST)
-@pytest.mark.parametrize("n_dead", [0, 200])  # so many that some stay dead
-def test_no_tensor_of_all_scores_is_made(name, n_dead, monkeypatch):
-    monkeypatch.setattr(filter, "TILE_TOKENS", 128)
-    monkeypatch.setattr(filter, "TILE_BYTES", 2**16)
-    sae = make_sae(name, seed=None, d_in=8, d_sae=4096, k=4)
-    sae.tokens_since_fired[:n_dead] = 10**9
-    data = Batches(lambda i: make_activations(512, 8, seed=i, spread=0.3))
-    trainer = make_trainer(sae, data, steps=5, batch=512)
-    for step in range(3):
-        with Sizes() as sizes:
-            output = trainer.step(next(data))
-        trainer.n_training_steps += 1
-        assert is_fast(output)
-        assert (output.losses[AUX] > 0) == (n_dead > 0)
-        assert 2 * 4 * 512 < sizes.largest < 512 * 4096 / 4, step
-    with_hook("hook_sae_acts_post")(sae)
-    with Sizes() as sizes:
-        trainer.step(next(data))
-    assert sizes.largest == 512 * 4096
-
-
-# --- how W_enc lies in memory ---
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_encoder_columns_stay_in_one_piece(name, tmp_path):
-    def check(sae):
-        assert sae.W_enc.shape == (16, 160)
-        assert sae.W_enc.stride() == (1, 16)
-
-    trainer = run(name, "auto", n=3)
-    sae = trainer.sae
-    check(sae)
-    trainer.fit()
-    assert trainer.fast == [True] * 3
-    assert trainer.optimizer.param_groups[0]["fused"]
-    for each in (sae, copy.deepcopy(sae), copy.deepcopy(sae).to(torch.float64), copy.deepcopy(sae).to(torch.bfloat16)):
-        check(each)
-    for options in ({"seed": None}, {"dtype": "float64"}, FREE_DECODER):
-        check(make_sae(name, **{"d_in": 16, "d_sae": 160, "k": 4, **options}))
-
-    sae.save_model(tmp_path / "training")
-    sae.save_inference_model(tmp_path / "inference")
-    again = TrainingSAE.load_from_disk(tmp_path / "training")
-    check(again)
-    assert torch.equal(again.W_enc, sae.W_enc)
-    fresh = make_sae(name, d_in=16, d_sae=160, k=4)
-    fresh.load_weights_from_checkpoint(tmp_path / "training")
-    check(fresh)
-    assert torch.equal(fresh.W_enc, sae.W_enc)
-    if name in OURS:
-        check(SAE.load_from_disk(tmp_path / "inference"))
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_files_hold_plain_tensors(name, tmp_path):
-    sae = make(name)
-    sae.save_model(tmp_path / "training")
-    sae.save_inference_model(tmp_path / "inference")
-    trained, saved = (
-        load_file(tmp_path / form / "sae_weights.safetensors")["W_enc"] for form in ("training", "inference")
-    )
-    assert trained.is_contiguous()
-    assert saved.is_contiguous()
-    assert torch.equal(trained, sae.W_enc)
-    if name in OURS:  # exp(b_i) * w_i / ||w_i||, with b = 0 in a magnitude bypass
-        W_enc, log_scale = sae.W_enc.double(), getattr(sae, "log_scale", torch.zeros(()))
-        assert_close(saved, log_scale.double().exp() * W_enc / W_enc.norm(dim=0), 1e-6)
-        return
-    assert torch.equal(saved, sae.W_enc)
-    stock = SAE.load_from_disk(tmp_path / "inference")
-    assert type(stock) is get_sae_class(SELECTORS[selector_of(name)].saved_as)[0]
-    assert torch.equal(stock.W_enc, sae.W_enc)
-    assert_close(stock.encode(make_activations(B, D)), sae.eval().encode(make_activations(B, D)))
-
-
-# --- torch.compile, and the optimizer ---
-
-
-@pytest.mark.parametrize("name", ["cosine_batchtopk", "per_feature_cosine_topk"])
-def test_a_compiled_step_takes_the_fast_path_as_it_is(name):
-    eager = make(name, dead_feature_window_tokens=100)
-    compiled = copy.deepcopy(eager)
-    compiled.training_forward_pass = torch.compile(compiled.training_forward_pass, backend="eager")
-    for step in (1, 2, 3):
-        outputs = [train_step(sae, make_activations(B, D, seed=step), step=step) for sae in (eager, compiled)]
-        assert all(map(is_fast, outputs))
-        for output in outputs:
-            output.loss.backward()
-        assert torch.equal(outputs[1].loss, outputs[0].loss)
-        assert_equal(gradients(compiled), gradients(eager))
-        descend(eager)
-        descend(compiled)
-    assert outputs[0].losses[AUX] > 0
-
-
-def watchers():
-    gc.collect()
-    return len(torch_optimizer._global_optimizer_pre_hooks)
-
-
-@pytest.mark.parametrize("name", ["cosine_batchtopk", "per_feature_cosine_topk"])
-@pytest.mark.parametrize(("kernels", "fused"), [("auto", True), ("fast", True), ("reference", None)])
-def test_saelens_adam_is_fused(name, kernels, fused):
-    before = watchers()
-    other = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
-    trainer = run(name, kernels, n=3)
-    for _ in range(2):
-        trainer.step(next(trainer.data_provider))
-        other.param_groups[0]["params"][0].grad = torch.ones(2)
-        other.step()
-        trainer.n_training_steps += 1
-    assert [group["fused"] for group in trainer.optimizer.param_groups] == [fused]
-    assert other.param_groups[0]["fused"] is None
-    assert watchers() == before
-
-
-@pytest.mark.parametrize("options", [{"foreach": False}, {"fused": False}, {"foreach": True}])
-def test_a_choice_that_was_made_is_kept(options):
-    sae = make("cosine_batchtopk")
-    optimizer = torch.optim.Adam(sae.parameters(), **options)
-    before = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    for step in (0, 1):
-        train_step(sae, make_activations(B, D), step=step).loss.backward()
-        optimizer.step()
-    assert {key: value for key, value in optimizer.param_groups[0].items() if key != "params"} == before
-
-
-def test_an_optimizer_that_has_stepped_or_is_another_kind_stays():
-    sae = make("cosine_batchtopk")
-    adam, sgd = torch.optim.AdamW(sae.parameters()), torch.optim.SGD(sae.parameters(), lr=1e-3)
-    for parameter in sae.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    adam.step()
-    for optimizer in (adam, sgd):
-        train_step(sae, make_activations(B, D), step=0).loss.backward()
-        optimizer.step()
-        assert not optimizer.param_groups[0]["fused"]
-    train_step(sae, make_activations(B, D), step=1)
-
-
-def test_the_watch_over_optimizers_ends_with_its_sae():
-    before = watchers()
-    trainer = run("cosine_topk", "auto")
-    trainer.step(next(trainer.data_provider))  # a run of a single step
-    del trainer
-    gc.collect()
-    assert watchers() == before
-
-
-def test_the_fused_step_is_adams():
-    # by the formula, on the first step: every parameter moves by lr * g / (|g| + eps), whatever its layout
-    sae = make("per_feature_cosine_batchtopk", dtype="float64", unit_decoder=False)
-    sae.initialized_from_data.fill_(True)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.01)
-    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    train_step(sae, make_activations(B, D, dtype=torch.float64), step=0).loss.backward()
-    optimizer.step()
-    assert optimizer.param_groups[0]["fused"]
-    for name, p in sae.named_parameters():
-        assert_close(p.detach() - before[name], -0.01 * p.grad / (p.grad.abs() + 1e-8), 1e-9)
-        assert optimizer.state[p]["exp_avg"].shape == p.shape
-    train_step(sae, make_activations(B, D, dtype=torch.float64), step=1)
-
-
-# --- dead features, counted a step late and never wrong ---
-
-
-def aux_loss(sae, x, output, dead):
-    """The paper's auxiliary loss from its definition, token by token."""
-    e = (x - output.sae_out).detach()
-    z = torch.zeros(len(x), F, dtype=torch.float64)
-    scores = dense(output.hidden_pre).detach().relu()
-    for token in range(len(x)):
-        ranked = scores[token].masked_fill(~dead, -1).argsort(descending=True)
-        top = ranked[: min(D // 2, int(dead.sum()))]
-        z[token, top] = scores[token, top]
-    variance = ((e - e.mean(0)) ** 2).sum(1).mean()
-    return ((e - z @ sae.W_dec.detach()) ** 2).sum(1).mean() / variance / 32
-
-
-@pytest.mark.parametrize("kernels", ["reference", "fast"])
-@pytest.mark.parametrize("name", ["per_feature_cosine_batchtopk", "cosine_topk"])
-@pytest.mark.parametrize("lag", [True, False])
-def test_dead_features_with_batches_that_grow_and_shrink(name, kernels, lag, monkeypatch):
-    known = []
-    get = LaggedCount.get
-    monkeypatch.setattr(LaggedCount, "get", lambda *args: known.append(get(*args) if lag else None) or known[-1])
-    window = 150
-    sae = make(name, kernels, dtype="float64", dead_feature_window_tokens=window)
-    since = torch.zeros(F, dtype=torch.int64)
-    n_dead = []
-    for step, n in enumerate([8, 16, 40, 40, 40, 12, 3, 30, 50, 2, 20, 20], start=1):
-        if step == 4:  # someone changes the counts, by hand and by a checkpoint
-            sae.tokens_since_fired[:5] = since[:5] = window
-        if step == 11:
-            sae.load_state_dict(copy.deepcopy(sae.state_dict()) | {"tokens_since_fired": torch.full((F,), window)})
-            since = torch.full((F,), window)
-        x = make_activations(n, D, seed=step, dtype=torch.float64)
-        output = train_step(sae, x, step=step)
-        fired = (dense(output.feature_acts) != 0).any(dim=0)
-        since = torch.where(fired, 0, since + n)
-        dead = since >= window
-        n_dead.append(int(dead.sum()))
-        assert torch.equal(sae.tokens_since_fired, since)
-        assert torch.equal(sae.dead_features, dead)
-        expected = aux_loss(sae, x, output, dead).item() if dead.any() else 0.0
-        assert output.losses[AUX].item() == pytest.approx(expected, rel=1e-10)
-        output.loss.backward()
-        descend(sae)
-    assert 0 in n_dead
-    assert any(0 < n <= D // 2 for n in n_dead)
-    assert max(n_dead) > D // 2
-    assert (sum(count is not None for count in known) >= 3) == lag

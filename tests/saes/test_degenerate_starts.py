@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import COSINE, TRAINING, make_activations, make_sae, planted_batches, train_step
 
-from saelens_cosine.saes.recipe import geometric_median
+from saelens_cosine.saes.recipe.training_sae import geometric_median
 
 D_IN = 16
 

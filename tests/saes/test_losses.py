@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
-from saelens_cosine.saes.losses import (
+from saelens_cosine.saes.recipe.losses import (
     ReconstructionLoss,
     cosine_loss,
     post_norm_loss,

@@ -34,7 +34,7 @@ from saelens_cosine.files.whole import write_json
 from saelens_cosine.kernels import selection
 from saelens_cosine.progress import shown
 from saelens_cosine.registry import check_training_architecture
-from saelens_cosine.saes.recipe import TopKRecipeConfig
+from saelens_cosine.saes.recipe.training_sae import TopKRecipeConfig
 
 SELECTORS = ("matryoshka_batchtopk", "batchtopk", "abstopk", "topk")
 """SAELens' selectors that have a fast path; an architecture's is the first that its name ends in."""

@@ -20,8 +20,8 @@ from typing_extensions import override
 from saelens_cosine.activations.norm_filter import token_norms
 from saelens_cosine.kernels.optimizer import fuse_adam_of
 from saelens_cosine.saes.choices import check_choices
-from saelens_cosine.saes.dead_features import DeadFeatureRevival
-from saelens_cosine.saes.losses import ReconstructionLoss
+from saelens_cosine.saes.recipe.dead_features import DeadFeatureRevival
+from saelens_cosine.saes.recipe.losses import ReconstructionLoss
 from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from saelens_cosine.kernels import reference
-from saelens_cosine.kernels.gpu_scores import append, ranked_scores, score_arguments
 from saelens_cosine.kernels.terms import ScoreTerms
+from saelens_cosine.kernels.triton.scores import append, ranked_scores, score_arguments
 
 TILE_TOKENS, TILE_FEATURES = 8, 512
 """Scores that a program makes at once where it looks at all of them."""

@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
-from saelens_cosine.kernels.counting import LaggedCount
+from saelens_cosine.saes.recipe.lagged_count import LaggedCount
 from saelens_cosine.saes.scored_sae import ScoredTrainingSAE
 
 
