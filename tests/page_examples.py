@@ -11,7 +11,8 @@ from saelens_cosine.report.estimate import Estimate
 from saelens_cosine.report.page import Page, Section
 from saelens_cosine.report.table import Table
 
-EVIL = '</script ><script>window.hacked=1</script ><img src=x onerror="window.hacked=1">\'"&amp;<!--<b>'  # blanks: else it is a path, and cut
+EVIL = '</script ><script>window.hacked=1</script ><img src=x onerror="window.hacked=1">\'"&amp;<!--<b>'
+# with blanks, or it would be taken for a path and cut
 LINK = '<a href="javascript:window.hacked=1">click</a>'
 
 

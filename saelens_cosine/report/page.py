@@ -30,7 +30,7 @@ class Section:
     A part of a page. One without content is left out.
 
     Args:
-        id (str): Its place in the page's address: letters, digits and dashes.
+        id (str): Its place in the page's address, after `#section-`: letters, digits, dashes and underscores.
         heading (str): Above it and among the links.
         about (str): What is shown, in a sentence or two.
         content (tuple[Chart | Table | Browser | str, ...]): In order; texts are paragraphs, and charts beside each other share rows.
@@ -89,7 +89,7 @@ def render(page: Page) -> str:
         f"script-src{hashes or NO_SCRIPT}"
     )
     marks = {name: _mark(i) for i, name in enumerate(page.arms.names)}
-    links = "".join(f'<a href="#{section.id}">{public(section.heading)}</a>' for section in sections)
+    links = "".join(f'<a href="#section-{section.id}">{public(section.heading)}</a>' for section in sections)
     body = "".join(_section(section, page.arms, marks) for section in sections)
     facts = "".join(_fact(name, value) for name, value in page.facts.items())
     lines = "".join(f"<li>{public(line)}</li>" for line in page.warnings)
@@ -136,7 +136,7 @@ def _section(section: Section, arms: Arms, marks: Mapping[str, str]) -> str:
         drawn = "".join(_content(item, arms, marks) for item in items)
         parts.append(f'<div class="figures">{drawn}</div>' if charts else drawn)
     return (
-        f'<section id="{escape(section.id)}"><h2>{public(section.heading)}</h2>'
+        f'<section id="section-{escape(section.id)}"><h2>{public(section.heading)}</h2>'
         f'<p class="about">{public(section.about)}</p>{"".join(parts)}</section>'
     )
 

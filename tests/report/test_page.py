@@ -16,6 +16,7 @@ from saelens_cosine.report.browser import Browser, Feature
 from saelens_cosine.report.chart import Arms, Axis, Chart, Plot
 from saelens_cosine.report.estimate import Estimate
 from saelens_cosine.report.page import Page, Section, render, write_page
+from saelens_cosine.report.table import Table
 
 
 class Outline(HTMLParser):
@@ -52,7 +53,7 @@ def one_section(*content, arms=()) -> Page:
 def test_a_section_is_there_exactly_if_it_has_content():
     outline = Outline(render(page()))
     there = [attributes["id"] for attributes in outline.named("section")]
-    assert there == ["comparison", "saes", "charts", "features"]
+    assert there == [f"section-{name}" for name in ("comparison", "saes", "charts", "features")]
     assert [attributes["href"] for attributes in outline.named("a")] == [f"#{name}" for name in there]
 
 
@@ -76,9 +77,23 @@ def test_all_text_is_escaped(tmp_path):
     kinds = [attributes.get("type") for attributes in outline.named("script")]
     assert kinds == ["application/json"] * 3 + [None] * 3
     assert outline.named("img") == outline.named("i") == outline.named("b") == []
-    assert [attributes["href"] for attributes in outline.named("a")] == ["#all"]
+    assert [attributes["href"] for attributes in outline.named("a")] == ["#section-all"]
     assert not any(name.startswith("on") for _, attributes in outline.tags for name in attributes)
     assert outline.text.count(EVIL) > 5
+
+
+def test_neither_secrets_nor_places_on_this_machine_are_shown_wherever_they_are():
+    token, place = "hf_abcdefghijklmnop", "/home/me/secret_project/arm"
+    told = f"{place} {token}"
+    arms = Arms((told,))
+    plot = Plot(arms, Axis(told), Axis("y", ticks={1.0: told}))
+    plot.line(told, [1], [1], [told])
+    drawn = Chart(told, told, plot.figure, Table(told, (told,), ((told,),)))
+    read = Feature(told, 0, 0.1, None, (Context((f" {place}",), (1.0,)),))
+    html = render(Page(told, {told: told}, (told,), arms, (Section("a", told, told, (told, drawn, Browser((read,)))),)))
+    assert token not in html
+    assert html.count(place) == 1  # text that was read, as it is
+    assert html.count("arm (hidden)") > 10
 
 
 def test_only_the_pages_own_scripts_may_run_and_nothing_may_be_fetched():

@@ -108,12 +108,12 @@ def test_charts_are_drawn_when_they_are_near(opened):
 
 def test_a_wide_table_scrolls_in_its_own_box_from_the_keyboard(opened):
     sizes = opened.run(
-        "(() => { const s = document.querySelector('#saes .scroll'); return [s.clientWidth, s.scrollWidth] })()"
+        "(() => { const s = document.querySelector('#section-saes .scroll'); return [s.clientWidth, s.scrollWidth] })()"
     )
     assert sizes[1] > sizes[0]
-    opened.run("document.querySelector('#saes .scroll').focus()")
+    opened.run("document.querySelector('#section-saes .scroll').focus()")
     opened.send("Input.dispatchKeyEvent", type="keyDown", key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
-    wait(opened, "document.querySelector('#saes .scroll').scrollLeft > 0")
+    wait(opened, "document.querySelector('#section-saes .scroll').scrollLeft > 0")
 
 
 def test_values_are_shown_where_the_pointer_is(opened):
