@@ -20,7 +20,7 @@ Cell = str | Estimate
 @dataclass(frozen=True)
 class Table:
     """
-    Rows under headings. The numbers of a row are of a kind and get the same decimals.
+    Rows under headings. The numbers of a row are of a kind and get the same decimals, unless they are differences.
 
     Args:
         label (str): What is in it; read aloud.
@@ -54,7 +54,7 @@ class Table:
 
     def _row(self, row: Sequence[Cell], right: Sequence[bool], marks: Mapping[str, str]) -> list[str]:
         estimates = [cell for cell in row if isinstance(cell, Estimate)]
-        form = form_of(estimates, "+" if self.differences else "")
+        form = form_of(estimates)
         strips = not self.differences and any(e.bounds for e in estimates)
         held = numbers(estimates) if strips else []
         cells: list[str] = []
@@ -63,7 +63,7 @@ class Table:
                 tag, scope = ("td", "") if i else ("th", ' scope="row"')
                 cells.append(f"<{tag}{scope}{_kind(cell, right[i])}>{_named(cell, {} if i else marks)}</{tag}>")
             elif self.differences:
-                cells.append(f'<td class="number">{_difference(cell, form)}</td>')
+                cells.append(f'<td class="number">{_difference(cell)}</td>')
             else:
                 strip = _strip(cell, held, marks[heading]) if held and heading in marks else ""
                 cells.append(f'<td class="number">{_value(cell, form)}{strip}</td>')
@@ -100,7 +100,8 @@ def _bounds(estimate: Estimate, form: Callable[[float], str]) -> str:
     return f"<small>{form(estimate.bounds[0])} to {form(estimate.bounds[1])}</small>" if estimate.bounds else ""
 
 
-def _difference(estimate: Estimate, form: Callable[[float], str]) -> str:
+def _difference(estimate: Estimate) -> str:
+    form = form_of([estimate], "+")  # of its own: an end of an interval shall not be rounded to zero
     if not math.isfinite(estimate.value):
         return "-"
     if estimate.bounds is None:

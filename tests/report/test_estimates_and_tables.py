@@ -79,3 +79,14 @@ def test_differences_are_named_where_zero_is_left_out():
         "+0.1000<small>no interval</small>",
         f"{unseen}<small>+0.0000 to +0.2000</small>",
     ]
+
+
+def test_a_difference_is_written_with_digits_of_its_own():
+    rows = (("KL", Estimate(-0.08, -0.15, -0.0029), Estimate(4.0, -19.09, 27.49)),)
+    html = Table("Differences", ("minus one", "two", "three"), rows, differences=True).html(MARKS)
+    assert cells(html)[0] == "<b>-0.0800</b><small>-0.1500 to -0.0029</small>"
+
+
+def test_a_dash_stands_where_the_numbers_of_its_column_do():
+    html = Table("Figures", ("figure", "one", "two"), (("a", "-", "told"), ("b", Estimate(1), "told"))).html()
+    assert '<td class="number">-</td><td>told</td>' in html
