@@ -36,8 +36,8 @@ def opened(chromium, report):
 
 
 def wait(browser, condition: str):
-    """Until a condition in the page holds, two seconds at most."""
-    met = f"new Promise((done) => {{ const end = Date.now() + 2000; const look = () => {{ const met = Boolean({condition});"
+    """Until a condition in the page holds, ten seconds at most: the machine may be busy."""
+    met = f"new Promise((done) => {{ const end = Date.now() + 10000; const look = () => {{ const met = Boolean({condition});"
     assert browser.run(f"{met} met || Date.now() > end ? done(met) : setTimeout(look, 20); }}; look(); }})"), condition
 
 
