@@ -48,7 +48,16 @@
     // a point that stands for a feature opens it in the browser, where there is one
     if (!byId("feature") || !data.some((trace) => trace.customdata)) return;
     box.previousElementSibling.append(" Choose a point to open its feature.");
-    box.on("plotly_click", ({ points }) => { if (points[0]?.customdata) location.hash = `feature/${points[0].customdata}`; });
+    const open = (feature) => { if (feature) location.hash = `feature/${feature}`; };
+    let pointed = null, pressed = null;
+    box.on("plotly_hover", ({ points }) => { pointed = points[0].customdata; });
+    box.on("plotly_unhover", () => { pointed = null; });
+    box.on("plotly_click", ({ points }) => open(points[0]?.customdata));
+    // plotly forgets what is pointed at, and tells of no click, where the pointer trembles between pressing and releasing
+    box.addEventListener("mousedown", ({ clientX, clientY }) => { pressed = { pointed, clientX, clientY }; }, true);
+    box.addEventListener("click", ({ clientX, clientY }) => {
+      if (pressed && Math.hypot(clientX - pressed.clientX, clientY - pressed.clientY) < 6) open(pressed.pointed);
+    }, true);
   };
 
   const near = new IntersectionObserver((entries) => {
