@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
 
 
 class FormulaModel(HookedRootModule):

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from sae_lens.load_model import load_model
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
 from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine.hooked_transformer import hooked_transformer, official_model_name
 
 TRANSFORMER_LENS = "HookedTransformer"
 HUGGING_FACE = "AutoModelForCausalLM"
 BRIDGE = "TransformerBridge"
+"""Loaded where it is asked for, and for a HookedTransformer where TransformerLens has none any more."""
 
 PROCESSING = frozenset(
     ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices")
@@ -51,7 +53,7 @@ class HookedModel(NamedTuple):
     Args:
         model (Any): The hooked model, to pass as `override_model`.
         name (str): `model_name` for SAELens' configs and metadata.
-        class_name (str): `model_class_name` likewise: `HookedTransformer` or `AutoModelForCausalLM`.
+        class_name (str): `model_class_name` likewise: `HookedTransformer`, `TransformerBridge` or `AutoModelForCausalLM`.
         hook_name (str): The hook point asked for, as this class calls it.
         d_in (int): Size of the activations there, heads flattened.
         context_size (int | None): Longest context that the model takes; None if it does not say.
@@ -84,16 +86,18 @@ def choose_model(
 ) -> ModelChoice:
     """The class that has a hook point, and what its loader is told. Arguments as in `load_hooked_model`.
 
-    A class that cannot have the hook, or that TransformerLens has no model of this name for, gives way to the other.
+    A class that cannot have the hook, or that TransformerLens has no model of this name for, gives way to the other; a
+    HookedTransformer to a TransformerBridge where TransformerLens has only these.
 
     Raises:
         ValueError: an entry of `kwargs` that a file may not set, or that the class cannot honour.
     """
     given = _checked(kwargs or {})
-    chosen = class_name or TRANSFORMER_LENS
+    lens = BRIDGE if hooked_transformer() is None else TRANSFORMER_LENS
+    chosen = lens if class_name in (None, TRANSFORMER_LENS) else class_name
     if class_name in (None, TRANSFORMER_LENS, HUGGING_FACE):
         if hook is not None and (class_name is None or block_of(hook) is None):  # there is nothing to translate
-            chosen = TRANSFORMER_LENS if LENS_HOOK.match(hook) else HUGGING_FACE
+            chosen = lens if LENS_HOOK.match(hook) else HUGGING_FACE
         if not known_to_transformer_lens(name):
             chosen = HUGGING_FACE
     refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - _BRIDGE_TAKES}.get(chosen, frozenset())
@@ -119,8 +123,9 @@ def load_hooked_model(
 ) -> HookedModel:
     """Load the bundled model, a TransformerLens name, or any Hugging Face name or local folder.
 
-    A name that TransformerLens knows is loaded as a HookedTransformer; anything else, or with a hook that is a module's path such
-    as `model.layers.3`, as AutoModelForCausalLM. The residual stream between two blocks is found by either name.
+    A name that TransformerLens knows is loaded as a HookedTransformer (from TransformerLens 4 on, which has none, as a
+    TransformerBridge); anything else, or with a hook that is a module's path such as `model.layers.3`, as AutoModelForCausalLM.
+    The residual stream between two blocks is found by any name.
 
     Args:
         name: `"bundled"`, a TransformerLens or Hugging Face name, or a folder.
@@ -155,6 +160,7 @@ def load_hooked_model(
     if not 0 <= block < n_layers:
         raise ValueError(f"layer={layer} is not a layer of {name}: it has {n_layers}, numbered from 0.")
     hook_name = hook or layer_hook.format(block)
+    hook_name = name_in_bridge(hook_name, model) or hook_name
     if hook_name not in model.hook_dict:
         hook_name = _translated(hook_name, layer_hook, model, choice.kwargs)
     if hook_name is None:
@@ -233,8 +239,8 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
         bundled: Any = load_bundled_model(device)
         return bundled if dtype is None else bundled.to(dtype, print_details=False)
     path = str(model_folder()) if name == BUNDLED else name
-    if class_name == HUGGING_FACE and not Path(path).exists() and known_to_transformer_lens(path):
-        path = get_official_model_name(path)  # gpt2-small is gpt2 on the Hub
+    if class_name in (HUGGING_FACE, BRIDGE) and not Path(path).exists() and known_to_transformer_lens(path):
+        path = official_model_name(path)  # gpt2-small is gpt2 on the Hub
     loaded = kwargs if dtype is None else {**kwargs, "dtype": dtype}
     with refused_kwargs(name, kwargs):
         if class_name == BRIDGE:  # which SAELens trains on and does not load
@@ -266,7 +272,7 @@ def known_to_transformer_lens(name: str) -> bool:
     if name == BUNDLED:
         return True
     try:
-        get_official_model_name(name)
+        official_model_name(name)
     except ValueError:
         return False
     return True

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.functional import normalize
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
-from transformer_lens import HookedTransformer
+
+from saelens_cosine.hooked_transformer import is_hooked_transformer
 
 SINK_MULTIPLES = (30.0, 300.0)
 """Norm of a sink over the median norm, log-uniform between these."""
@@ -132,7 +133,7 @@ def _written_at(model: Any, hook_name: str) -> str:
     output of the block before.
     """
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook_name)
-    if not found or not isinstance(model, HookedTransformer):
+    if not found or not is_hooked_transformer(model):
         return hook_name
     layer = int(found[1])
     if layer == 0:

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from sae_lens.saes.sae import SAEConfig
-from transformer_lens.loading_from_pretrained import get_official_model_name
 
+from saelens_cosine.hooked_transformer import official_model_name
 from saelens_cosine.registry import INFERENCE_ARCHITECTURES
 
 TAGS = ["saelens", "saelens-cosine", "sparse-autoencoder", "mechanistic-interpretability"]
@@ -195,7 +195,7 @@ def _tokens(max_norm_multiple: float | None, share: float | None) -> str | None:
 def _model_on_the_hub(name: str | None) -> str | None:
     """`gpt2-small` -> `gpt2`, `gemma-2-2b` -> `google/gemma-2-2b`; None for what is not on the Hub."""
     try:
-        official = get_official_model_name(name) if name else None
+        official = official_model_name(name) if name else None
     except ValueError:
         official = name
     return official if official in _HUB_NAMES_WITHOUT_OWNER else _on_the_hub(official)

@@ -20,7 +20,9 @@ from typing_extensions import override
 from saelens_cosine.activations.models import BLOCK_OUTPUT
 from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.metrics.codes import code_units
 from saelens_cosine.plain import digest, fingerprint
+from saelens_cosine.score import wide
 
 _FROM_METADATA = (
     *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens"),
@@ -66,12 +68,10 @@ class PreparedSAE(nn.Module):
         self.sae, self.name, self.silence_padding = sae, name, silence_padding
         self.cfg: Any = sae.cfg
         self.hook_z_reshaping_mode = False
-        norms = sae.W_dec.detach().to(torch.promote_types(sae.dtype, torch.float32)).norm(dim=-1)
+        norms = sae.W_dec.detach().to(wide(sae.dtype)).norm(dim=-1)
         rows = sae.W_dec.detach() / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(-1)
-        # a TopK that rescales by decoder norms divides by them in decode: its codes are in these units already
-        in_units = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
         self.register_buffer("W_dec", rows.to(sae.dtype))
-        self.register_buffer("gain", (norms > 0).to(norms.dtype) if in_units else norms)
+        self.register_buffer("gain", code_units(sae).to(norms) * (norms > 0))
 
     @property
     def device(self) -> torch.device:
@@ -206,7 +206,8 @@ def content_hash(sae: SAE[Any], silence_padding: bool = False) -> str:
 
 
 def lens_hook(hook_name: str | None) -> str:
-    """A hook's name in TransformerLens: block outputs of Hugging Face models are `blocks.<layer>.hook_resid_post`.
+    """A HookedTransformer's name for a hook: block outputs of Hugging Face models and of bridges are
+    `blocks.<layer>.hook_resid_post`, a bridge's block inputs `hook_resid_pre`.
 
     Raises:
         ValueError: nothing is known of it, or SAEBench could read no layer from it.
@@ -215,6 +216,8 @@ def lens_hook(hook_name: str | None) -> str:
         raise ValueError("The SAE's metadata name no hook; say which with hook_name='blocks.<layer>.hook_resid_post'.")
     if path := BLOCK_OUTPUT.fullmatch(hook_name):
         return f"blocks.{path[1]}.hook_resid_post"
+    if bridged := re.fullmatch(r"(blocks\.\d+)\.hook_(in|out)", hook_name):
+        return f"{bridged[1]}.hook_resid_{'pre' if bridged[2] == 'in' else 'post'}"
     if not re.match(r"blocks\.\d+\.", hook_name):
         raise ValueError(
             f"{hook_name!r} is no hook of a block in TransformerLens, which SAEBench needs. Give its name there, such as "

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine.hooked_transformer import hooked_transformer
 
 
 @contextlib.contextmanager
@@ -30,12 +31,11 @@ def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
 @contextlib.contextmanager
 def serving(model: Any) -> Generator[None, None, None]:
     """SAEBench gets this model whenever it loads one: any HookedTransformer, and loaded once."""
-    from transformer_lens import HookedTransformer
 
     def loaded(*args: Any, **kwargs: Any) -> Any:  # noqa: ARG001
         return model
 
-    with replaced(HookedTransformer, "from_pretrained_no_processing", loaded):
+    with replaced(hooked_transformer(), "from_pretrained_no_processing", loaded):
         yield
 
 

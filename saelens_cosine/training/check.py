@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 import re
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from typing import Any
 
@@ -53,11 +54,11 @@ def parse_flags(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        usage, _, reason = said.getvalue().strip().rpartition("error: ")
-        before, unknown, words = reason.partition("unrecognized arguments: ")
-        reason = f"{before}{unknown}{as_typed(words.split())}" if unknown else reason
-        flags = sorted({*re.findall(r"--[\w-]+", usage), *OWN_FLAGS})
-        raise ValueError(reason + _meant(reason, flags)) from None
+        raise _refused(said.getvalue().strip().rpartition("error: ")[2]) from None
+    except argparse.ArgumentError as error:
+        if "unrecognized arguments" not in str(error):
+            raise
+        raise _refused(str(error)) from None  # from Python 3.13 on; before, argparse exits
     except ZeroDivisionError:  # SAELens divides by them for what it tells of the run
         raise ValueError(
             "--train_batch_size_tokens, --feature_sampling_window and --wandb_log_frequency must be 1 or more."
@@ -105,6 +106,17 @@ def _check_model(name: str, class_name: str) -> None:
             f"TransformerLens knows no model {name!r}.{meant} For any other on Hugging Face or in a folder, pass "
             f"--model_class_name {HUGGING_FACE} and a --hook_name such as model.layers.3."
         )
+
+
+def _refused(reason: str) -> ValueError:
+    """What argparse says of flags, without secrets and with those that may be meant."""
+    before, unknown, words = reason.partition("unrecognized arguments: ")
+    reason = f"{before}{unknown}{as_typed(words.split())}" if unknown else reason
+    shown = io.StringIO()
+    with suppress(SystemExit), redirect_stdout(shown):
+        _parse_cfg_args(["--help"])
+    usage = shown.getvalue().partition("\n\n")[0]
+    return ValueError(reason + _meant(reason, sorted({*re.findall(r"--[\w-]+", usage), *OWN_FLAGS})))
 
 
 def _meant(reason: str, flags: list[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saelens_cosine.activations.bridges import restore_hook_names
 from saelens_cosine.saes.recipe.losses import rms_norm
 
 FOLDED = (
@@ -95,6 +96,7 @@ def _norm_that_reads(model: Any, hook_name: str) -> tuple[nn.Module, int]:
     norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     handles = [norm.register_forward_pre_hook(compare) for norm in norms]
     tokens = torch.tensor([[0, 1]], device=next(model.parameters()).device)
+    restore_hook_names(model)
     try:
         model.run_with_hooks(tokens, fwd_hooks=[(hook_name, remember)])
     finally:

@@ -209,6 +209,8 @@ def test_names_follow_the_content():
         ("gpt_neox.layers.3", "blocks.3.hook_resid_post"),
         ("model.language_model.layers.7", "blocks.7.hook_resid_post"),
         ("blocks.3.hook_mlp_out", "blocks.3.hook_mlp_out"),
+        ("blocks.3.hook_out", "blocks.3.hook_resid_post"),  # as bridges call them
+        ("blocks.0.hook_in", "blocks.0.hook_resid_pre"),
     ],
 )
 def test_hooks_are_called_as_in_transformer_lens(path, hook):

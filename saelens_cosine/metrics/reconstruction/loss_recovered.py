@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sae_lens.evals import get_recons_loss
 from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
+from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import device_of
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
@@ -101,6 +103,32 @@ class _Replacement:
         return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
 
 
+class _FlatHooks:
+    """A bridge as `get_recons_loss` calls a model: what hooks see there is `[contexts, length, d_in]`.
+
+    That function tells by a hook point's name whether activations are split by head, and knows a HookedTransformer's names.
+    """
+
+    def __init__(self, bridge: Any, head: int | None):
+        self.bridge, self.head = bridge, head
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.bridge(*args, **kwargs)
+
+    def run_with_hooks(
+        self, tokens: torch.Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]], **kwargs: Any
+    ) -> Any:
+        hooks = [(name, partial(self._changed, change)) for name, change in fwd_hooks]
+        return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, **kwargs)
+
+    def _changed(self, change: Callable[..., torch.Tensor], x: torch.Tensor, hook: Any) -> torch.Tensor:
+        if self.head is None:
+            return change(x.flatten(2), hook).reshape(x.shape)
+        edited = x.clone()
+        edited[:, :, self.head] = change(x[:, :, self.head], hook)
+        return edited
+
+
 @torch.no_grad()
 def loss_recovered(
     sae: SAE[Any],
@@ -109,7 +137,6 @@ def loss_recovered(
     max_norm_multiple: float | None,
     bins: int = 4,
     compute_kl: bool = True,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> LossRecovered:
     """Replace activations by reconstructions and see what the model predicts.
 
@@ -124,7 +151,6 @@ def loss_recovered(
             that the SAE's metadata leave out (`seqpos_slice`, `exclude_special_tokens`).
         bins: number of equally filled ranges of the norm.
         compute_kl: whether to compute KL divergences, from softmaxes in the dtype of the model's logits.
-        on_progress: called with what is being done, batches done, and batches in all.
 
     Raises:
         ValueError: there are no token batches, or an SAE that does not reconstruct single tokens.
@@ -134,18 +160,22 @@ def loss_recovered(
         raise ValueError("There are no token batches to predict from.")
     replacement: Any = _Replacement(sae, max_norm_multiple)
     form = ContextForm.of(sae.cfg.metadata)
+    hook = name_in_bridge(sae.cfg.metadata.hook_name, model)
+    hooked: Any = model if hook is None else _FlatHooks(model, sae.cfg.metadata.hook_head_index)
     losses: list[dict[str, torch.Tensor]] = []
     with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
-        for i, tokens in enumerate(batches):
-            if on_progress is not None:
-                on_progress("Predicting from reconstructions", i, len(batches))
+        for tokens in batches:
             replacement.seen = form.seen(model, tokens)
             per_token = get_recons_loss(
-                replacement, model, ActivationScaler(), tokens, compute_kl=compute_kl, compute_ce_loss=True
+                replacement,
+                hooked,
+                ActivationScaler(),
+                tokens,
+                compute_kl=compute_kl,
+                compute_ce_loss=True,
+                hook_name=hook,
             )
             losses.append({name: values.cpu() for name, values in per_token.items()})
-    if on_progress is not None:
-        on_progress("Predicting from reconstructions", len(batches), len(batches))
     groups = group_by_norm(torch.cat([norms.flatten() for norms in replacement.norms]), bins)
 
     def joined(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:

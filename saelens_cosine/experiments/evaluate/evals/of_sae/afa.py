@@ -18,11 +18,14 @@ from saelens_cosine.experiments.evaluate.evals.eval import (
 )
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.reconstruction.afa import AFADistributions, AFATokens, Bias, measure_afa, summarize_afa
-from saelens_cosine.metrics.reconstruction.zf_plot import BANDS, POINTS, ZFPoints, band_slopes, zf_points
+from saelens_cosine.metrics.reconstruction.zf_points import POINTS, ZFPoints, zf_points
 from saelens_cosine.plain import named
 from saelens_cosine.report.chart import Arms, Axis, Chart, Plot, ends
 from saelens_cosine.report.estimate import Estimate, short
 from saelens_cosine.report.table import Table
+
+BANDS = (0.25, 0.5, 1.0)
+"""Values of epsilon (h - 1) whose bands the ZF plot shows (arXiv 2503.24277, section 4)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _zf_plot(arms: Arms, arm: str, found: AFAOfTokens, title: str, both: tuple[f
     x = Axis("norm of the input less b_dec, ‖x - b_dec‖", log, both)
     plot = Plot(arms, x, Axis("norm of the codes ‖f‖", log, both))
     for band in BANDS:
-        lower, upper = (min(slope, 1e3) for slope in band_slopes(band))
+        lower, upper = (1 + band) ** -0.5, (1 - band) ** -0.5 if band < 1 else 1e3  # from 1 on it has no upper edge
         plot.band(both, [end * lower for end in both], [end * upper for end in both])
     plot.guide(both, both)
     z, f, centred = found.zf_points_centred.afa, found.zf_points_centred.feature_norm, found.centred

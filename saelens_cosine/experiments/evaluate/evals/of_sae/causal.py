@@ -19,16 +19,11 @@ from saelens_cosine.experiments.evaluate.evals.eval import (
     tokens_of,
 )
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.experiments.evaluate.texts.tasks import bundled_concepts
-from saelens_cosine.metrics.causal import (
-    PROTOCOLS,
-    AblationPrecision,
-    Steering,
-    WinRate,
-    ablation_precision,
-    steering,
-    win_rate,
-)
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
+from saelens_cosine.metrics.causal.ablation import AblationPrecision, ablation_precision
+from saelens_cosine.metrics.causal.steering import Steering, steering
+from saelens_cosine.metrics.causal.win_rate import WinRate, win_rate
+from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS
 from saelens_cosine.report.chart import Axis, Chart, Plot
 from saelens_cosine.report.estimate import Estimate, over_seeds
 from saelens_cosine.report.table import Table

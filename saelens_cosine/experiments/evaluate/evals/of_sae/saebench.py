@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from saelens_cosine import saebench
 from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.evals.eval import Eval, Figure, NotApplicable
 from saelens_cosine.experiments.evaluate.subject import Subject
+from saelens_cosine.hooked_transformer import is_hooked_transformer
 from saelens_cosine.plain import digest
 from saelens_cosine.saebench.results import LABELS, EvalResult
 
@@ -26,7 +25,7 @@ def saebench_settings(name: str, dataset: str, given: Mapping[str, Any]) -> dict
 def _measure(name: str) -> Callable[[Subject], EvalResult]:
     def measure(subject: Subject) -> EvalResult:
         settings, model, name_of_model = subject.settings, subject.text.model, subject.sae.cfg.metadata.model_name
-        lens = isinstance(model, HookedTransformer)
+        lens = is_hooked_transformer(model)
         if not lens and choose_model(name_of_model or "", class_name=TRANSFORMER_LENS).class_name != TRANSFORMER_LENS:
             raise NotApplicable(f"SAEBench runs HookedTransformers, and TransformerLens knows no {name_of_model}.")
         configured = saebench_settings(name, subject.text.dataset, settings.saebench)
