@@ -21,7 +21,7 @@ from saelens_cosine.saebench import SAEBenchError
 from saelens_cosine.sharing.command import add_share_command
 from saelens_cosine.terminal.options import Parser
 from saelens_cosine.training.command import add_train_command, run_train
-from saelens_cosine.training.stop import StopError, exit_status, raising_on_signals
+from saelens_cosine.training.resuming.stop import StopError, exit_status, raising_on_signals
 
 COMMANDS = (
     add_train_command,

@@ -6,6 +6,7 @@ import argparse
 import errno
 import re
 
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  (no OSError)
 from safetensors import SafetensorError
 
 from saelens_cosine.files.secrets import without_secrets
@@ -14,6 +15,7 @@ FAULTS = (
     argparse.ArgumentError,
     ValueError,
     OSError,
+    HTTPError,
     FloatingPointError,
     ModuleNotFoundError,
     MemoryError,
@@ -38,6 +40,10 @@ def line_of(error: BaseException) -> str | None:
             f"Out of memory: {said.partition(' If reserved')[0] or type(error).__name__}. A smaller batch, fewer features (d_sae), a "
             "smaller mixing buffer (n_batches_in_buffer) or shorter contexts take less; so do fewer arms at a time, or fewer tokens "
             "to evaluate."
+        )
+    if isinstance(error, HTTPError) and not isinstance(error, OSError):
+        return (
+            f"{type(error).__name__}: {said}. Check the network, HF_HUB_OFFLINE and HF_ENDPOINT, or name local files."
         )
     if isinstance(error, SafetensorError):
         number = re.search(r"\(os error (\d+)\)", said)

@@ -17,7 +17,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
-from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.loading.formats.saelens import inference_copy
 from saelens_cosine.metrics.codes import most_at_once
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.metrics.threshold import Threshold, fit_threshold

@@ -56,7 +56,7 @@ def _watch(folder: str, kill_at: int, count: mmap.mmap) -> None:
 
 
 def _note_steps(count: mmap.mmap) -> None:
-    from saelens_cosine.training.resume import ResumableRun
+    from saelens_cosine.training.resuming.run import ResumableRun
 
     after_step = ResumableRun._after_step
 

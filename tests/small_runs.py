@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from saelens_cosine.training.recipe import paper
-from saelens_cosine.training.resume import ResumableRun
+from saelens_cosine.training.resuming.run import ResumableRun
 
 HOOK = "blocks.0.hook_resid_post"
 

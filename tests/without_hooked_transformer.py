@@ -97,7 +97,8 @@ def measure(folder: Path, output: Path) -> dict:
     from saelens_cosine.activations.bridges import name_in_bridge
     from saelens_cosine.bundled import load_bundled_model
     from saelens_cosine.cli import main
-    from saelens_cosine.metrics.causal import clean_run, reconstruct
+    from saelens_cosine.metrics.causal.code_edits import reconstruct
+    from saelens_cosine.metrics.causal.forward import clean_run
     from saelens_cosine.training.next_norm import next_norm
     from saelens_cosine.training.recipe import RECIPES
 
@@ -135,9 +136,7 @@ def measure(folder: Path, output: Path) -> dict:
     recovered = [lost(model, tokens, sae, HOOK, None)]
     recovered += [lost(model, tokens, sae, "blocks.3.attn.hook_z", None)]
     recovered += [lost(model, tokens, make_sae("cosine_topk", d_in=48, d_sae=24, k=4), "blocks.3.attn.hook_z", 1)]
-    replaced = run.kl_everywhere(
-        torch.arange(4), lambda hidden, _: reconstruct(sae)(hidden.flatten(0, 1)).view_as(hidden)
-    )
+    replaced = run.kl(torch.arange(4), lambda hidden, _: reconstruct(sae)(hidden.flatten(0, 1)).view_as(hidden))
     problems = saebench.check_environment(["core"], "bundled")
     return {
         "model": type(model).__name__,

@@ -5,14 +5,14 @@
 `SAE.load_from_disk(folder, converter=authors_disk_loader)`.
 """
 
-from saelens_cosine.loading.authors import AUTHORS
-from saelens_cosine.loading.dictionary_learning import DICTIONARY_LEARNING
 from saelens_cosine.loading.errors import CheckpointError
-from saelens_cosine.loading.formats import Format
+from saelens_cosine.loading.formats.authors import AUTHORS
+from saelens_cosine.loading.formats.dictionary_learning import DICTIONARY_LEARNING
+from saelens_cosine.loading.formats.format import Format
+from saelens_cosine.loading.formats.saelens import inference_form
+from saelens_cosine.loading.formats.sparsify import SPARSIFY
 from saelens_cosine.loading.pretrained import FORMATS, from_pretrained
 from saelens_cosine.loading.releases import RELEASES
-from saelens_cosine.loading.saelens import inference_form
-from saelens_cosine.loading.sparsify import SPARSIFY
 
 authors_disk_loader, authors_huggingface_loader = AUTHORS.disk_loader, AUTHORS.huggingface_loader
 dictionary_learning_disk_loader = DICTIONARY_LEARNING.disk_loader

@@ -118,7 +118,7 @@ def add_convert_command(commands: Any) -> None:
         "sparsify; the files tell which.",
     )
     add = parser.add_argument
-    add("source", nargs="?", help="a folder, a file, a release of --list or of SAELens, or a Hub repository")
+    add("source", nargs="?", help="a folder, a file, a release of --list, or a Hub repository")
     add("destination", nargs="?", help="folder to write")
     add("--sae-id", help="which SAE, where the source holds several")
     add("--list", action="store_true", help="list the known releases and stop")

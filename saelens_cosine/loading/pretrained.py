@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from sae_lens.saes.sae import SAE
 from sae_lens.util import dtype_to_str, str_to_dtype
 
-from saelens_cosine.loading.authors import AUTHORS
-from saelens_cosine.loading.dictionary_learning import DICTIONARY_LEARNING
 from saelens_cosine.loading.errors import CheckpointError, listed
-from saelens_cosine.loading.formats import Format, published_metadata
+from saelens_cosine.loading.formats.authors import AUTHORS
+from saelens_cosine.loading.formats.dictionary_learning import DICTIONARY_LEARNING
+from saelens_cosine.loading.formats.format import Format, published_metadata
+from saelens_cosine.loading.formats.saelens import SAELENS, load_saelens
+from saelens_cosine.loading.formats.sparsify import SPARSIFY
+from saelens_cosine.loading.hub import files_of
 from saelens_cosine.loading.releases import RELEASES
-from saelens_cosine.loading.saelens import SAELENS, load_saelens
-from saelens_cosine.loading.sparsify import SPARSIFY
 
 FORMATS: dict[str, Format] = {f.name: f for f in (SAELENS, SPARSIFY, DICTIONARY_LEARNING, AUTHORS)}
 """Layouts by name. The first whose files are all in a folder is taken."""
@@ -115,7 +115,11 @@ def _locate(source: str | Path, sae_id: str | None, force_download: bool) -> Loc
         repo_id, folder, layout = release.repo_id, release.saes[sae_id].folder, FORMATS[release.format]
     elif _is_repository(str(source)):
         repo_id = str(source)
-        folder, layout = _choose(f"Hub repository {repo_id!r}", _files_of_repository(repo_id), sae_id)
+        folder, layout = _choose(f"Hub repository {repo_id!r}", files_of(repo_id), sae_id)
+    elif _is_saelens_release(source):
+        raise CheckpointError(
+            f"{str(source)!r} is a release of SAELens, which reads it: SAE.from_pretrained({str(source)!r}, sae_id).save_model(folder)."
+        )
     else:
         raise CheckpointError(
             f"{str(source)!r} is no local folder, no release ({', '.join(RELEASES)}, and those of SAELens), and no Hub "
@@ -185,17 +189,3 @@ def _choose(where: str, files: Iterable[str], sae_id: str | None) -> tuple[str, 
     if folder not in saes:
         raise CheckpointError(f"{where} has no SAE in {sae_id!r}. It holds {listed(saes)}.")
     return folder, saes[folder]
-
-
-def _files_of_repository(repo_id: str) -> list[str]:
-    try:
-        return HfApi().list_repo_files(repo_id)
-    except OSError as error:
-        try:
-            cached = Path(snapshot_download(repo_id, local_files_only=True))
-        except OSError:
-            raise ConnectionError(
-                f"Could not list the Hub repository {repo_id!r} ({type(error).__name__}: {error}), and nothing of it is in "
-                "the local cache. Check the name, the network, HF_HUB_OFFLINE and HF_ENDPOINT, or give a local folder."
-            ) from error
-        return [file.relative_to(cached).as_posix() for file in cached.rglob("*") if file.is_file()]

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from saelens_cosine.activations.models import BLOCK_OUTPUT
 from saelens_cosine.files.names import check_name
-from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.loading.formats.saelens import inference_copy
 from saelens_cosine.metrics.codes import code_units
 from saelens_cosine.plain import digest, fingerprint
 from saelens_cosine.score import wide

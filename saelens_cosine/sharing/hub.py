@@ -27,7 +27,7 @@ from saelens_cosine.experiments.compare.tables import SCHEMA
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.secrets import published, without_secrets
 from saelens_cosine.files.whole import read_json, whole_folder
-from saelens_cosine.loading.saelens import load_saelens
+from saelens_cosine.loading.formats.saelens import load_saelens
 from saelens_cosine.report.model_card import model_card, repository_card
 
 CARD = "README.md"

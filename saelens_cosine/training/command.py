@@ -7,7 +7,7 @@ from typing import Any
 
 from saelens_cosine.terminal.options import Parser, add_run_options, multiple
 from saelens_cosine.training.randomness import deterministic_algorithms
-from saelens_cosine.training.stop import exit_status, raising_on_signals
+from saelens_cosine.training.resuming.stop import exit_status, raising_on_signals
 from saelens_cosine.training.train import train
 
 HELP = """\

@@ -20,13 +20,13 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
 from saelens_cosine.training.check import check_run, parse_flags
-from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
-from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
+from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
-from saelens_cosine.training.stop import StopRequests
 from saelens_cosine.training.wandb_log import wandb_never_stops
 
 SAVED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)

@@ -11,8 +11,8 @@ import pytest
 from small_runs import compare_flags, flags, small_batches, stop_after, weights, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.recipe import RECIPES
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
 
 SECRET = "Zx9Qp77LmWv31kTTab"
 

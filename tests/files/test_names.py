@@ -17,13 +17,13 @@ from saelens_cosine.files.manifest import MANIFEST, Manifest
 from saelens_cosine.files.names import below, check_name, unused
 from saelens_cosine.files.output import open_output
 from saelens_cosine.loading import CheckpointError, from_pretrained
-from saelens_cosine.loading.saelens import SAELENS
+from saelens_cosine.loading.formats.saelens import SAELENS
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.saebench import prepare, run
 from saelens_cosine.saebench.results import SCHEMA, load_record
 from saelens_cosine.saebench.runner import Runner
 from saelens_cosine.sharing.hub import Bundle, gather, write
-from saelens_cosine.training.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
+from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
 
 WRONG = [
     "../x",

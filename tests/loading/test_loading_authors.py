@@ -16,9 +16,7 @@ from saelens_cosine.loading import (
     authors_disk_loader,
     from_pretrained,
 )
-from saelens_cosine.loading import (
-    authors_file as authors_file_module,
-)
+from saelens_cosine.loading.formats import authors_file as authors_file_module
 from saelens_cosine.loading.pretrained import locate
 from saelens_cosine.loading.verify import verify
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import wandb
+from huggingface_hub.errors import HTTPError
 from sae_lens import TrainingSAE
 from safetensors import SafetensorError
 from small_runs import flags, write_text
@@ -166,3 +167,7 @@ def test_an_error_of_ours_keeps_its_traceback():
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     )
     assert line_of(ValueError("k=0\n  is no number.")) == "k=0 is no number."
+
+
+def test_a_network_that_is_gone_is_one_line():
+    assert "Check the network, HF_HUB_OFFLINE and HF_ENDPOINT" in line_of(HTTPError("Name or service not known"))

@@ -1,7 +1,10 @@
-"""What the README says is what happens."""
+"""What the README and the pages of the documentation say is what happens."""
 
+import json
 import re
 import shlex
+import sys
+import types
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,25 +12,31 @@ import pytest
 import torch
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainStepInput
 
 import saelens_cosine
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import compare
-from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.evals import EVALS
 from saelens_cosine.loading import RELEASES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {"README.md": README} | {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.S)
 
 
-def block(language: str, containing: str) -> str:
-    (found,) = [text for text in blocks(language) if containing in text]
+def block(language: str, containing: str, page: str = README) -> str:
+    (found,) = [text for text in blocks(language, page) if containing in text]
     return found
+
+
+def commands() -> list[list[str]]:
+    """Command lines of all pages, word by word."""
+    text = "\n".join(text for page in PAGES.values() for text in blocks("bash", page)).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("saelens-cosine ")]
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -46,14 +55,8 @@ def test_the_first_command_is_the_default_comparison():
     assert block("bash", "saelens-cosine compare").strip().splitlines()[-1] == "saelens-cosine compare"
 
 
-def test_the_table_of_evals_is_complete():
-    section = README.split("## Evaluate")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`[a-z_` ]+`) \|", section, re.M)
-    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(EVALS)
-
-
 def test_the_tables_of_architectures_are_complete_and_right():
-    section = README.split("## Architectures")[1].split("\n## ")[0]
+    section = PAGES["architectures.md"].split("## Architectures")[1].split("\n## ")[0]
     scores = re.findall(r"`(\w+)_<selector>`", section)
     suffixes: dict[str, str] = {}
     for first, last in re.findall(r"^\| (`[a-z_`, ]+) \| [^|]* \| (`\.\.\._[^|]*) \|$", section, re.M):
@@ -70,8 +73,8 @@ def test_the_tables_of_architectures_are_complete_and_right():
             assert config.get_inference_config_class().architecture() == saved_as
 
 
-def test_options_in_the_readme_are_fields():
-    section = README.split("Options of every arm")[1].split("\n\n## ")[0]
+def test_options_in_the_table_are_fields():
+    section = PAGES["architectures.md"].split("Options of every arm")[1].split("\n\n### ")[0]
     rows = [row for row in section.splitlines() if row.startswith("|")]
     known = {field.name for field in fields(saelens_cosine.PerFeatureCosineBatchTopKTrainingSAEConfig)}
     named = {name for row in rows for name in re.findall(r"`(\w+)(?:=[^`]*)?`", row.split("|")[2])}
@@ -80,38 +83,47 @@ def test_options_in_the_readme_are_fields():
 
 
 def test_the_train_command_parses_in_saelens():
-    words = shlex.split(block("bash", "saelens-cosine train").replace("\\\n", " "))
-    assert words[:2] == ["saelens-cosine", "train"]
+    (words,) = [words for words in commands() if words[1] == "train" and "..." not in words]
     config = _parse_cfg_args([word.replace("_000", "000") for word in words[2:]])
     assert config.sae.architecture() == "cosine_batchtopk"
     assert config.n_batches_in_buffer * config.context_size >= config.train_batch_size_tokens
 
 
-def test_flags_of_compare_in_the_readme_exist(capsys):
+def test_flags_of_compare_in_the_guide_exist(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     text = capsys.readouterr().out
-    reading = README.split("## Compare on your machine")[1].split("## Run the tests")[0]
+    reading = PAGES["guide.md"].split("\n## Compare")[1].split("\n## ")[0]
     flags = set(re.findall(r"--[a-z-]+", reading)) - {"--help"}
     assert {"--arms", "--seeds", "--max-norm-multiple", "--model"} <= flags
     assert [flag for flag in flags if flag not in text] == []
 
 
-@pytest.mark.parametrize("command", ["convert", "share", "evaluate"])
-def test_flags_of_other_commands_in_the_readme_exist(command, capsys):
+@pytest.mark.parametrize("command", ["compare", "evaluate", "ground-truth", "convert", "share", "benchmark"])
+def test_flags_of_commands_on_the_pages_exist(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     text = capsys.readouterr().out
-    lines = [line.split("#")[0] for text in blocks("bash") for line in text.splitlines() if f"cosine {command}" in line]
-    flags = {flag for line in lines for flag in re.findall(r"--[a-z-]+", line)}
+    flags = {word for words in commands() if words[1] == command for word in words if word.startswith("--")}
     assert len(flags) >= 2
     assert [flag for flag in flags if flag not in text] == []
 
 
-def test_short_names_in_the_readme_exist():
-    named = re.findall(
-        r'from_pretrained\([^"]*"([\w./-]+)",\s*"([\w./-]+)"', block("python", "cosine-scored-saes-qwen3-8b")
-    )
+def test_commands_with_overwrite_are_named(capsys):
+    """Those that have it, and no other."""
+    found = []
+    for command in ("compare", "evaluate", "ground-truth", "convert", "share", "benchmark"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        if "--overwrite" in capsys.readouterr().out:
+            found.append(command)
+    said = re.findall(r"`(\S+)`", PAGES["guide.md"].split("have `--overwrite`")[0].rsplit("unasked:", 1)[1])
+    assert said == ["train", *found]
+
+
+def test_short_names_on_the_pages_exist():
+    text = block("python", "cosine-scored-saes-qwen3-8b", PAGES["guide.md"])
+    named = re.findall(r'from_pretrained\([^"]*"([\w./-]+)",\s*"([\w./-]+)"', text)
     assert len(named) == 2
     by_repository = {release.repo_id: release for release in RELEASES.values()}
     for source, sae_id in named:
@@ -119,42 +131,68 @@ def test_short_names_in_the_readme_exist():
         assert sae_id in release.saes or sae_id in {sae.folder for sae in release.saes.values()}
 
 
-def test_an_sae_is_read_by_cosine_as_the_readme_shows():
-    from helpers import make_activations, make_sae
+def pasted(page: str, monkeypatch) -> dict:
+    """What the page's Python blocks leave when they are run from top to bottom, those that ask the Hub left out."""
+    module = types.ModuleType(page.replace(".", "_"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for text in blocks("python", PAGES[page]):
+        if not text.startswith("# asks the Hub\n"):
+            for size, smaller in (("400_000", "8_192"), ("buffer=512", "buffer=64"), ("tokens=20_000", "tokens=2_000")):
+                text = text.replace(size, smaller)
+            exec(compile(text, page, "exec"), vars(module))
+    return vars(module)
 
-    names = {
-        "saelens_cosine": saelens_cosine,
-        "sae": make_sae("inner_product_topk"),
-        "activations": make_activations(64, 7),
-    }
-    exec(block("python", "rescore("), names)
-    assert names["read_by_cosine"].cfg.architecture() == "cosine_topk"
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder in which `saelens-cosine compare` has been run, at a small size."""
+    folder = tmp_path_factory.mktemp("compared")
+    sizes = ["--tokens", "8192", "--d-sae", "64", "--k", "4", "--eval-tokens", "2000"]
+    assert main(["compare", *sizes, "--output", str(folder / "runs" / "compare"), "--quiet"]) == 0
+    return folder
 
 
-def test_snippets_load_hook_and_configure(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = ComparisonSettings(
-        arms=("per_feature_cosine_batchtopk",), tokens=12_000, d_sae=64, k=4, eval_tokens=3000, eval_prompts=16
-    )
-    compare(settings, "runs/compare")
-    names = {"activations": torch.randn(5, 192)}
-    exec(block("python", "SAE.load_from_disk"), names)
-    assert names["codes"].shape == (5, 64)
-    assert names["reconstruction"].shape == (5, 192)
-    exec(block("python", "load_bundled_model"), names)
-    assert names["codes"].shape[0] == 1
+def test_pages_with_python_are_known():
+    with_python = [name for name, page in PAGES.items() if blocks("python", page)]
+    assert with_python == ["README.md", "architectures.md", "evals.md", "guide.md"]  # each has its test below
+
+
+def test_the_readmes_lines_run_as_pasted(compared, monkeypatch):
+    monkeypatch.chdir(compared)
+    names = pasted("README.md", monkeypatch)
+    assert names["codes"].shape[::2] == (1, 64)
+    assert names["reconstruction"].shape == (*names["codes"].shape[:2], 192)
+
+
+def test_the_guides_blocks_run_as_pasted(compared, monkeypatch):
+    monkeypatch.chdir(compared)
+    names = pasted("guide.md", monkeypatch)
     assert names["codes"].shape[2] == 64
-    configuration = block("python", "runner_config(").split("runner = ")[0]
-    exec(configuration, names)
-    assert names["config"].sae.architecture() == "per_feature_cosine_batchtopk"
+    assert names["values"].shape == names["features"].shape
+    assert names["trained"].cfg.architecture() == "per_feature_cosine_batchtopk"
+    assert len(names["fve"]) == 2
+    assert names["read_by_cosine"].cfg.architecture() == "cosine_jumprelu"
+    for file in ("runs/compare/comparison.json", "runs/evaluate/evaluation.json"):
+        document, section = json.loads(Path(file).read_text()), PAGES["formats.md"].split(f"\n## {Path(file).name}")[1]
+        section = section.split("\n## ")[0]
+        named = [*document, *(document["arms"][0] if "arms" in document else ())]
+        assert [name for name in named if name != "schema" and f"`{name}`" not in section] == []
+        assert f"`{document['schema']}`" in section
 
 
-def test_a_third_partys_score_trains_as_the_readme_shows():
-    from sae_lens.saes.sae import TrainStepInput
-
-    names: dict = {}
+def test_an_eval_of_ones_own_registers_as_the_page_shows(monkeypatch):
+    for name in EVALS:
+        monkeypatch.setitem(EVALS, name, EVALS[name])
     try:
-        exec(block("python", "register_training("), names)
+        pasted("evals.md", monkeypatch)
+        assert EVALS["residual"].of == "sae"
+    finally:
+        EVALS.pop("residual", None)
+
+
+def test_a_third_partys_score_trains_as_the_page_shows(monkeypatch):
+    try:
+        pasted("architectures.md", monkeypatch)
         sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY["l1_topk"]
         sae = sae_class(config_class(d_in=6, d_sae=12, k=3))
         x = torch.randn(8, 6)

@@ -8,7 +8,7 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
 from saelens_cosine.bundled import load_bundled_model
-from saelens_cosine.loading.saelens import inference_copy
+from saelens_cosine.loading.formats.saelens import inference_copy
 from saelens_cosine.saebench.prepare import lens_hook, prepare
 from saelens_cosine.saebench.scopes import HighNormMask
 

@@ -7,7 +7,7 @@ import pytest
 from small_runs import assert_bit_identical, flags, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.training.checkpoints import BrokenCheckpointError, Checkpoints, check
+from saelens_cosine.training.resuming.checkpoints import BrokenCheckpointError, Checkpoints, check
 
 
 def write(content):

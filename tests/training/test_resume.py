@@ -19,8 +19,8 @@ from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_b
 from saelens_cosine.activations import text as data
 from saelens_cosine.cli import main
 from saelens_cosine.training.recipe import RECIPES
-from saelens_cosine.training.resume import ResumableRun
-from saelens_cosine.training.stop import StopError, handled
+from saelens_cosine.training.resuming.run import ResumableRun
+from saelens_cosine.training.resuming.stop import StopError, handled
 from saelens_cosine.training.train import train
 
 
@@ -257,7 +257,7 @@ def test_a_signal_while_the_first_mixing_buffer_is_filled_is_not_waited_for(
         raise AssertionError("the signal did not end it")
         yield
 
-    monkeypatch.setattr("saelens_cosine.training.stream.mixing_buffer", filling)
+    monkeypatch.setattr("saelens_cosine.training.resuming.stream.mixing_buffer", filling)
     assert main([command, *makes(text, tmp_path / "out")]) == 143
     assert "--resume" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from saelens_cosine.experiments.compare.tables import as_tables, draw, write_jso
 from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
 from saelens_cosine.training.randomness import deterministic_algorithms
-from saelens_cosine.training.stop import raising_on_signals
+from saelens_cosine.training.resuming.stop import raising_on_signals
 
 
 def add_compare_command(commands: Any) -> None:

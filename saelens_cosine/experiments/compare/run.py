@@ -31,14 +31,14 @@ from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recover
 from saelens_cosine.plain import weights_sha256
 from saelens_cosine.progress import shown
 from saelens_cosine.report.model_card import model_card
-from saelens_cosine.training.checkpoints import Checkpoints
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
-from saelens_cosine.training.resume import ResumableRun
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
+from saelens_cosine.training.resuming.run import ResumableRun
+from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
-from saelens_cosine.training.stop import StopRequests
 
 N_CHECKPOINTS = 5
 """In the course of a seed's training, beside the one at its end."""

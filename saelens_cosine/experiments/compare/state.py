@@ -17,8 +17,8 @@ from saelens_cosine.files.names import below, unused
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.plain import from_plain
-from saelens_cosine.training.checkpoints import Checkpoints
-from saelens_cosine.training.resume import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
+from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
 
 FOLDER = ".comparison-run"
 """In the folder of the results."""

@@ -1,7 +1,7 @@
 """Runs of SAELens that are stopped anywhere and go on as if they had not been.
 
 SAELens' checkpoint has weights, optimizer, schedules and scales. `ResumableRun` writes the rest beside it, in a folder of its own:
-the place in the data (`training.stream`), random number generators, what the norm filter has counted, what a monitor has logged, and
+the place in the data (`training.resuming.stream`), random number generators, what the norm filter has counted, what a monitor has logged, and
 the settings, which a run that goes on must share. SAELens reads such a checkpoint as any other.
 
 Wrapped, for want of a seam, are the runner's method that calls `fit` and the trainer's that is called after each step.
@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 
 from saelens_cosine.files.whole import read_json, write_text
-from saelens_cosine.training.checkpoints import OWN_FOLDER, Checkpoints
 from saelens_cosine.training.randomness import generator_states, restore_generators
-from saelens_cosine.training.stop import StopError, StopRequests
-from saelens_cosine.training.stream import ResumableStream, StreamState
+from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, Checkpoints
+from saelens_cosine.training.resuming.stop import StopError, StopRequests
+from saelens_cosine.training.resuming.stream import ResumableStream, StreamState
 
 SCHEMA = "saelens-cosine-checkpoint/1"
 """Name and version of the layout of what is beside SAELens' files."""

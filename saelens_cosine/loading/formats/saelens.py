@@ -16,9 +16,9 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_cosine.loading.errors import CheckpointError
-from saelens_cosine.loading.formats import Converted, Format
+from saelens_cosine.loading.formats.format import Converted, Format
+from saelens_cosine.loading.formats.saelens_config import check_config
 from saelens_cosine.loading.reading import open_safetensors
-from saelens_cosine.loading.saelens_config import check_config
 from saelens_cosine.loading.tensor_file import read_json, refusing
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.util import dtype_to_str, str_to_dtype
 
 from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.errors import CheckpointError
+from saelens_cosine.loading.hub import download
 from saelens_cosine.loading.releases import release_of
 
 
@@ -124,10 +123,10 @@ class Format:
             ]
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-        paths = [_download(repo_id, name, force_download) for name in names]
+        paths = [download(repo_id, name, force_download) for name in names]
         if self.config_of_repository is not None:
-            with suppress(OSError, EntryNotFoundError):
-                hf_hub_download(repo_id, self.config_of_repository, force_download=force_download)
+            with suppress(ConnectionError):
+                download(repo_id, self.config_of_repository, force_download)
         _compare_checksum(paths[0], repo_id, folder)
         return paths[0].parent
 
@@ -136,16 +135,6 @@ def published_metadata(repo_id: str, folder_name: str) -> dict[str, Any]:
     """What the table of releases says of an SAE on the Hub; empty if it is not listed."""
     release = release_of(repo_id)
     return release.metadata_of(folder_name) if release else {}
-
-
-def _download(repo_id: str, name: str, force_download: bool) -> Path:
-    try:
-        return Path(hf_hub_download(repo_id, name, force_download=force_download))
-    except (OSError, EntryNotFoundError) as error:
-        raise ConnectionError(
-            f"Could not get {name!r} of {repo_id!r} from the Hub or its local cache: {type(error).__name__}: {error}. "
-            "Check the name, the network, HF_HUB_OFFLINE and HF_ENDPOINT, or give a local folder that holds the files."
-        ) from error
 
 
 def _compare_checksum(path: Path, repo_id: str, folder: str) -> None:

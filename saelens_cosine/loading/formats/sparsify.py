@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from saelens_cosine.loading.errors import CheckpointError
-from saelens_cosine.loading.formats import Converted, Format
+from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.reading import open_safetensors
 from saelens_cosine.loading.tensor_file import positive_integer, read_json
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saelens_cosine.loading.errors import CheckpointError
-from saelens_cosine.loading.formats import Converted, Format
+from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.reading import open_pt
 from saelens_cosine.loading.tensor_file import TensorFile, positive_integer, read_json
 

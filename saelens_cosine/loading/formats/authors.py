@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from saelens_cosine.loading.authors_file import BASE_DELTA, BYPASS, COSINE, STANDARD, AuthorsFile, what_it_is
 from saelens_cosine.loading.errors import CheckpointError
-from saelens_cosine.loading.formats import Converted, Format
+from saelens_cosine.loading.formats.authors_file import BASE_DELTA, BYPASS, COSINE, STANDARD, AuthorsFile, what_it_is
+from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.reading import open_pt
 from saelens_cosine.loading.releases import RELEASES
 from saelens_cosine.loading.tensor_file import TensorFile
