@@ -93,7 +93,9 @@ class Page:
             self.problems.append(params["entry"]["text"])
         elif method == "Network.loadingFailed":
             self.problems.append(f"request failed: {params['errorText']}")
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+            ("file:", "data:", "blob:")
+        ):
             self.problems.append(f"request: {params['request']['url']}")
 
     def open(self, url: str, width: int = 1280, height: int = 900, mobile: bool = False, dark: bool = False) -> float:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from helpers import make_sae
+from page_parts import charts, table
 from sae_lens import SAE
 from saved_evaluations import HOOK, SETTINGS, saved_sae, with_evals, with_metadata
 
@@ -16,7 +17,7 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import load_bundled_model
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA
 from saelens_cosine.experiments.evaluate.results.listing import about_differences, by_column, text_is
 from saelens_cosine.experiments.evaluate.run import evaluate
@@ -137,9 +138,10 @@ def test_sinks(sinks, expected, run, tmp_path):
     of_tokens = set(found.saes[1].compared) - {"dead in training"}
     assert {name[-3:].strip() for name in of_tokens} == expected
     assert {item["measure"][-3:].strip() for item in document["differences"]} == expected
-    data = report_data(found)
-    assert {part.sinks for part in data.quartiles} == {part.sinks for part in data.zf} == expected
-    assert len(data.matches) == 1
+    page = evaluation_page(found)
+    for section in ("reconstruction", "afa"):
+        assert {title.split(" ")[-1] for title in charts(page, section)} == expected
+    assert len(charts(page, "matching")) == 1
 
 
 def test_dead_in_training_is_what_the_metadata_or_the_comparison_say_and_else_unknown(run, tmp_path):
@@ -165,11 +167,11 @@ def test_dead_in_training_is_what_the_metadata_or_the_comparison_say_and_else_un
     dead = {entry["arm"]: entry["results"]["reconstruction"]["with_sinks"]["dead"] for entry in document["saes"]}
     said = {arm: (found["in_training"], found["training_window_tokens"]) for arm, found in dead.items()}
     assert said == {"counted": (16 / 64, 1000), "arm": (8 / 64, 500), "unknown": (None, None)}
-    data = report_data(found)
-    metrics = {arm.name: arm.metrics for arm in data.arms}
-    assert [metrics[arm]["dead in training"].value for arm in ("counted", "arm")] == [0.25, 0.125]
-    assert "dead in training" not in metrics["unknown"]
-    assert data.facts["dead in training"].startswith("unknown of unknown:")
+    page = evaluation_page(found)
+    dead = table(page, "comparison")["dead in training"]
+    assert [dead[arm].value for arm in ("counted", "arm")] == [0.25, 0.125]
+    assert dead["unknown"] == "-"
+    assert page.facts["dead in training"].startswith("unknown of unknown:")
 
 
 def test_what_is_measured_is_not_measured_again(run, monkeypatch):
@@ -251,7 +253,7 @@ def test_texts_of_one_name_and_two_forms_are_told_apart(run, tmp_path):
     assert list(texts) == [f"bundled at {HOOK}, bundled, prepend_bos={has}" for has in (True, False)]
     for (name, figures), text in zip(texts.items(), document["texts"], strict=True):
         assert plain(figures) == text["figures"]
-        shown = report_data(found).facts[f"share of high-norm tokens of {name}"]
+        shown = evaluation_page(found).facts[f"share of high-norm tokens of {name}"]
         assert shown == f"{text['results']['tokens']['high_norm_share']:.2%}"
     assert "Measured on other tokens than one" in about_differences(found)[-1]
     assert ": without." in about_differences(found)[-1]  # and not `two`, which saw the same

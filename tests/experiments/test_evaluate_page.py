@@ -7,9 +7,11 @@ import io
 import json
 import math
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
+from page_parts import charts, content, table
 from rich.console import Console
 from sae_lens import SAE
 from saved_evaluations import TASKS, with_evals
@@ -19,7 +21,7 @@ from saelens_cosine.experiments.evaluate.command import as_tables
 from saelens_cosine.experiments.evaluate.evals import EVALS, BySinks, Eval, NotMeasured
 from saelens_cosine.experiments.evaluate.evals.of_sae import afa
 from saelens_cosine.experiments.evaluate.evals.of_text import patching
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.evaluation import Measured, mean_figures
 from saelens_cosine.experiments.evaluate.results.listing import tokens_measured
 from saelens_cosine.experiments.evaluate.run import evaluate
@@ -30,7 +32,7 @@ from saelens_cosine.metrics.norm_ranges import ByNorm, WithAndWithoutTop
 from saelens_cosine.metrics.probing.decomposition import Decomposition
 from saelens_cosine.metrics.reconstruction.loss_recovered import LossRecovered, PredictionLoss
 from saelens_cosine.plain import plain
-from saelens_cosine.report.html import render, write_report
+from saelens_cosine.report.page import render, write_page
 from saelens_cosine.saebench.results import EvalResult
 
 pytestmark = pytest.mark.usefixtures("short_text")
@@ -51,13 +53,19 @@ def test_the_zf_plot_draws_codes_without_b_dec_and_tells_of_all_tokens(run, tmp_
         codes = sae.encode(x.float()).to_dense().double()
     f = (codes * sae.W_dec.double().norm(dim=-1)).norm(dim=-1).detach()  # rows of the decoder are no unit vectors
     z = (x - sae.b_dec.double()).norm(dim=-1).detach()
-    without, _ = sorted(report_data(found).zf, key=lambda points: points.sinks, reverse=True)
-    assert (without.sinks, without.tokens, len(without.code_norms)) == ("out", len(x), 50)
-    pairs = {(round(a, 3), round(b, 3)) for a, b in zip(z.tolist(), f.tolist(), strict=True)}
-    drawn = [(round(a, 3), round(b, 3)) for a, b in zip(without.input_norms, without.code_norms, strict=True)]
-    assert sum(pair in pairs for pair in drawn) >= 48  # two may be rounded the other way
-    assert without.median_ratio == pytest.approx((f / z).quantile(0.5).item(), rel=1e-4)
-    assert without.share_below == pytest.approx((f < z).double().mean().item(), abs=2 / len(x))
+    plots = charts(evaluation_page(found), "afa")
+    assert list(plots) == ["sae, sinks out", "sae, sinks in"]
+    plot = plots["sae, sinks out"]
+    dots = plot.figure.data[-1]
+    assert len(dots.y) == 50
+    drawn, pairs = torch.tensor([dots.x, dots.y], dtype=torch.float64).T, torch.stack([z, f], dim=1)
+    nearest = torch.cdist(drawn, pairs).min(dim=1).values
+    assert (nearest / drawn.norm(dim=1)).max() < 1e-3
+    ((_, tokens, _, ratio, below),) = plot.table.rows
+    assert tokens == f"{len(x):,}"
+    assert ratio.value == pytest.approx((f / z).quantile(0.5).item(), rel=1e-4)
+    assert below.value == pytest.approx((f < z).double().mean().item(), abs=2 / len(x))
+    assert f"{below.value:.1%} below the line, of {tokens} tokens" in plot.note
     papers = document["saes"][0]["results"]["afa"]["zf_points"]
     assert (papers["bias"], min(papers["feature_norm"]) >= 192**0.5 - 1e-3) == ("augment", True)
 
@@ -67,27 +75,37 @@ def test_the_zf_plot_survives_an_sae_whose_codes_are_not_finite(run, tmp_path):
     sae.W_dec.data.fill_(3e38)  # finite, as what is loaded must be, and its norm is not
     sae.save_model(tmp_path / "sae")
     found = evaluate([str(tmp_path / "sae")], with_evals("afa"), tmp_path / "out")
-    for points in report_data(found).zf:
-        assert not any(map(math.isfinite, (*points.code_norms, points.median_ratio)))
-    write_report(report_data(found), tmp_path / "report.html")
+    plots = charts(evaluation_page(found), "afa")
+    assert list(plots) == ["sae, sinks out", "sae, sinks in"]
+    for plot in plots.values():
+        assert set(plot.figure.data[-1].y) == {None}
+        assert not math.isfinite(plot.table.rows[0][3].value)
+    write_page(evaluation_page(found), tmp_path / "report.html")
 
 
 def test_page_has_both_saes_and_both_treatments(run):
-    data = report_data(run[2])
-    assert [arm.name for arm in data.arms] == ["one", "two"]
-    assert {(part.arm, part.sinks) for part in data.quartiles} == {
-        (a, s) for a in ("one", "two") for s in ("in", "out")
-    }
-    assert data.arms[0].exponents == pytest.approx((0.7,))  # `randomize` sets one for all features
-    (with_sinks, *_) = (part for part in data.quartiles if part.sinks == "in")
-    assert sum(with_sinks.tokens) == 19 * 32
-    assert list(with_sinks.edges) == sorted(with_sinks.edges)
-    assert [(pairs.arm, pairs.other) for pairs in data.matches] == [("two", "one")]
+    page = evaluation_page(run[2])
+    assert page.arms.names == ("one", "two")
+    quartiles = charts(page, "reconstruction")
+    assert list(quartiles) == ["FVE by norm, sinks in", "FVE by norm, sinks out"]
+    for chart in quartiles.values():
+        assert [row[0] for row in chart.table.rows] == ["one", "two"]
+    assert quartiles["FVE by norm, sinks in"].note == f"{19 * 32} tokens."
+    exponents = charts(page, "dictionary")["Norm exponents"].table.rows
+    assert [(row[1], row[2].value) for row in exponents] == [("shared", pytest.approx(0.7))] * 2  # `randomize`
+    assert list(charts(page, "matching")) == ["two → one"]
     n = len(run[2].saes[0].results["reconstruction"].fve_by_document.documents)
     assert n >= 10
-    assert {item.metric for item in data.differences} == {
-        f"FVE, sinks {sinks} ({n} documents)" for sinks in ("in", "out")
-    }
+    assert list(table(page, "differences")) == [f"FVE, sinks {sinks} ({n} documents)" for sinks in ("in", "out")]
+
+
+def test_the_page_says_whether_there_are_intervals_over_seeds(run):
+    page = evaluation_page(run[2])
+    assert page.sections[0].about.startswith("Means over an arm's seeds, of which each has one.")
+    seeds = tuple(dataclasses.replace(entry, arm="one", seed=i) for i, entry in enumerate(run[2].saes))
+    found = dataclasses.replace(run[2], saes=seeds)
+    assert "with their 95 % intervals" in evaluation_page(found).sections[0].about
+    assert table(evaluation_page(found), "comparison")["FVE, sinks in"]["one"].bounds
 
 
 DIAGNOSTICS = tuple(name for name in EVALS if not EVALS[name].about.startswith("SAEBench"))
@@ -112,19 +130,22 @@ def everything(run, tmp_path_factory):
 
 
 def test_every_diagnostic_runs_and_shows_on_the_page(everything, tmp_path):
-    data, document = report_data(everything), everything.document()
-    for section in ("differences", "quartiles", "zf", "scaling", "probing", "precision", "matches", "features"):
-        assert getattr(data, section), section
+    page, document = evaluation_page(everything), everything.document()
+    drawn = ["reconstruction", "norm_response", "dictionary", "afa", "probing", "causal", "matching"]
+    tables = ["comparison", "differences", "saes"]
+    there = [section.id for section in page.sections if section.content]
+    assert there == [*tables, *drawn, "figures", "features"]  # the browser, which is long, is the last
+    assert all(charts(page, section) for section in drawn)
     for entry in document["saes"]:
         left_out = {name for name, result in entry["results"].items() if "not_applicable" in result}
         assert left_out <= {"decomposition"}  # random dictionaries have no feature in common
         assert set(entry["seconds"]) == set(entry["results"])
     assert set(document["texts"][0]["results"]) == {"tokens", "patching", "probing_baseline"}
-    assert write_report(data, tmp_path / "report.html").stat().st_size < 3_000_000
+    assert write_page(page, tmp_path / "report.html").stat().st_size < 8_000_000
 
 
 def test_each_eval_says_its_tokens_and_matches_are_of_alive_features(everything):
-    data = report_data(everything)
+    page = evaluation_page(everything)
     for measured, entry in zip(everything.saes, everything.document()["saes"], strict=True):
         ordinary = entry["results"]["reconstruction"]["without_sinks"]["by_norm"]["all_norms"]["overall"]["tokens"]
         sample = f"608 ({ordinary:,} without sinks)"
@@ -135,16 +156,21 @@ def test_each_eval_says_its_tokens_and_matches_are_of_alive_features(everything)
         assert counts["loss"] == "512"  # one batch of 16 contexts; sinks are passed through
         assert counts["causal"].startswith(f"{12 * 32} (")
         assert counts["probing"] == f"{sum(entry['results']['probing']['texts'])} texts"
-        assert "loss 512" in data.facts["tokens"]
+        assert "loss 512" in page.facts["tokens"]
         found = measured.compared
         assert found["active-set overlap at half scale, about b_dec, sinks in"].number == pytest.approx(
             entry["results"]["norm_response"]["with_sinks"]["response_about_b_dec"]["at_scales"][0]["overlap"]
         )
-    assert {(line.arm, line.about) for line in data.scaling} == {(a, p) for a in ("one", "two") for p in ("b_dec", "0")}
-    for pairs, entry in zip(data.matches, everything.document()["saes"][1:], strict=True):
-        counted = entry["results"]["matching"]["without_sinks"]["features"]
-        assert (pairs.alive, pairs.matched) == (counted["alive"], counted["matched"])
-        assert pairs.alive >= pairs.paired == len(pairs.pairs)  # all of them are listed, being few
+    scaled = charts(page, "norm_response")
+    assert [title.split(":")[0] for title in scaled] == ["About b_dec", "About 0"]
+    assert all([row[0] for row in chart.table.rows] == ["one", "two"] for chart in scaled.values())
+    found = everything.saes[1].results["matching"].without_sinks
+    chart = charts(page, "matching")["two → one"]
+    counted = found.features
+    assert chart.table.rows[0][1:4] == tuple(f"{n:,}" for n in (counted.alive, counted.paired, counted.matched))
+    assert counted.alive >= counted.paired == len(found.pairs.features)  # all of them are listed, being few
+    assert sum(len(trace.x) for trace in chart.figure.data) == counted.paired
+    assert chart.figure.data[0].customdata[0].startswith("1/")  # features of the second arm
 
 
 @pytest.mark.parametrize("name", DIAGNOSTICS)
@@ -195,10 +221,10 @@ def test_what_an_eval_found_is_in_the_json_in_the_terminal_and_on_the_page(name,
     named = [name_of for entry in document["texts"] + document["saes"] for name_of in entry["figures"].get(name, {})]
     assert named
     console = Console(width=400, file=io.StringIO())
-    for table in as_tables(found):
-        assert table.row_count
-        console.print(table)
-    page = html.unescape(render(report_data(found)).replace("<wbr>", ""))
+    for printed in as_tables(found):
+        assert printed.row_count
+        console.print(printed)
+    page = html.unescape(render(evaluation_page(found)).replace("<wbr>", ""))
     for figure in named:
         assert figure in page
         assert figure.removesuffix(", sinks in").removesuffix(", sinks out") in console.file.getvalue()
@@ -206,7 +232,7 @@ def test_what_an_eval_found_is_in_the_json_in_the_terminal_and_on_the_page(name,
     if value:
         (line,) = (line for line in console.file.getvalue().splitlines() if figure in line)
         assert line.split()[-2:] == [value] * 2  # of both arms
-        assert f"{figure}</td><td>{value}</td><td>{value}</td>" in page
+        assert f'{figure}</td><td class="number">{value}0</td><td class="number">{value}0</td>' in page
 
 
 def test_no_table_is_empty_and_the_reason_is_told_where_an_eval_does_not_apply(run, tmp_path):
@@ -215,7 +241,8 @@ def test_no_table_is_empty_and_the_reason_is_told_where_an_eval_does_not_apply(r
     assert [table.title for table in tables] == ["Left out"]
     reason = "No feature has a mutual match in the SAE that it is compared with."
     assert [list(column.cells) for column in tables[0].columns] == [["two"], ["decomposition"], [reason]]
-    assert reason in render(report_data(found))
+    assert (("decomposition", "two", reason),) == tuple(content(evaluation_page(found), "figures")[-1].rows)
+    assert reason in render(evaluation_page(found))
 
 
 def test_means_over_seeds_are_by_hand_and_what_is_not_finite_stays_so():
@@ -240,7 +267,7 @@ def test_the_page_says_what_each_sae_is(run, tmp_path):
     sae.save_model(tmp_path / "untold")
     found = evaluate([str(tmp_path / "told"), str(tmp_path / "untold")], with_evals("tokens"), tmp_path / "out")
     document = found.document()
-    told, untold = report_data(found).saes
+    same, told = content(evaluation_page(found), "saes")
     known = {
         "arm": "told",
         "seed": "0",
@@ -256,11 +283,14 @@ def test_the_page_says_what_each_sae_is(run, tmp_path):
         "place": "told",
         "sha256": document["saes"][0]["sha256"][:12],
     }
-    assert told == known
+    of_both = ("architecture", "trained as", "features", "selector", "text")
+    assert same == f"The same of all: {'; '.join(f'{name} {known.pop(name)}' for name in of_both)}."
     unknown = dict.fromkeys(("training tokens", "learning rate", "recipe", "norm filter in training"), "-")
     names = {"arm": "untold", "place": "untold", "sha256": document["saes"][1]["sha256"][:12]}
-    assert untold == known | unknown | names
-    page = render(report_data(found)).replace("<wbr>", "")
+    rows = [dict(zip(told.headings, row, strict=True)) for row in told.rows]
+    # places on this machine are cut when the page is written
+    assert [row | {"place": Path(row["place"]).name} for row in rows] == [known, known | unknown | names]
+    page = render(evaluation_page(found)).replace("<wbr>", "")
     assert all(f">{value}<" in page for value in known.values())
     assert datetime.fromisoformat(document["date"]).tzinfo is not None
     assert document["date"] in page

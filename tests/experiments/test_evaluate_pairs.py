@@ -1,11 +1,12 @@
 """Seeds of arms, and what an SAE is compared with."""
 
 import pytest
+from page_parts import table
 from sae_lens import SAE
 from saved_evaluations import HOOK, TASKS, saved_sae, with_evals
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.run import evaluate
 
 pytestmark = pytest.mark.usefixtures("short_text")
@@ -24,7 +25,7 @@ def test_seeds_of_an_arm_are_averaged_and_paired(run, tmp_path):
     mean, half = sum(d) / 2, 12.7062 * abs(d[0] - d[1]) / 2  # Student's t at one degree of freedom
     assert difference["difference"]["mean"] == pytest.approx(mean)
     assert difference["difference"]["high"] - mean == pytest.approx(half, rel=1e-4)
-    assert report_data(found).arms[0].metrics["L0, sinks out"].value == pytest.approx(sum(a) / 2)
+    assert table(evaluation_page(found), "comparison")["L0, sinks out"]["a"].value == pytest.approx(sum(a) / 2)
 
 
 def test_seeds_without_a_partner_are_compared_with_none(run, tmp_path, monkeypatch):

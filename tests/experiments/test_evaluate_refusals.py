@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from page_parts import table
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from saved_evaluations import HOOK, SETTINGS, saved_sae, with_evals, with_metadata
 
@@ -11,7 +12,7 @@ from saelens_cosine import saebench
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate import run as module
 from saelens_cosine.experiments.evaluate.command import as_tables
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.saebench import EvalFailure, SAEBenchError
@@ -33,7 +34,7 @@ def test_saebench_is_run_and_paired(run, tmp_path):
         found.saes[0].compared["SAEBench core: FVE, ours on the same tokens"].number
         == core["variance_explained"]["fve"]
     )
-    assert "SAEBench core: sparsity.l0" in report_data(found).arms[0].metrics
+    assert "SAEBench core: sparsity.l0" in table(evaluation_page(found), "comparison")
 
 
 def test_saebench_that_cannot_run_is_said_before_any_work(run, tmp_path, capsys, monkeypatch):
@@ -60,7 +61,7 @@ def test_an_eval_of_saebench_that_fails_is_told_and_tried_again(run, tmp_path, m
     assert [path.name.split("-")[0] for path in (tmp_path / "measured").iterdir()] == ["reconstruction"]
     left_out = as_tables(found)[-1]
     assert [list(column.cells) for column in left_out.columns] == [["one"], ["core"], [str(failure)]]
-    report_data(found)
+    evaluation_page(found)
 
 
 def test_a_text_too_short_for_concepts_is_measured_by_all_other_evals(run, tmp_path):

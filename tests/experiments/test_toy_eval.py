@@ -21,7 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from saelens_cosine.experiments.evaluate.evals import BySinks, Eval, Figure, register_eval, tokens_of
+from saelens_cosine.experiments.evaluate.evals import (
+    BySinks,
+    Eval,
+    EvalSection,
+    Figure,
+    Shown,
+    register_eval,
+    tokens_of,
+)
+from saelens_cosine.report.chart import Axis, Chart, Plot
+from saelens_cosine.report.estimate import over_seeds
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,13 @@ def figures(result: BySinks[Biases]) -> Iterator[Figure]:
         yield Figure("mean of the decoder bias", found.mean, sinks, "{:.3f}")
 
 
+def charts(shown: Shown[BySinks[Biases]]) -> Iterator[Chart]:
+    plot = Plot(shown.arms, Axis("seeds"), Axis("mean of the decoder bias"))
+    for arm, found in shown.of(shown.treatment).items():
+        plot.line(arm, [len(found)], [over_seeds([biases.mean for biases in found])])
+    yield Chart("Biases by seeds", "", plot.figure)
+
+
 register_eval(
     Eval(
         "biases",
@@ -48,6 +65,7 @@ register_eval(
         measure,
         figures=figures,
         tokens=lambda result: tokens_of(result, lambda found: found.tokens),
+        section=EvalSection("Biases of decoders", "What is added to every reconstruction.", charts),
         note="None of these is a score.",
     )
 )
@@ -94,7 +112,11 @@ def test_a_toy_eval_is_in_json_table_differences_and_page(tmp_path, toy, capsys)
         assert told in printed, told
     page = html.unescape((tmp_path / "out" / "report.html").read_text().replace("<wbr>", ""))
     assert "mean of the decoder bias, sinks in" in page
-    assert "1.50" in page
+    assert "1.500" in page
+    assert '<section id="section-biases"><h2>Biases of decoders</h2>' in page
+    # bias 1.5 with its interval over two seeds: half their distance times Student's quantile at one degree of freedom
+    chart = page.split("<figure>")[1].split("</figure>")[0]
+    assert "a: 2, 1.5 (-4.853 to 7.853)" in chart
 
 
 def test_an_edited_toy_eval_is_measured_again(tmp_path, toy, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from saelens_cosine.experiments.evaluate.evals import BySinks, NotMeasured
 from saelens_cosine.experiments.evaluate.evals.of_sae.afa import AFA, AFAOfTokens
 from saelens_cosine.experiments.evaluate.evals.of_sae.norm_response import Scaled
 from saelens_cosine.experiments.evaluate.evals.of_sae.reconstruction import FVEByDocument, Reconstructed
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE, MeasuredText
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.causal.forward import clean_run
@@ -39,7 +40,7 @@ from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_points import zf_points
 from saelens_cosine.plain import plain
-from saelens_cosine.report.html.page import render
+from saelens_cosine.report.page import render
 from saelens_cosine.training.monitor import TrainingLogEntry
 from saelens_cosine.training.recorded import trained
 
@@ -283,18 +284,18 @@ def test_evaluate_says_it_in_red_and_draws_the_rest(tmp_path):
     assert "Not finite" in first
     assert "\x1b[31m" in first
     assert all(name in first for name in ("reconstruction", "afa", "dictionary", "norm_response"))
-    page = render(report_data(found))
-    assert '<div class="warning" role="alert">' in page
+    page = render(evaluation_page(found))
+    assert '<ul class="warning" role="alert"><li>Not finite: figures of these are missing.</li>' in page
     assert "<li>cos, seed 0, reconstruction: 3 not finite</li>" in page
-    assert 'aria-label="ZF plot of cos' in page
-    assert ",nan" not in page
+    assert 'aria-label="cos, sinks out"' in page  # the ZF plot
+    assert not re.search(r"[\[:,]NaN", page.split("<script>")[0])
 
 
 def test_evaluate_says_nothing_of_a_sound_sae(tmp_path):
     found = evaluation(tmp_path, sound(tmp_path))
     del found.saes[0].results["dictionary"]
     assert "Not finite" not in printed(as_tables(found))
-    assert 'class="warning"' not in render(report_data(found))
+    assert 'class="warning"' not in render(evaluation_page(found))
 
 
 def test_compare_says_it_in_red_and_draws_the_rest(tmp_path):

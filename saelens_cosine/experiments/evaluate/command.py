@@ -14,7 +14,7 @@ from rich.table import Table
 
 from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
-from saelens_cosine.experiments.evaluate.page import report_data
+from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
 from saelens_cosine.experiments.evaluate.results.listing import (
@@ -34,7 +34,7 @@ from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
-from saelens_cosine.report.html import write_report
+from saelens_cosine.report.page import write_page
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
 from saelens_cosine.terminal.bar import progress_bar
@@ -152,7 +152,7 @@ def run_evaluate(options: Any) -> int:
             overwrite=options.overwrite,
         )
         with output.file("report.html") as path:
-            write_report(report_data(found), path)
+            write_page(evaluation_page(found), path)
     console = print_tables(as_tables(found), 140)
     if not options.quiet:
         say(console, f"Written to {options.output}: evaluation.json, report.html")

@@ -11,6 +11,8 @@ import numpy as np
 
 from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.plain import OMITTED, from_plain
+from saelens_cosine.report.browser import Browser
+from saelens_cosine.report.chart import Arms, Chart
 
 Treatment = Literal["with_sinks", "without_sinks"]
 """What happened to high-norm tokens."""
@@ -114,18 +116,24 @@ class Shown(Generic[Result]):
     What an eval's charts are drawn of.
 
     Args:
-        arms (Any): The page's arms, `report.chart.Arms`.
+        arms (Arms): The page's.
         results (dict[str, list[Result]]): By arm, what the eval found of its seeds, ascending; only arms and seeds that have a result.
         baseline (str): The arm that others are compared with.
         treatment (Treatment): Which tokens are shown where a chart has room for one of them only: without sinks if that was measured.
-        browsable (frozenset[tuple[str, int]]): Arm and number of the features in the page's browser.
     """
 
-    arms: Any
+    arms: Arms
     results: dict[str, list[Result]]
     baseline: str
     treatment: Treatment
-    browsable: frozenset[tuple[str, int]] = frozenset()
+
+    def of(self, treatment: Treatment) -> dict[str, list[Any]]:
+        """By arm, what a `BySinks` has of these tokens, seed by seed; only arms that have any."""
+        found = {
+            arm: [measured for result in results if (measured := getattr(result, treatment)) is not None]
+            for arm, results in self.results.items()
+        }
+        return {arm: measured for arm, measured in found.items() if measured}
 
 
 @dataclass(frozen=True)
@@ -136,12 +144,12 @@ class EvalSection(Generic[Result]):
     Args:
         heading (str): Above it and among the links.
         about (str): What its charts show, in a sentence or two.
-        draw (Callable): The charts, `report.chart.Chart`; a section without any is left out.
+        draw (Callable): The charts; a section without any is left out.
     """
 
     heading: str
     about: str
-    draw: Callable[[Shown[Result]], Iterable[Any]]
+    draw: Callable[[Shown[Result]], Iterable[Chart | Browser]]
 
 
 def _no_figures(_: Any) -> Iterator[Figure]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, Figure, NotMeasured
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE, MeasuredText, mean_figures
-from saelens_cosine.metrics.intervals import about, paired_difference
+from saelens_cosine.metrics.intervals import about
 from saelens_cosine.plain import plain
-from saelens_cosine.report.html.data import Estimate
+from saelens_cosine.report.estimate import Estimate, over_seeds
 
 Figures = Mapping[str, Mapping[str, float]]
 """By eval and by title; NaN where a figure is not finite."""
@@ -19,15 +18,7 @@ Figures = Mapping[str, Mapping[str, float]]
 def summary(entries: Sequence[MeasuredSAE]) -> dict[str, Estimate]:
     """Each compared figure's mean over an arm's seeds, and the ends of its 95 % interval; None with a single seed."""
     titles = dict.fromkeys(title for entry in entries for title in entry.compared)
-    return {title: _mean([e.compared[title].number for e in entries if title in e.compared]) for title in titles}
-
-
-def _mean(values: Sequence[float]) -> Estimate:
-    mean = sum(values) / len(values)
-    if len(values) < 2 or not math.isfinite(mean):
-        return Estimate(mean)
-    interval = paired_difference(values, [0.0] * len(values))
-    return Estimate(interval.mean, interval.low, interval.high)
+    return {title: over_seeds([e.compared[title].number for e in entries if title in e.compared]) for title in titles}
 
 
 def columns(saes: Sequence[MeasuredSAE]) -> dict[str, Figure]:

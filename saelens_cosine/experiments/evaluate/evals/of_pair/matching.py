@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from math import isnan
 
 import numpy as np
 
-from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, NotApplicable, by_sinks, tokens_of
+from saelens_cosine.experiments.evaluate.evals.eval import (
+    BySinks,
+    Eval,
+    EvalSection,
+    Figure,
+    NotApplicable,
+    Shown,
+    by_sinks,
+    tokens_of,
+)
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, FeaturePairs, Matches
 from saelens_cosine.metrics.norms.norm_detectors import NormDetectors, norm_detectors
 from saelens_cosine.metrics.token_gram import firings
 from saelens_cosine.plain import OMITTED
+from saelens_cosine.report.chart import Axis, Chart, Plot
+from saelens_cosine.report.estimate import Estimate, short
+from saelens_cosine.report.table import Table
 
 PAIRS_LISTED = 2000
 """Features whose partners are listed, at even steps through those that have one."""
@@ -119,6 +132,44 @@ def _figures(result: BySinks[Matching]) -> Iterator[Figure]:
         yield Figure("matched share of alive features", share, sinks, compared=False)
 
 
+def _charts(shown: Shown[BySinks[Matching]]) -> Iterator[Chart]:
+    """Correlation of codes against cosine of decoder rows, of each arm's first seed that has a partner."""
+    for arm, (found, *_) in shown.of(shown.treatment).items():
+        pairs, counts = found.pairs, found.features
+        if not pairs.features:
+            continue
+        columns = pairs.features, pairs.partners, pairs.correlations, pairs.decoder_cosines, found.top_quartile_share
+        tips = [
+            f"{feature} and {shown.baseline}: {partner}, correlation {short(correlation)}, decoder cosine {short(cosine)}, "
+            f"{'unknown' if isnan(share) else f'{share:.0%}'} of its firings in the top norm quartile"
+            for feature, partner, correlation, cosine, share in zip(*columns, strict=True)
+        ]
+        x = Axis("correlation of the codes", ends=_from_0(pairs.correlations))
+        plot = Plot(shown.arms, x, Axis("cosine of the decoder rows", ends=_from_0(pairs.decoder_cosines)))
+        drawn = plot.dots(
+            arm,
+            pairs.correlations,
+            pairs.decoder_cosines,
+            tips,
+            features=pairs.features,
+            shades=found.top_quartile_share,
+            shade="firings in the top quartile of the norm",
+        )
+        share = counts.matched / max(1, counts.alive)
+        note = (
+            f"{counts.matched:,} of {counts.alive:,} alive features ({share:.1%}) have both above {found.strong_correlation:g}. "
+            f"{counts.paired:,} have a counterpart, {drawn:,} of these are drawn."
+        )
+        title, heads = f"{arm} → {shown.baseline}", ("arm", "alive", "with a counterpart", "matched", "share")
+        row = (arm, f"{counts.alive:,}", f"{counts.paired:,}", f"{counts.matched:,}", Estimate(share))
+        yield Chart(title, note, plot.figure, Table(title, heads, [row]), height=400)
+
+
+def _from_0(values: tuple[float, ...]) -> tuple[float, float]:
+    """0 to 1, or from the lowest value where that is negative."""
+    return min(0.0, *(value for value in values if not isnan(value)), 0.0) - 0.02, 1.02
+
+
 MATCHING = Eval(
     "matching",
     "pair",
@@ -126,4 +177,9 @@ MATCHING = Eval(
     _measure,
     figures=_figures,
     tokens=lambda result: tokens_of(result, lambda found: found.tokens),
+    section=EvalSection(
+        "Matched features",
+        "Each feature of one arm with the best counterpart in the other. A match has both numbers high.",
+        _charts,
+    ),
 )

@@ -9,13 +9,24 @@ from typing import Any
 import torch
 
 from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, by_sinks, tokens_of
+from saelens_cosine.experiments.evaluate.evals.eval import (
+    BySinks,
+    Eval,
+    EvalSection,
+    Figure,
+    Shown,
+    by_sinks,
+    tokens_of,
+)
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
 from saelens_cosine.metrics.causal.ablation import AblationPrecision, ablation_precision
 from saelens_cosine.metrics.causal.steering import Steering, steering
 from saelens_cosine.metrics.causal.win_rate import WinRate, win_rate
 from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS
+from saelens_cosine.report.chart import Axis, Chart, Plot
+from saelens_cosine.report.estimate import Estimate, over_seeds
+from saelens_cosine.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,35 @@ def _figures(result: BySinks[Causal]) -> Iterator[Figure]:
             yield Figure(f"steering KL at {effect.factor:g} times a code, nats", effect.kl_where_active, sinks)
 
 
+def _charts(shown: Shown[BySinks[Causal]]) -> Iterator[Chart]:
+    """Ablation precision against the number of features; intended against collateral effect."""
+    found: dict[str, list[Causal]] = shown.of(shown.treatment)
+    by_k = {arm: list(zip(*(one.ablation.mean for one in of), strict=True)) for arm, of in found.items()}
+    counts = sorted({seeds[0].k for of in by_k.values() for seeds in of})
+    if not counts:
+        return
+    x = Axis("features ablated", log=True, ticks={float(k): str(k) for k in counts})
+    precision = Plot(shown.arms, x, Axis("intended / collateral effect"))
+    kl = Plot(shown.arms, Axis("collateral effect (KL, nats)", log=True), Axis("intended effect (KL, nats)", log=True))
+    means = {arm: {seeds[0].k: over_seeds([e.precision for e in seeds]) for seeds in of} for arm, of in by_k.items()}
+    effects: list[tuple[str | Estimate, ...]] = []
+    for arm, of in by_k.items():
+        tips = [f"{k} features, {e}" for k, e in means[arm].items()]
+        precision.line(arm, list(means[arm]), list(means[arm].values()), tips)
+        intended, collateral = (
+            [over_seeds([getattr(e, kind) for e in seeds]).value for seeds in of]
+            for kind in ("intended_kl", "collateral_kl")
+        )
+        both = list(zip(means[arm], intended, collateral, strict=True))
+        kl.line(arm, collateral, intended, [f"{k} features, intended {i:.3g}, collateral {c:.3g}" for k, i, c in both])
+        effects += [(arm, str(k), Estimate(i), Estimate(c)) for k, i, c in both]
+    rows = [(arm, *(of.get(k, "-") for k in counts)) for arm, of in means.items()]
+    table = Table("Ablation precision by number of features", ("arm", *map(str, counts)), rows)
+    yield Chart("Precision", "Larger: less damage elsewhere.", precision.figure, table)
+    table = Table("Effects of ablation, nats", ("arm", "features", "intended", "collateral"), effects)
+    yield Chart("Effects", "Up and left is better.", kl.figure, table)
+
+
 CAUSAL = Eval(
     "causal",
     "sae",
@@ -83,6 +123,11 @@ CAUSAL = Eval(
     _measure,
     figures=_figures,
     tokens=lambda result: tokens_of(result, lambda found: next(iter(found.win_rate.values())).tokens),
+    section=EvalSection(
+        "Ablation precision",
+        "The features most specific to a concept are ablated: effect where the concept is, over effect elsewhere.",
+        _charts,
+    ),
     uses=("causal_contexts", "causal_features", "concept_texts"),
     reads=_concept_texts,
 )

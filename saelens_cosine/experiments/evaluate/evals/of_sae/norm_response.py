@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, tokens_of
+from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, EvalSection, Figure, Shown, tokens_of
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.norms.norm_noise import NormNoise, norm_noise
 from saelens_cosine.metrics.norms.norm_response import SCALING_NOTE, NormResponse, norm_response, scores_about
 from saelens_cosine.plain import OMITTED
+from saelens_cosine.report.chart import Axis, Chart, Plot
+from saelens_cosine.report.estimate import Estimate, over_seeds
+from saelens_cosine.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,35 @@ def _figures(result: BySinks[Scaled]) -> Iterator[Figure]:
         yield Figure("length of b_dec by the median norm", scaled.response.bias_ratio, sinks)
 
 
+def _charts(shown: Shown[BySinks[Scaled]]) -> Iterator[Chart]:
+    """Overlap of active sets against the factor, about b_dec and about 0, on one scale."""
+    scaled: dict[str, list[Scaled]] = shown.of(shown.treatment)
+    about_b_dec = {
+        arm: [one.response_about_b_dec for one in of if one.response_about_b_dec] for arm, of in scaled.items()
+    }
+    about_0 = {arm: [one.response for one in of] for arm, of in scaled.items()}
+    for title, arms in (
+        ("About b_dec: what is scored keeps its direction", about_b_dec),
+        ("About 0: what is scored turns", about_0),
+    ):
+        found = {arm: responses for arm, responses in arms.items() if responses}
+        if not found:
+            continue
+        factors = sorted({at.scale for responses in found.values() for at in responses[0].at_scales})
+        x = Axis("factor s", log=True, ticks={s: f"{s:g}" for s in factors})
+        plot = Plot(shown.arms, x, Axis("overlap of active features", ends=(0, 1.04)))
+        rows: list[tuple[str | Estimate, ...]] = []
+        for arm, responses in found.items():
+            by_scale = list(zip(*(response.at_scales for response in responses), strict=True))
+            at = {seeds[0].scale: over_seeds([one.overlap for one in seeds]) for seeds in by_scale}
+            plot.line(arm, list(at), list(at.values()), [f"s = {s:g}, {e}" for s, e in at.items()], faint=True)
+            bias = over_seeds([response.bias_ratio for response in responses]).value
+            rows.append((arm, f"{bias:.3f}" if isfinite(bias) else "-", *(at.get(s, "-") for s in factors)))
+        heads = ("arm", "‖b_dec‖ / median ‖x‖", *(f"s = {s:g}" for s in factors))
+        note = f"‖b_dec‖ / median ‖x‖: {', '.join(f'{arm} {bias}' for arm, bias, *_ in rows)}."
+        yield Chart(title, note, plot.figure, Table(title, heads, rows))
+
+
 NORM_RESPONSE = Eval(
     "norm_response",
     "sae",
@@ -65,5 +98,10 @@ NORM_RESPONSE = Eval(
     _measure,
     figures=_figures,
     tokens=lambda result: tokens_of(result, lambda scaled: scaled.response.tokens),
+    section=EvalSection(
+        "Scaled tokens",
+        f"Features active at a token and at the scaled one by those active at either. {SCALING_NOTE}",
+        _charts,
+    ),
     note=SCALING_NOTE,
 )

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, by_sinks
+from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, EvalSection, Figure, Shown, by_sinks
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.probing.probing import K_VALUES, KProbe, probe
+from saelens_cosine.report.chart import Axis, Chart, Plot, beside, cut, ends
+from saelens_cosine.report.estimate import Estimate, over_seeds
+from saelens_cosine.report.table import Table
 
 SPLITS = 5
 """Of the texts of each task into five parts, each tested once."""
@@ -72,6 +75,30 @@ def _figures(result: ProbingByTask) -> Iterator[Figure]:
                 )
 
 
+def _charts(shown: Shown[ProbingByTask]) -> Iterator[Chart]:
+    """Accuracy by task, a chart for each k, all on one scale."""
+    found: dict[str, dict[tuple[str, int | None], Estimate]] = {}
+    for arm, of in shown.of(shown.treatment).items():
+        tasks = shown.results[arm][0].tasks
+        for task, *seeds in zip(tasks, *(by_units["canonical"] for by_units in of), strict=True):
+            for probes in zip(*seeds, strict=True):
+                accuracy = over_seeds([one.accuracy for one in probes])
+                found.setdefault(arm, {})[task, probes[0].k] = accuracy
+    scale = Axis("probe accuracy", ends=ends(e for by_task in found.values() for e in by_task.values()))
+    for k in dict.fromkeys(k for by_task in found.values() for _, k in by_task):
+        tasks = list(dict.fromkeys(task for by_task in found.values() for task, of in by_task if of == k))
+        y = Axis("", ends=(len(tasks) - 0.5, -0.5), ticks={float(i): cut(task, 18) for i, task in enumerate(tasks)})
+        plot, places = Plot(shown.arms, scale, y), beside(list(found), 0.3)
+        for arm, by_task in found.items():
+            values = [by_task.get((task, k), Estimate(float("nan"))) for task in tasks]
+            tips = [f"{task}, {e}" for task, e in zip(tasks, values, strict=True)]
+            plot.line(arm, values, [i + places[arm] for i in range(len(tasks))], tips, joined=False)
+        title, height = "All features" if k is None else f"k = {k}", 100 + len(tasks) * (12 * len(found) + 10)
+        rows = [(task, *(by_task.get((task, k), "-") for by_task in found.values())) for task in tasks]
+        table = Table(f"Probe accuracy, {title}", ("task", *found), rows)
+        yield Chart(title, "", plot.figure, table, height)
+
+
 PROBING = Eval(
     "probing",
     "sae",
@@ -79,5 +106,6 @@ PROBING = Eval(
     _measure,
     figures=_figures,
     tokens=lambda result: f"{sum(result.texts):,} texts",
+    section=EvalSection("Probing", "Accuracy of linear probes on the best k features of each task.", _charts),
     reads=lambda subject: subject.text.labelled,
 )

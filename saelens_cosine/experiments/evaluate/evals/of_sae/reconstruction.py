@@ -6,13 +6,25 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, Treatment, tokens_of
+from saelens_cosine.experiments.evaluate.evals.eval import (
+    TREATMENTS,
+    BySinks,
+    Eval,
+    EvalSection,
+    Figure,
+    Shown,
+    Treatment,
+    tokens_of,
+)
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.experiments.evaluate.training_log import training_log
 from saelens_cosine.metrics.causal.code_edits import reconstruct
 from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.metrics.reconstruction.by_norm import ReconstructionDiagnostics, diagnose_reconstruction
 from saelens_cosine.metrics.reconstruction.documents import fve_by_document
+from saelens_cosine.report.chart import Axis, Chart, Plot, beside, ends
+from saelens_cosine.report.estimate import over_seeds, short
+from saelens_cosine.report.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,33 @@ def _fve(value: float, by_document: FVEByDocument, sinks: Treatment) -> Figure:
     return Figure("FVE", value, sinks, "{:.4f}", units=(by_document.text,), documents=documents)
 
 
+def _charts(shown: Shown[Reconstructed]) -> Iterator[Chart]:
+    """FVE by quartile, with sinks and without, on one scale."""
+    by_norm = [
+        {arm: [fit.by_norm.all_norms.ranges for fit in fits] for arm, fits in shown.of(sinks).items()}
+        for sinks in TREATMENTS
+    ]
+    means = [
+        {arm: [over_seeds([one.measured.fve for one in q]) for q in zip(*of, strict=False)] for arm, of in arms.items()}
+        for arms in by_norm
+    ]
+    scale = Axis("FVE", ends=ends(e for arms in means for fve in arms.values() for e in fve))
+    for told, ranges, arms in zip(TREATMENTS.values(), by_norm, means, strict=True):
+        first = next((one for of in ranges.values() for one in of if one), ())
+        if not first:
+            continue
+        ticks = {float(q): f"Q{q + 1}\n≤ {short(part.high)}" for q, part in enumerate(first)}
+        x = Axis(f"norm, from {short(first[0].low)}", ends=(-0.5, len(first) - 0.5), ticks=ticks)
+        plot, places = Plot(shown.arms, x, scale), beside(list(arms))
+        for arm, fve in arms.items():
+            tips = [f"Q{q + 1}, {e}" for q, e in enumerate(fve)]
+            plot.line(arm, [q + places[arm] for q in range(len(fve))], fve, tips, faint=True)
+        title, tokens = f"FVE by norm, {told}", sum(part.measured.tokens for part in first)
+        heads = ("arm", *(f"Q{q + 1}" for q in range(len(first))))
+        rows = [(arm, *fve) for arm, fve in arms.items() if len(fve) == len(first)]
+        yield Chart(title, f"{tokens:,} tokens.", plot.figure, Table(title, heads, rows))
+
+
 RECONSTRUCTION = Eval(
     "reconstruction",
     "sae",
@@ -87,5 +126,11 @@ RECONSTRUCTION = Eval(
     _measure,
     figures=_figures,
     tokens=lambda result: tokens_of(result, lambda fit: fit.by_norm.all_norms.overall.tokens),
+    section=EvalSection(
+        "FVE by norm",
+        "Quartiles of the activation's norm, smallest first, each about its own mean: compare arms within a quartile. High-norm "
+        "tokens are attention sinks above all; a lead that is there only with them is a lead on sinks.",
+        _charts,
+    ),
     reads=_training_metrics,
 )

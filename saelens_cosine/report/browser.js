@@ -8,8 +8,12 @@
     return element;
   };
 
-  // Tooltips: what carries data-t shows it; what carries data-f opens that feature.
-  const tip = byId("tip");
+  // Tooltips: what carries data-t shows it.
+  const tip = make("div");
+  tip.id = "tip";
+  tip.role = "tooltip";
+  tip.hidden = true;
+  document.body.append(tip);
   document.addEventListener("pointerover", (event) => {
     const target = event.target.closest("[data-t]");
     tip.hidden = !target;
@@ -22,15 +26,7 @@
     tip.style.top = `${above > 4 ? above : box.bottom + 6}px`;
   });
   document.addEventListener("scroll", () => { tip.hidden = true; }, true);
-  document.addEventListener("click", (event) => {
-    const target = event.target.closest("[data-f]");
-    if (target) location.hash = `feature/${target.dataset.f}`;
-  });
-
-  const source = byId("data");
-  if (!source) return;
-
-  const { arms, tokens, features: packed } = JSON.parse(source.textContent);
+  const { arms, tokens, features: packed } = JSON.parse(byId("data").textContent);
   const features = packed.map(([arm, index, density, exponent, contexts, promotes, suppresses]) => {
     const codes = contexts.flatMap((context) => context[2]);
     const largest = codes.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
