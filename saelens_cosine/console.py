@@ -6,10 +6,13 @@ Whatever prints the tables, a notebook too, they are made of `PlainTable`.
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +30,11 @@ def literal(text: str, style: str = "") -> Text:
     return Text.assemble((visible(text), style))
 
 
+def shown_number(value: float, form: str) -> str | Text:
+    """A number in a format, in rich's red if it is NaN or infinite."""
+    return form.format(value) if math.isfinite(value) else literal(str(value), "red")
+
+
 def say(console: Console, text: str, wrap: bool = True) -> None:
     """Print text as it is.
 
@@ -36,6 +44,26 @@ def say(console: Console, text: str, wrap: bool = True) -> None:
         wrap: at the console's width; off for what is to be copied.
     """
     console.print(literal(text), soft_wrap=not wrap)
+
+
+def plain_table(title: str, names: Sequence[str], figures: Sequence[str] = ()) -> Table:
+    """An empty table under its title: columns of names, the first of them never broken, then columns of figures."""
+    table = PlainTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption_justify = "left"
+    for i, name in enumerate(names):
+        table.add_column(name, no_wrap=i == 0)
+    for figure in figures:
+        table.add_column(figure, justify="right")
+    return table
+
+
+def print_tables(tables: Iterable[Table], width: int) -> Console:
+    """Print tables where a wrapped line is read more easily than a cut figure: at this width at least, in columns."""
+    console = Console()
+    console.width = max(console.width, width)
+    for table in tables:
+        console.print(table)
+    return console
 
 
 class PlainTable(Table):

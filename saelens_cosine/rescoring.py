@@ -18,12 +18,13 @@ from sae_lens.saes.sae import SAE, TrainingSAE
 from tqdm.auto import tqdm
 
 from saelens_cosine.loading.formats.saelens import inference_copy
+from saelens_cosine.metrics.codes import most_at_once
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
-from saelens_cosine.metrics.threshold import Threshold, fit_threshold, tokens_at_once
+from saelens_cosine.metrics.threshold import Threshold, fit_threshold
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.score import NORM_FLOOR, centred_norm, wide
 
-SELECTORS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
+RESCORED_AS = {"standard": "jumprelu", "jumprelu": "jumprelu", "topk": "topk", "abstopk": "abstopk"}
 """Selectors that can be rescored, and what each becomes: a ReLU has no threshold to fit."""
 
 RELATIVE_SCALES = [4 ** (i / 10) for i in range(-10, 11)]
@@ -172,14 +173,14 @@ def _prepare(sae: SAE[Any], activations: torch.Tensor, score: str) -> _Swap:
         # without its own exponent a feature keeps its weight among the others at the mean log norm
         log_norm = torch.stack([centred_norm(source.process_sae_in(x)).log().sum() for x in activations.split(4096)])
         kept = kept * ((exponents.detach() - exponents.detach().mean()) * log_norm.sum() / len(activations)).exp()
-    return _Swap(source, ("cosine_" if score == "cosine" else "") + SELECTORS[selector], lengths, kept, folded)
+    return _Swap(source, ("cosine_" if score == "cosine" else "") + RESCORED_AS[selector], lengths, kept, folded)
 
 
 def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
     weights: Any = swap.source
     exponent = getattr(weights, "norm_exponent", swap.lengths.new_ones(())).expand_as(swap.lengths)
     active, before, after = 0, 0.0, 0.0
-    for chunk in activations.split(tokens_at_once(weights)):
+    for chunk in activations.split(most_at_once(weights)):
         x = chunk.to(weights.device)
         codes = weights.encode(x)
         token, feature = codes.nonzero(as_tuple=True)
@@ -194,10 +195,10 @@ def _measure(swap: _Swap, activations: torch.Tensor) -> _Original:
 
 def _selector(architecture: str) -> str:
     selector = architecture.removeprefix("per_feature_").removeprefix("cosine_")
-    if selector not in SELECTORS:
+    if selector not in RESCORED_AS:
         raise ValueError(
             f"Architecture {architecture!r} cannot be rescored: it does not select from one score per feature, or scores "
-            f"otherwise. Those that can, with or without 'cosine_' or 'per_feature_cosine_': {', '.join(SELECTORS)}, and "
+            f"otherwise. Those that can, with or without 'cosine_' or 'per_feature_cosine_': {', '.join(RESCORED_AS)}, and "
             "what is saved as one of them. Train the other score instead."
         )
     return selector
@@ -229,5 +230,5 @@ def _ready(sae: SAE[Any]) -> SAE[Any]:
 
 
 def _l0(sae: SAE[Any], activations: torch.Tensor) -> float:
-    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(tokens_at_once(sae)))
+    active = sum(int((sae.encode(x.to(sae.device)) != 0).sum()) for x in activations.split(most_at_once(sae)))
     return active / len(activations)

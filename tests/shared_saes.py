@@ -8,7 +8,8 @@ from helpers import D_IN, make_sae
 from sae_lens import SAE
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import ArmResult, Comparison, ComparisonSettings
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.tables import write_json
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 

@@ -20,10 +20,10 @@ MOST_SHARED = 1 / 3
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits spread: 2**64 over the golden ratio
 
-Array = np.ndarray[Any, Any]
+Runs = np.ndarray[Any, Any]
 
 
-def runs(document: str | Sequence[int]) -> Array:
+def runs(document: str | Sequence[int]) -> Runs:
     """A number for each run of words of a document, `[max(1, words - 31)]` uint64; equal runs have equal numbers in one process."""
     words = document.split() if isinstance(document, str) else document
     numbers = np.fromiter(map(hash, words), dtype=np.int64, count=len(words)).astype(np.uint64)
@@ -60,7 +60,7 @@ class HeldOutRuns:
         self._documents = documents
 
     @cached_property
-    def _runs(self) -> Array:
+    def _runs(self) -> Runs:
         return np.unique(np.concatenate([runs(document_of(row)) for row in self._documents]))
 
     def shared(self, document: str | Sequence[int]) -> float:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -14,8 +14,6 @@ from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
 """What happens to tokens of a very high norm (attention sinks): they are measured, left out, or both are reported."""
-
-Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -56,51 +54,12 @@ class TokenSample:
 
     def where(self, keep: torch.Tensor) -> TokenSample:
         """The tokens that a mask `[tokens]` keeps."""
-        return TokenSample(
-            self.activations[keep],
-            self.tokens[keep],
-            self.contexts[keep],
-            self.documents[keep],
-            self.positions[keep],
-            self.ordinary[keep],
-            self.max_norm_multiple,
-        )
+        kept = {name: tensor[keep] for name, tensor in vars(self).items() if name != "max_norm_multiple"}
+        return replace(self, **kept)
 
     def without_sinks(self) -> TokenSample:
         """The ordinary tokens."""
         return self.where(self.ordinary)
-
-
-@dataclass(frozen=True)
-class SideBySide(Generic[Measured]):
-    """
-    One measure with and without high-norm tokens.
-
-    Args:
-        with_sinks (Measured | None): On all tokens; None if not asked for.
-        without_sinks (Measured | None): On the ordinary ones; None if not asked for.
-        high_norm_share (float): Share of the tokens that the second leaves out.
-        max_norm_multiple (float | None): Multiple of the median norm that tells them apart.
-    """
-
-    with_sinks: Measured | None
-    without_sinks: Measured | None
-    high_norm_share: float
-    max_norm_multiple: float | None
-
-
-def side_by_side(
-    measure: Callable[[TokenSample], Measured], sample: TokenSample, sinks: Sinks = "both"
-) -> SideBySide[Measured]:
-    """A measure on all tokens, on the ordinary ones, or on both."""
-    if sinks not in ("keep", "drop", "both"):
-        raise ValueError(f"sinks={sinks!r} is none of 'keep', 'drop', 'both'.")
-    return SideBySide(
-        measure(sample) if sinks != "drop" else None,
-        measure(sample.without_sinks()) if sinks != "keep" else None,
-        sample.high_norm_share,
-        sample.max_norm_multiple,
-    )
 
 
 @torch.no_grad()

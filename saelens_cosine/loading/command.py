@@ -14,7 +14,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 
-from saelens_cosine.console import PlainTable, literal, say
+from saelens_cosine.console import literal, plain_table, print_tables, say
 from saelens_cosine.files.output import holds_anything, open_output
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.files.whole import scratch_folder
@@ -142,9 +142,7 @@ def add_convert_command(commands: Any) -> None:
 def _run(options: Any) -> int:
     console = Console()
     if options.list:
-        console.width = max(console.width, 150)  # names and checksums whole
-        for name, release in RELEASES.items():
-            console.print(_table(name, release))
+        print_tables([_table(name, release) for name, release in RELEASES.items()], 150)  # names and checksums whole
         return 0
     if options.source is None or options.destination is None:
         raise ValueError("give a source and a destination, or --list")
@@ -172,10 +170,8 @@ def _run(options: Any) -> int:
 
 
 def _table(name: str, release: Release) -> Table:
-    model = release.metadata["model_name"]
-    table = PlainTable(title=f"{name}: {release.format} files of {release.repo_id}, for {model}", title_justify="left")
-    for column in ("sae_id", "hook", "features", "k", "sha256"):
-        table.add_column(column)
+    title = f"{name}: {release.format} files of {release.repo_id}, for {release.metadata['model_name']}"
+    table = plain_table(title, ["sae_id", "hook", "features", "k", "sha256"])
     for sae_id, sae in release.saes.items():
         table.add_row(sae_id, sae.hook_name, str(sae.d_sae), str(sae.k), sae.sha256 or "not seen")
     return table

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from sae_lens.saes.sae import SAE, TrainingSAE
+from sae_lens.saes.sae import SAE
 from scipy import sparse
 from scipy.sparse import get_index_dtype
 
+from saelens_cosine.metrics.flat_tokens import check_eval_mode, flat_heads
 from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
+from saelens_cosine.score import wide
 
 CODES_AT_ONCE = 2**20
 """Dense codes that are held at a time, for classes that make no others: 4 MiB in float32, which a CPU's cache holds."""
@@ -23,6 +25,25 @@ FEWEST_TOKENS = 256
 def tokens_at_once(sae: SAE[Any]) -> int:
     """Tokens whose dense codes are held at a time."""
     return max(FEWEST_TOKENS, CODES_AT_ONCE // sae.cfg.d_sae)
+
+
+def most_at_once(sae: SAE[Any]) -> int:
+    """Tokens whose dense codes are held at a time where nothing else is made of them: 64 MiB in float32."""
+    return max(1, 2**24 // sae.cfg.d_sae)
+
+
+def code_units(sae: SAE[Any]) -> torch.Tensor:
+    """`[d_sae]` float32 or wider on the CPU: how far a code of 1 moves the reconstruction, to compare features and SAEs by."""
+    if rescales_by_decoder_norm(sae.cfg):
+        return torch.ones(sae.cfg.d_sae)
+    return sae.W_dec.detach().to(wide(sae.W_dec.dtype)).norm(dim=-1).cpu()
+
+
+def canonical_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
+    """Codes `[tokens, d_sae]` times `code_units`: what each feature adds to the reconstruction."""
+    codes = sparse_codes(sae, activations)
+    codes.data *= code_units(sae).numpy()[codes.indices]
+    return codes
 
 
 @torch.no_grad()
@@ -37,12 +58,9 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
         ValueError: a training form in training mode, whose selection may depend on the batch.
         NotFiniteError: a code is NaN or infinite.
     """
-    if isinstance(sae, TrainingSAE) and sae.training:
-        raise ValueError(
-            f"{type(sae).__name__} is in training mode, where codes depend on the batch. Call sae.eval(), or load what was "
-            "saved."
-        )
-    parts = [_entries(sae, x) for x in activations.split(tokens_at_once(sae))]
+    check_eval_mode(sae)
+    with flat_heads(sae):
+        parts = [_entries(sae, x) for x in activations.split(tokens_at_once(sae))]
     if bad := sum(bad for *_, bad in parts):
         raise NotFiniteError(f"Codes of {type(sae).__name__}", bad, len(activations))
     counts = np.concatenate([counts for counts, *_ in parts])
@@ -51,13 +69,6 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     features = np.concatenate([features for _, features, _, _ in parts])
     values = np.concatenate([values for _, _, values, _ in parts])
     return sparse.csr_array((values, features, indptr), shape=(len(activations), sae.cfg.d_sae))
-
-
-def dense_batches(codes: sparse.csr_array, batch: int = 4096) -> Iterator[torch.Tensor]:
-    """The codes as dense `[batch, d_sae]` tensors, one after another."""
-    rows: Any = codes  # scipy's stubs take a matrix for a vector here
-    for start in range(0, rows.shape[0], batch):
-        yield torch.from_numpy(rows[start : start + batch].toarray())
 
 
 def _entries(sae: SAE[Any], x: torch.Tensor) -> tuple[Any, Any, Any, int]:

@@ -24,6 +24,15 @@ def flat_heads(sae: SAE[Any]) -> Generator[None]:
             sae.turn_on_forward_pass_hook_z_reshaping()
 
 
+def check_eval_mode(sae: SAE[Any]) -> None:
+    """Raise ValueError for a training form in training mode, whose selection may depend on the batch."""
+    if isinstance(sae, TrainingSAE) and sae.training:
+        raise ValueError(
+            f"{type(sae).__name__} is in training mode, where codes depend on the batch. Call sae.eval(), or load what was "
+            "saved."
+        )
+
+
 @contextmanager
 def on_flat_tokens(sae: SAE[Any]) -> Generator[None]:
     """Within it `sae` takes `[tokens, d_in]`, heads flattened; afterwards it is as it was.
@@ -32,11 +41,7 @@ def on_flat_tokens(sae: SAE[Any]) -> Generator[None]:
         ValueError: a training form in training mode, whose selection may depend on the batch; a transcoder, whose output is not
             its input; a temporal SAE, whose output depends on the tokens before.
     """
-    if isinstance(sae, TrainingSAE) and sae.training:
-        raise ValueError(
-            f"{type(sae).__name__} is in training mode, where BatchTopK depends on the batch. Call sae.eval(), or load what "
-            "was saved."
-        )
+    check_eval_mode(sae)
     if isinstance(sae, Transcoder | TemporalSAE):
         why = (
             "does not reconstruct what it reads" if isinstance(sae, Transcoder) else "reads whole contexts, not tokens"

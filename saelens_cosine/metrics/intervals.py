@@ -97,30 +97,29 @@ def about(axes: Iterable[str], chance: Chance) -> list[str]:
     return [ASSUMPTIONS[axis] for axis in axes] + ([str(chance)] if chance.looked_at else [])
 
 
-def by_chance(found: Sequence[Difference], confidence: float = CONFIDENCE) -> Chance:
+def by_chance(found: Sequence[Difference]) -> Chance:
     """How many differences were looked at, and how many of them would be seen by chance."""
     intervals = [difference for difference in found if difference.low is not None]
     return Chance(
-        len(intervals), sum(difference.seen for difference in intervals), round((1 - confidence) * len(intervals), 6)
+        len(intervals), sum(difference.seen for difference in intervals), round((1 - CONFIDENCE) * len(intervals), 6)
     )
 
 
-class Documents(NamedTuple):
+@dataclass(frozen=True)
+class DocumentErrors:
     """
-    Of each document, the sums that a fraction of variance explained is made of: `1 - sum of residual / sum of total`.
+    The two sums of a fraction of variance explained, a number for each document, 0 where no token is left.
 
     Args:
-        residual (np.ndarray): `[documents]`, sum of `||e - mean e||^2` over a document's tokens; the mean is that of all tokens.
-        total (np.ndarray): `[documents]`, the same of `x`; 0 for documents without tokens.
+        residual (tuple[float, ...]): Sum over its tokens of `||e - mean e||^2`; the mean is that of all tokens.
+        total (tuple[float, ...]): Likewise of `||x - mean x||^2`.
     """
 
-    residual: np.ndarray[Any, Any]
-    total: np.ndarray[Any, Any]
+    residual: tuple[float, ...]
+    total: tuple[float, ...]
 
 
-def difference_over_documents(
-    a: Documents, b: Documents, mean: float | None = None, confidence: float = CONFIDENCE
-) -> Difference:
+def difference_over_documents(a: DocumentErrors, b: DocumentErrors, mean: float | None = None) -> Difference:
     """The fraction of variance that `a` explains minus that of `b`, documents being the units that vary.
 
     Each document is left out in turn, and the variance is the sum of squares of what that changes (the jackknife, not scaled
@@ -137,7 +136,6 @@ def difference_over_documents(
         a: sums of one SAE.
         b: of the other, the same documents in the same order.
         mean: the difference as it is printed, where that was computed apart and differs by rounding; that of the sums if None.
-        confidence: of the interval.
 
     Returns:
         The difference, without an interval below `FEWEST_DOCUMENTS` or where one of them is nearly everything.
@@ -145,7 +143,9 @@ def difference_over_documents(
     Raises:
         ValueError: other documents, or sums that are not finite or without variance.
     """
-    sums = np.stack([np.stack(side).astype(np.float64) for side in (a, b)])  # [2 SAEs, residual and total, documents]
+    sums = np.array(
+        [(side.residual, side.total) for side in (a, b)], np.float64
+    )  # [2 SAEs, residual and total, documents]
     whole = sums.sum(axis=-1)
     if not (np.isfinite(whole).all() and (whole[:, 1] > 0).all()):
         raise ValueError(f"Sums of {whole.tolist()} (residual, total): they must be finite, and the totals above 0.")
@@ -159,11 +159,11 @@ def difference_over_documents(
         return Difference(mean, None, None, False, (n,), reason)
     others = whole[:, :, None] - sums
     left_out = (1 - others[0, 0] / others[0, 1]) - (1 - others[1, 0] / others[1, 1])
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(float(((left_out - of_sums) ** 2).sum()))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(float(((left_out - of_sums) ** 2).sum()))
     return Difference(mean, mean - half, mean + half, abs(mean) > half, (n,))
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Difference:
     """How much larger `a` is than `b`, entry by entry. What the interval takes for granted is said in `ASSUMPTIONS`.
 
     Args:
@@ -171,7 +171,6 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE
             `[seeds, splits]`, `[seeds, datasets]`, `[seeds, datasets, splits]`. Splits should not share test examples: counted as
             if they were new ones, these make any difference significant.
         b: values of the other, the same shape, in the same order.
-        confidence: of the interval.
 
     Raises:
         ValueError: different shapes, fewer than two pairs, or values that are not finite.
@@ -189,7 +188,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE
     if shares:
         variance = sum(share for share, _ in shares)
         freedom = variance**2 / sum(share**2 / freedom for share, freedom in shares)
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
     mean = float(differences.mean())
     return Difference(mean, mean - half, mean + half, abs(mean) > half, differences.shape)
 

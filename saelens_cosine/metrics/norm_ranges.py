@@ -11,53 +11,53 @@ import torch
 TOP_SHARE = 0.01
 """Share of the tokens that counts as the longest ones."""
 
-Measured = TypeVar("Measured")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class NormRange(Generic[Measured]):
+class NormRange(Generic[Value]):
     """
     A measure on the tokens whose norm lies in one range.
 
     Args:
         low (float): Smallest norm of the range, in the units of the activations.
         high (float): Largest.
-        measured (Measured): The measure on these tokens alone.
+        measured (Value): The measure on these tokens alone.
     """
 
     low: float
     high: float
-    measured: Measured
+    measured: Value
 
 
 @dataclass(frozen=True)
-class ByNorm(Generic[Measured]):
+class ByNorm(Generic[Value]):
     """
     A measure on all tokens, and by norm.
 
     Args:
-        overall (Measured): On all of them.
-        ranges (tuple[NormRange[Measured], ...]): On each quartile of the norm, ascending. Without those that no token falls into, as happens where norms are equal.
+        overall (Value): On all of them.
+        ranges (tuple[NormRange[Value], ...]): On each quartile of the norm, ascending. Without those that no token falls into, as happens where norms are equal.
     """
 
-    overall: Measured
-    ranges: tuple[NormRange[Measured], ...]
+    overall: Value
+    ranges: tuple[NormRange[Value], ...]
 
 
 @dataclass(frozen=True)
-class WithAndWithoutTop(Generic[Measured]):
+class WithAndWithoutTop(Generic[Value]):
     """
     A measure with and without the tokens of the largest norms.
 
     Args:
-        all_norms (ByNorm[Measured]): On all tokens.
-        without_top (ByNorm[Measured]): Without those above `top_norm`. The edges of the ranges are the same, so only the uppermost one differs.
+        all_norms (ByNorm[Value]): On all tokens.
+        without_top (ByNorm[Value]): Without those above `top_norm`. The edges of the ranges are the same, so only the uppermost one differs.
         top_norm (float): The norm that 1 % of the tokens exceed.
         top_tokens (int): How many exceed it; fewer than 1 % where norms are equal.
     """
 
-    all_norms: ByNorm[Measured]
-    without_top: ByNorm[Measured]
+    all_norms: ByNorm[Value]
+    without_top: ByNorm[Value]
     top_norm: float
     top_tokens: int
 
@@ -87,12 +87,12 @@ class NormGroups(NamedTuple):
         top = self.n_groups - 1
         return [[*range(top + 1)], [*range(top)], *([i] for i in range(top)), [top - 1, top]]
 
-    def measure(self, on_groups: Callable[[list[int]], Measured]) -> WithAndWithoutTop[Measured]:
+    def measure(self, on_groups: Callable[[list[int]], Value]) -> WithAndWithoutTop[Value]:
         """A measure that takes the groups whose tokens it is on."""
         tokens = torch.bincount(self.group, minlength=self.n_groups).tolist()
         edges, top = self.edges.tolist(), self.n_groups - 1
 
-        def by_norm(ranges: list[list[int]], highest: float) -> ByNorm[Measured]:
+        def by_norm(ranges: list[list[int]], highest: float) -> ByNorm[Value]:
             filled = [(i, groups) for i, groups in enumerate(ranges) if any(tokens[g] for g in groups)]
             bounds = [*edges[:-1], highest]
             return ByNorm(

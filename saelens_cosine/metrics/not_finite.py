@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from rich.text import Text
-
-from saelens_cosine.console import literal
 
 
 class NotFiniteError(ValueError):
@@ -39,8 +34,3 @@ class NotFiniteError(ValueError):
 def finite_rows(*rows: torch.Tensor) -> torch.Tensor:
     """`[n]` booleans of `[n, ...]` tensors: whether a row is finite in all of them."""
     return torch.stack([part.isfinite().flatten(1).all(dim=-1).cpu() for part in rows]).all(dim=0)
-
-
-def shown_number(value: float, form: str) -> str | Text:
-    """A number in a format, in rich's red if it is NaN or infinite."""
-    return form.format(value) if math.isfinite(value) else literal(str(value), "red")

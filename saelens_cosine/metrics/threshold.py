@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-CHUNK_SCORES = 2**24
-"""Scores held at a time: 64 MiB in float32."""
+from saelens_cosine.metrics.codes import most_at_once
+from saelens_cosine.metrics.flat_tokens import flat_heads
 
 
 class Threshold(NamedTuple):
@@ -43,13 +43,14 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
     wanted = max(1, round(target_l0 * len(activations)))
     chunks: list[torch.Tensor] = []
     held, floor = 0, 0.0
-    for x in activations.split(tokens_at_once(sae)):
-        scores = _scores(sae, x.to(sae.device))
-        chunks.append(scores[(scores > 0) & (scores >= floor)])
-        held += chunks[-1].numel()
-        if held > 2 * wanted:
-            chunks = [_largest(torch.cat(chunks), wanted)]
-            held, floor = chunks[0].numel(), chunks[0].min().item()
+    with flat_heads(sae):
+        for x in activations.split(most_at_once(sae)):
+            scores = _scores(sae, x.to(sae.device))
+            chunks.append(scores[(scores > 0) & (scores >= floor)])
+            held += chunks[-1].numel()
+            if held > 2 * wanted:
+                chunks = [_largest(torch.cat(chunks), wanted)]
+                held, floor = chunks[0].numel(), chunks[0].min().item()
     largest = _largest(torch.cat(chunks), wanted)
     active, value = len(largest), 0.0
     if active >= wanted:
@@ -81,8 +82,3 @@ def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
 def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     """The n largest and whatever equals the least of them; all if there are fewer."""
     return scores if len(scores) < n else scores[scores >= scores.topk(n, sorted=False).values.min()]
-
-
-def tokens_at_once(sae: SAE[Any]) -> int:
-    """So many that `CHUNK_SCORES` scores are held."""
-    return max(1, CHUNK_SCORES // sae.cfg.d_sae)

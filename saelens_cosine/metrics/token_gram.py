@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+Array = np.ndarray[Any, Any]
+
 BLOCK_ENTRIES = 2**22
 """Entries of a block: 32 MiB in float64."""
 
@@ -35,7 +37,7 @@ class TokenGram:
     def __len__(self) -> int:
         return -(-self.shape[0] // self._step)
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    def __iter__(self) -> Iterator[tuple[int, Array]]:
         (sparse_a, sparse_b), (dense_a, dense_b) = self._sparse, self._dense
         for start in range(0, self.shape[0], self._step):
             stop = start + self._step
@@ -58,7 +60,7 @@ def pattern(codes: sparse.csr_array) -> sparse.csr_array:
     return sparse.csr_array((np.ones(rows.nnz, np.float32), rows.indices, rows.indptr), shape=rows.shape)
 
 
-def firings(codes: sparse.csr_array) -> np.ndarray[Any, Any]:
+def firings(codes: sparse.csr_array) -> Array:
     """`[d_sae]` int64, tokens on which each feature is active."""
     rows = _rows(codes)
     return np.bincount(rows.indices, minlength=rows.shape[1])

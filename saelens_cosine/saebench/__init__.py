@@ -13,18 +13,18 @@ from saelens_cosine.saebench.preflight import (
 )
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import (
+    EvalFailure,
     EvalResult,
-    Failure,
     SAEBenchError,
     SAEBenchReport,
     VarianceExplained,
 )
-from saelens_cosine.saebench.runner import run
+from saelens_cosine.saebench.run_evals import run
 
 __all__ = [
     "EVALS",
+    "EvalFailure",
     "EvalResult",
-    "Failure",
     "Judge",
     "PreparedSAE",
     "SAEBenchError",

@@ -52,7 +52,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Eval:
+class BenchEval:
     """
     Args:
         name (str): As the user names it.
@@ -123,7 +123,7 @@ def _core(module: Any, config: dict[str, Any], call: Call) -> None:
     )
 
 
-def _pooled(module: Any, config: Any, call: Call) -> None:
+def _with_artifacts(module: Any, config: Any, call: Call) -> None:
     module.run_eval(
         config, call.saes, call.device, str(call.output), force_rerun=True, artifacts_path=str(call.artifacts)
     )
@@ -155,7 +155,7 @@ def _sae_probes(module: Any, config: Any, call: Call) -> None:
 
 def _ravel(module: Any, config: Any, call: Call) -> None:
     config.artifact_dir = str(call.artifacts)
-    _pooled(module, config, call)
+    _with_artifacts(module, config, call)
 
 
 def _autointerp(module: Any, config: Any, call: Call) -> None:
@@ -180,12 +180,6 @@ def _autointerp(module: Any, config: Any, call: Call) -> None:
         )
 
 
-def _unlearning(module: Any, config: Any, call: Call) -> None:
-    module.run_eval(
-        config, call.saes, call.device, str(call.output), force_rerun=True, artifacts_path=str(call.artifacts)
-    )
-
-
 def _meta_structure(module: Any, config: Any, call: Call) -> None:
     module.run_eval(config, call.saes, call.device, str(call.output), force_rerun=True)
 
@@ -202,31 +196,35 @@ CORE = {
 }
 """How upstream runs core; its function has other defaults."""
 
-EVALS: dict[str, Eval] = {
+EVALS: dict[str, BenchEval] = {
     row.name: row
     for row in (
-        Eval("core", "core", "", _core, CORE),
-        Eval("sparse_probing", "sparse_probing", "SparseProbingEvalConfig", _pooled, pools_tokens=True),
-        Eval(
+        BenchEval("core", "core", "", _core, CORE),
+        BenchEval("sparse_probing", "sparse_probing", "SparseProbingEvalConfig", _with_artifacts, pools_tokens=True),
+        BenchEval(
             "sparse_probing_sae_probes",
             "sparse_probing_sae_probes",
             "SparseProbingSaeProbesEvalConfig",
             _sae_probes,
             packages=("xgboost", "zstandard", "sae_probes"),
         ),
-        Eval("absorption", "absorption", "AbsorptionEvalConfig", _absorption),
-        Eval("scr", "scr_and_tpp", "ScrAndTppEvalConfig", _pooled, {"perform_scr": True}, pools_tokens=True),
-        Eval("tpp", "scr_and_tpp", "ScrAndTppEvalConfig", _pooled, {"perform_scr": False}, pools_tokens=True),
-        Eval("ravel", "ravel", "RAVELEvalConfig", _ravel, takes_model=False, batch_share=4),
-        Eval(
+        BenchEval("absorption", "absorption", "AbsorptionEvalConfig", _absorption),
+        BenchEval(
+            "scr", "scr_and_tpp", "ScrAndTppEvalConfig", _with_artifacts, {"perform_scr": True}, pools_tokens=True
+        ),
+        BenchEval(
+            "tpp", "scr_and_tpp", "ScrAndTppEvalConfig", _with_artifacts, {"perform_scr": False}, pools_tokens=True
+        ),
+        BenchEval("ravel", "ravel", "RAVELEvalConfig", _ravel, takes_model=False, batch_share=4),
+        BenchEval(
             "autointerp",
             "autointerp",
             "AutoInterpEvalConfig",
             _autointerp,
             packages=("openai",),
         ),
-        Eval("unlearning", "unlearning", "UnlearningEvalConfig", _unlearning, batch_share=8),
-        Eval("meta_structure", "meta_structure", "MetaStructureEvalConfig", _meta_structure, takes_model=False),
+        BenchEval("unlearning", "unlearning", "UnlearningEvalConfig", _with_artifacts, batch_share=8),
+        BenchEval("meta_structure", "meta_structure", "MetaStructureEvalConfig", _meta_structure, takes_model=False),
     )
 }
 """By name, in the order in which they run."""

@@ -19,18 +19,18 @@ from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.plain import digest, files_fingerprint
 from saelens_cosine.saebench.evals import EVALS, Judge
 from saelens_cosine.saebench.prepare import PreparedSAE
-from saelens_cosine.saebench.results import Failure
+from saelens_cosine.saebench.results import EvalFailure
 
 INSTALL = (
     "Install it with `pip install 'saelens-cosine[bench-deps]'` and then `pip install --no-deps sae-bench==0.6.0 "
     "sae-probes==0.4.2`; with a CUDA build of torch, `pip install 'saelens-cosine[bench]'` will do."
 )
-K_VALUES = {1, 2, 5, 10, 20, 50, 100}
-N_VALUES = {2, 5, 10, 20, 50, 100, 500}
+K_FIELDS = {1, 2, 5, 10, 20, 50, 100}
+N_FIELDS = {2, 5, 10, 20, 50, 100, 500}
 """Numbers of latents that the results of sparse probing, and of SCR and TPP, have fields for; others are dropped without a word."""
 RAVEL_MODELS = ("gemma-2-2b", "pythia-160m-deduped")
 UNLEARNING_TEXT = Path("sae_bench/evals/unlearning/data/bio-forget-corpus.jsonl")
-PACKAGES = (
+DECIDING_PACKAGES = (
     "saelens-cosine",
     "sae-bench",
     "sae-probes",
@@ -46,7 +46,7 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides a score. SAEBench's own record has the git commit of the working directory."""
-    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
+    return {name: found for name in DECIDING_PACKAGES if (found := _version(name)) is not None}
 
 
 def check_environment(
@@ -54,7 +54,7 @@ def check_environment(
     model_name: str,
     configs: Mapping[str, Any] | None = None,
     judge: Judge | None = None,
-) -> list[Failure]:
+) -> list[EvalFailure]:
     """What this machine lacks for some evals; an empty list if nothing is known to.
 
     Args:
@@ -67,22 +67,22 @@ def check_environment(
     if unknown:
         raise ValueError(f"There is no eval {', '.join(unknown)}. SAEBench has {', '.join(EVALS)}.")
     if find_spec("sae_bench") is None:
-        return [Failure(name, None, "SAEBench is not installed.", INSTALL) for name in evals]
-    found: list[Failure] = []
+        return [EvalFailure(name, None, "SAEBench is not installed.", INSTALL) for name in evals]
+    found: list[EvalFailure] = []
     for name in evals:
         needed = ("sklearn", "tabulate", *EVALS[name].packages)
         missing = [package for package in needed if find_spec(package) is None]
         if missing:
-            found.append(Failure(name, None, f"It imports {', '.join(missing)}, not installed here.", INSTALL))
+            found.append(EvalFailure(name, None, f"It imports {', '.join(missing)}, not installed here.", INSTALL))
             continue
         config = (configs or {}).get(name)
         if config is not None:
-            found += [Failure(name, None, *why) for why in _settings(name, config)]
-        found += [Failure(name, None, *why) for why in _special(name, model_name, judge or Judge())]
+            found += [EvalFailure(name, None, *why) for why in _settings(name, config)]
+        found += [EvalFailure(name, None, *why) for why in _special(name, model_name, judge or Judge())]
     return found
 
 
-def check_data(evals: Sequence[str], configs: Mapping[str, Any], offline: bool | None = None) -> list[Failure]:
+def check_data(evals: Sequence[str], configs: Mapping[str, Any], offline: bool | None = None) -> list[EvalFailure]:
     """Data sets that cannot be had. Not needed for an eval whose caches are filled.
 
     Args:
@@ -91,7 +91,7 @@ def check_data(evals: Sequence[str], configs: Mapping[str, Any], offline: bool |
         offline: whether the Hub is out of reach; None asks HF_HUB_OFFLINE.
     """
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") if offline is None else offline
-    return [Failure(name, None, *why) for name in evals for why in _datasets(name, configs[name], offline)]
+    return [EvalFailure(name, None, *why) for name in evals for why in _datasets(name, configs[name], offline)]
 
 
 def data_contents(name: str, config: Any) -> dict[str, str]:
@@ -109,7 +109,7 @@ def data_contents(name: str, config: Any) -> dict[str, str]:
 
 def check_saes(
     evals: Sequence[str], saes: Sequence[PreparedSAE], model: Any, configs: Mapping[str, Any]
-) -> list[Failure]:
+) -> list[EvalFailure]:
     """Evals that an SAE, its hook or the model does not fit.
 
     Args:
@@ -118,15 +118,17 @@ def check_saes(
         model: the HookedTransformer; None if no eval takes one.
         configs: each eval's configuration.
     """
-    found: list[Failure] = []
+    found: list[EvalFailure] = []
     for sae in saes:
         hook = sae.cfg.metadata.hook_name
         for name in evals:
-            found += [Failure(name, sae.name, *why) for why in _hook(EVALS[name].takes_model, sae, hook, model, name)]
+            found += [
+                EvalFailure(name, sae.name, *why) for why in _hook(EVALS[name].takes_model, sae, hook, model, name)
+            ]
             n_values = getattr(configs[name], "n_values", [])
             if name in ("scr", "tpp") and max(n_values) > sae.cfg.d_sae:
                 found.append(
-                    Failure(
+                    EvalFailure(
                         name,
                         sae.name,
                         f"n_values={n_values} are numbers of latents to ablate, of which there are {sae.cfg.d_sae}.",
@@ -134,7 +136,7 @@ def check_saes(
                     )
                 )
     if "absorption" in evals and model is not None:
-        found += [Failure("absorption", None, *why) for why in _letters(model.tokenizer)]
+        found += [EvalFailure("absorption", None, *why) for why in _letters(model.tokenizer)]
     return found
 
 
@@ -177,7 +179,7 @@ def _datasets(name: str, config: Any, offline: bool) -> Iterable[tuple[str, str]
 
 
 def _settings(name: str, config: Any) -> Iterable[tuple[str, str]]:
-    for field, known in (("k_values", K_VALUES), ("n_values", N_VALUES)):
+    for field, known in (("k_values", K_FIELDS), ("n_values", N_FIELDS)):
         if not set(getattr(config, field, ())) <= known:
             yield (
                 f"{field}={getattr(config, field)}: the result has fields for {sorted(known)} and drops the others.",

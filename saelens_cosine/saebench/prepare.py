@@ -20,7 +20,9 @@ from typing_extensions import override
 from saelens_cosine.activations.models import BLOCK_OUTPUT
 from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.formats.saelens import inference_copy
+from saelens_cosine.metrics.codes import code_units
 from saelens_cosine.plain import digest, fingerprint
+from saelens_cosine.score import wide
 
 _FROM_METADATA = (
     *("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "exclude_special_tokens"),
@@ -66,12 +68,10 @@ class PreparedSAE(nn.Module):
         self.sae, self.name, self.silence_padding = sae, name, silence_padding
         self.cfg: Any = sae.cfg
         self.hook_z_reshaping_mode = False
-        norms = sae.W_dec.detach().to(torch.promote_types(sae.dtype, torch.float32)).norm(dim=-1)
+        norms = sae.W_dec.detach().to(wide(sae.dtype)).norm(dim=-1)
         rows = sae.W_dec.detach() / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(-1)
-        # a TopK that rescales by decoder norms divides by them in decode: its codes are in these units already
-        in_units = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
         self.register_buffer("W_dec", rows.to(sae.dtype))
-        self.register_buffer("gain", (norms > 0).to(norms.dtype) if in_units else norms)
+        self.register_buffer("gain", code_units(sae).to(norms) * (norms > 0))
 
     @property
     def device(self) -> torch.device:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from saelens_cosine.files.names import below
 from saelens_cosine.files.whole import read_json, write_json
+from saelens_cosine.plain import from_plain
 
 SCHEMA = "saelens-cosine/saebench/1"
 """Layout of the record of one eval on one SAE; the number grows when a field changes its meaning or goes."""
@@ -77,7 +77,7 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class Failure:
+class EvalFailure:
     """
     An eval without a result.
 
@@ -105,11 +105,11 @@ class SAEBenchReport:
 
     Args:
         results (tuple[EvalResult, ...]): SAEs in the caller's order, evals within.
-        failures (tuple[Failure, ...]): What did not run, with `on_problem="record"`.
+        failures (tuple[EvalFailure, ...]): What did not run, with `on_problem="record"`.
     """
 
     results: tuple[EvalResult, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[EvalFailure, ...]
 
 
 class SAEBenchError(RuntimeError):
@@ -119,7 +119,7 @@ class SAEBenchError(RuntimeError):
         failures: which, and why.
     """
 
-    def __init__(self, failures: list[Failure]):
+    def __init__(self, failures: list[EvalFailure]):
         super().__init__("\n".join(map(str, failures)))
         self.failures = tuple(failures)
 
@@ -152,10 +152,4 @@ def load_record(path: Path) -> EvalResult | None:
         return None
     for name in ("file", "file_without_high_norm"):
         record[name] = record[name] and str(below(path.parent, record[name], f"{name} in {path}"))
-    variance = record["variance_explained"]
-    record["variance_explained"] = variance and VarianceExplained(**variance)
-    return EvalResult(**record)
-
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done now, how many steps were done, and how many there are."""
+    return from_plain(EvalResult, record, f"The record {path}")

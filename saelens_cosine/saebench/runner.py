@@ -1,8 +1,4 @@
-"""Run SAEBench's own eval functions on SAEs of any architecture, and make sure that there is a result.
-
-What upstream leaves to the caller: units (`prepare`), one loaded model for all evals, caches that are warm before anything is
-scored and never those of another model or configuration, seeds for each SAE, results that exist, versions that are ours.
-"""
+"""One eval of SAEBench on one SAE: where its results and caches are, what fills these, and that it ends with a result."""
 
 from __future__ import annotations
 
@@ -13,163 +9,33 @@ import io
 import json
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_lens import ActivationsStore
-from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-from saelens_cosine.activations.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
-from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import sample_tokens
-from saelens_cosine.files.names import below, check_name
-from saelens_cosine.files.output import open_output
+from saelens_cosine.files.names import below
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.plain import digest, model_fingerprint
-from saelens_cosine.saebench.evals import EVALS, Call, Eval, Judge, text_folder
-from saelens_cosine.saebench.preflight import (
-    check_data,
-    check_environment,
-    check_saes,
-    data_contents,
-    versions,
-)
+from saelens_cosine.saebench.evals import BenchEval, Call, Judge, text_folder
+from saelens_cosine.saebench.preflight import data_contents, versions
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
-from saelens_cosine.saebench.results import (
-    EvalResult,
-    Failure,
-    Progress,
-    SAEBenchError,
-    SAEBenchReport,
-    VarianceExplained,
-    headline_metrics,
-    load_record,
-    save_record,
-)
-from saelens_cosine.saebench.scopes import (
-    HighNormMask,
-    LogWithoutSecrets,
-    seeded,
-    serving,
-    without_shape_checks,
-)
+from saelens_cosine.saebench.results import EvalResult, VarianceExplained, headline_metrics, load_record, save_record
+from saelens_cosine.saebench.scopes import HighNormMask, LogWithoutSecrets, seeded, serving, without_shape_checks
 
 FVE_TOKENS = 100_000
 """Tokens that our own fraction of variance explained is measured on, at most."""
 
 
-def run(
-    saes: Sequence[SAE[Any] | PreparedSAE] | Mapping[str, SAE[Any] | PreparedSAE],
-    evals: Sequence[str],
-    output: str | Path,
-    *,
-    model: Any = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    batch_size: int = 32,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
-    max_norm_multiple: float | None = None,
-    judge: Judge | None = None,
-    on_problem: Literal["raise", "record"] = "raise",
-    on_progress: Progress | None = None,
-    quiet: bool = False,
-    model_identity: str | None = None,
-) -> SAEBenchReport:
-    """Score SAEs of one language model.
-
-    What is done is not done again: results and caches lie in `output`, by the content of the SAE, the model, the configuration
-    and local data sets, and by the versions of packages, so that a run that was killed goes on where it was. A data set on the
-    Hub counts by its name. SAEBench's own output goes to `saebench.log` there.
-
-    Args:
-        saes: any SAELens SAEs, or what `prepare` made of them. A mapping's keys begin their names.
-        evals: among core, sparse_probing, sparse_probing_sae_probes, absorption, scr, tpp, ravel, autointerp, unlearning and
-            meta_structure.
-        output: folder for results (`<eval>/<key>/<name>.json` and SAEBench's own JSON beside it) and caches (`caches/`, up to
-            100 GB for all data sets of a large model; safe to delete).
-        model: a HookedTransformer in place of the one that the SAEs name. `"bundled"` needs none.
-        device: where models and SAEs run.
-        dtype: of both, where an eval lets it be chosen. None is the given model's, or bfloat16 on CUDA, float32 elsewhere.
-        batch_size: texts that the language model reads at once.
-        settings: changes to an eval's configuration, `{"sparse_probing": {"k_values": [1], "random_seed": 1}}`; the names are
-            SAEBench's. Data sets may be local folders; core and autointerp take `"bundled"` too.
-        max_norm_multiple: also score sparse_probing, scr and tpp with tokens left out whose norm is above this multiple of the
-            median (attention sinks); None: off. Special tokens are always left out by SAEBench.
-        judge: the language model that autointerp asks.
-        on_problem: "raise" refuses before any work if an eval cannot run here, and stops at the first that ends without a
-            result. "record" lists both in the report's `failures` and does the rest.
-        on_progress: called with what is done now, how many steps are done, and how many there are.
-        quiet: send SAEBench's progress bars to the log too.
-        model_identity: stands for what the model computes; needed where hooks change that (planted sinks). None is a hash of its
-            weights and config.
-
-    Raises:
-        ValueError: unknown evals or settings, SAEs of different models, or what `prepare` refuses.
-        OutputInUseError: another run writes to `output`.
-        SAEBenchError: with on_problem="raise".
-    """
-    HighNormFilter(max_norm_multiple)  # refuses multiples that make no sense
-    named = saes if isinstance(saes, Mapping) else dict.fromkeys(range(len(saes)))
-    given = list(saes.values()) if isinstance(saes, Mapping) else list(saes)
-    prepared = [prepare(sae, name if isinstance(name, str) else None) for name, sae in zip(named, given, strict=True)]
-    models = sorted({sae.cfg.metadata.model_name for sae in prepared})
-    if len(models) != 1:
-        raise ValueError(f"A run is on one language model; these SAEs are of {', '.join(models) or 'none'}.")
-    check_name(models[0], "model's name in the SAE's metadata, which SAEBench calls files by,")
-    how, *others = [_how_loaded(sae) for sae in prepared]
-    if any(other != how for other in others):
-        ways = ", ".join(str(one.kwargs) for one in (how, *others))
-        raise ValueError(f"A run is on one language model, and these SAEs name {models[0]} loaded with {ways}.")
-    dtype = dtype or _dtype_of(model, device)
-    problems = check_environment(evals, models[0], judge=judge)
-    able = _without(evals, problems)
-    configs = {
-        name: EVALS[name].make_config(models[0], dtype, batch_size, (settings or {}).get(name, {})) for name in able
-    }
-    stray = sorted(set(settings or {}) - set(evals))
-    if stray:
-        raise ValueError(f"settings for {', '.join(stray)}, not among the evals to run: {', '.join(evals)}.")
-    problems += [p for p in check_environment(able, models[0], configs, judge) if p not in problems]
-    if problems and on_problem == "raise":
-        raise SAEBenchError(problems)
-    able = _without(able, problems)
-    if model is None and any(EVALS[name].takes_model for name in able):
-        model = _load(models[0], how, device, dtype)
-    runner = _Runner(Path(output).resolve(), model, device, judge or Judge(), max_norm_multiple, quiet, model_identity)
-    problems += check_saes(able, prepared, model, configs)
-    problems += check_data([name for name in able if not runner.is_warm(EVALS[name], configs[name], prepared)], configs)
-    if problems and on_problem == "raise":
-        raise SAEBenchError(problems)
-    able = _without(able, [p for p in problems if p.sae is None])
-    skip = {(p.eval, p.sae) for p in problems}
-    todo = [(name, sae) for name in EVALS if name in able for sae in prepared if (name, sae.name) not in skip]
-    results: dict[tuple[str, str], EvalResult] = {}
-    with open_output(runner.output, "saebench", parts=("*/*", "caches/*/*", "caches/*/*/*")):
-        for done, (name, sae) in enumerate(todo):
-            if on_progress is not None:
-                on_progress(f"{name} of {sae.name}", done, len(todo))
-            try:
-                results[name, sae.name] = runner.score(EVALS[name], configs[name], sae)
-            except Exception as error:
-                failure = Failure(
-                    name, sae.name, without_secrets(f"{type(error).__name__}: {error}"), f"See {runner.log}."
-                )
-                if on_problem == "raise":
-                    raise SAEBenchError([failure]) from error
-                problems.append(failure)
-    if on_progress is not None:
-        on_progress("done", len(todo), len(todo))
-    order = [(name, sae.name) for sae in prepared for name in EVALS]
-    return SAEBenchReport(tuple(results[key] for key in order if key in results), tuple(problems))
-
-
-class _Runner:
+class Runner:
     """Where one run's things are, and how one eval of one SAE is done."""
 
     def __init__(
@@ -188,7 +54,7 @@ class _Runner:
         self.data: dict[str, dict[str, str]] = {}
         self.log = output / "saebench.log"
 
-    def key(self, row: Eval, config: Any) -> str:
+    def key(self, row: BenchEval, config: Any) -> str:
         """Stands for all but the SAE that decides a score."""
         judge = (
             [self.judge.model, self.judge.base_url and without_secrets(self.judge.base_url)]
@@ -199,11 +65,11 @@ class _Runner:
             self.data[row.name] = data_contents(row.name, config)
         return digest([row.name, _plain(config), self.model_identity, judge, self.data[row.name], versions()])[:12]
 
-    def caches(self, row: Eval, config: Any, multiple: float | None = None) -> Path:
+    def caches(self, row: BenchEval, config: Any, multiple: float | None = None) -> Path:
         suffix = "" if multiple is None else f"-without-{multiple:g}"
         return self.output / "caches" / row.name / (self.key(row, config) + suffix)
 
-    def is_warm(self, row: Eval, config: Any, saes: Sequence[PreparedSAE]) -> bool:
+    def is_warm(self, row: BenchEval, config: Any, saes: Sequence[PreparedSAE]) -> bool:
         """Whether an eval needs no more texts."""
         caches = [self.caches(row, config, multiple) for multiple in {None, self.max_norm_multiple}]
         hooks = {sae.cfg.metadata.hook_name for sae in saes}
@@ -211,7 +77,7 @@ class _Runner:
             below(folder, hook, "hook name").exists() for folder in caches for hook in hooks
         )
 
-    def score(self, row: Eval, config: Any, sae: PreparedSAE) -> EvalResult:
+    def score(self, row: BenchEval, config: Any, sae: PreparedSAE) -> EvalResult:
         multiple = self.max_norm_multiple if row.pools_tokens or row.name == "core" else None
         key = self.key(row, config)
         folder = self.output / row.name / (key if multiple is None else f"{key}-{multiple:g}")
@@ -250,7 +116,7 @@ class _Runner:
         return result
 
     def _run(
-        self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
+        self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
     ) -> tuple[Path, float]:
         """Score one SAE from warm caches; its result file, and the seconds that took."""
         with self._scopes():
@@ -259,7 +125,7 @@ class _Runner:
             self._call(row, config, sae, caches, target)
         return target, time.perf_counter() - start
 
-    def _warm(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
+    def _warm(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, multiple: float | None) -> Path:
         """Fill an eval's caches with an SAE that is nobody's: the first to be scored would see other random numbers."""
         folder = below(caches, sae.cfg.metadata.hook_name, "hook name")
         if folder.exists() or not (row.pools_tokens or row.name == "absorption"):
@@ -278,7 +144,7 @@ class _Runner:
                     write_json(counts, unfinished / "sinks.json")
         return folder
 
-    def _train_letter_probes(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path) -> None:
+    def _train_letter_probes(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path) -> None:
         common = importlib.import_module("sae_bench.evals.absorption.common")
         with seeded(config.random_seed):
             common.load_or_train_probe(
@@ -290,7 +156,7 @@ class _Runner:
                 device=self.device,
             )
 
-    def _call(self, row: Eval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
+    def _call(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
         with scratch_folder(target.parent) as scratch, whole_file(target) as unfinished:
             # SAEBench casts the SAE that it gets, and changes the configuration
             call = Call(copy.deepcopy(sae).to(self.device), self.device, scratch, caches, self.judge)
@@ -364,34 +230,8 @@ def _throwaway(sae: PreparedSAE, config: Any) -> PreparedSAE:
     return prepare(StandardSAE(made))
 
 
-def _how_loaded(sae: PreparedSAE) -> ModelChoice:
-    """As its metadata say, but for the dtype, which is the run's."""
-    metadata = sae.cfg.metadata
-    given = metadata.model_from_pretrained_kwargs or {}
-    kwargs = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype")}
-    return choose_model(metadata.model_name, metadata.hook_name, TRANSFORMER_LENS, kwargs)
-
-
-def _load(name: str, how: ModelChoice, device: str, dtype: str) -> Any:
-    if how.class_name != TRANSFORMER_LENS:
-        raise ValueError(
-            f"SAEBench runs HookedTransformers, and TransformerLens knows no {name}. Pass one with model=."
-        )
-    return load_hooked_model(name, device, class_name=TRANSFORMER_LENS, kwargs={**how.kwargs, "dtype": dtype}).model
-
-
-def _dtype_of(model: Any, device: str) -> str:
-    if model is not None:
-        return str(model.cfg.dtype).removeprefix("torch.")
-    return "bfloat16" if device.startswith("cuda") else "float32"
-
-
 def _plain(config: Any) -> dict[str, Any]:
     return dict(config) if isinstance(config, dict) else asdict(config)
-
-
-def _without(evals: Sequence[str], problems: Sequence[Failure]) -> list[str]:
-    return [name for name in evals if name not in {p.eval for p in problems}]
 
 
 def _tail(log: Path, characters: int = 400) -> str:

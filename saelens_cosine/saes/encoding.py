@@ -17,7 +17,7 @@ from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded
 from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
 from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.saes.path import decline_reason, defined_together
-from saelens_cosine.saes.scored_encoder import ScoredEncoder
+from saelens_cosine.saes.scored_encoder import ScoredEncoder, rescales_by_decoder_norm
 from saelens_cosine.score import NORM_FLOOR, centred_norm, folded_score
 
 CHUNK_ENTRIES = 2**22
@@ -51,7 +51,7 @@ def fast_encode(sae: ScoredEncoder, x: torch.Tensor) -> tuple[EntryCodes, Scores
     sae_in = sae.sae_input(x)
     x_centered = sae.centre(sae_in)
     norm_exponent, log_scale, _ = sae.score_parameters()
-    rescale = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+    rescale = rescales_by_decoder_norm(sae.cfg)
     scored, inputs, inverse_square = _select(sae, x_centered)
     entries, factor = scored.entries, scored.factor
     decoder_norm = sae.W_dec.norm(dim=-1).index_select(0, entries.features) if rescale else None
@@ -179,7 +179,7 @@ def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Scored, UnitI
         norm_exponent, log_scale, unit_columns = sae.score_parameters()
         gain = column_norm.reciprocal() if unit_columns else torch.ones_like(column_norm)
         bias = sae.b_enc.detach()
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        if rescales_by_decoder_norm(sae.cfg):
             decoder_norm = sae.W_dec.norm(dim=-1)
             gain, bias = gain * decoder_norm, bias * decoder_norm
         terms = ScoreTerms(norm_exponent.detach(), log_scale.detach(), gain, bias)

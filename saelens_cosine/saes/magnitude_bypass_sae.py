@@ -32,6 +32,7 @@ from saelens_cosine.saes.cosine import PLUGIN_NOTE, FoldedCosineScore, refuse_no
 from saelens_cosine.saes.jumprelu_sae import ThresholdSelector
 from saelens_cosine.saes.recipe.dead_features import DeadFeatures
 from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
+from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE
 from saelens_cosine.score import NORM_FLOOR, ScoreParameters, centred_norm, cosine_score, fold_scale, folded_score, wide
 
@@ -86,7 +87,7 @@ class NormRestore(ScoredSAE):
 
     def gain(self, codes: torch.Tensor, x_centered: torch.Tensor) -> torch.Tensor:
         """`||x_c|| / ||codes W_dec||`, `[..., 1]`; a token without codes has none to scale."""
-        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+        if rescales_by_decoder_norm(self.cfg):
             codes = codes * (1 / self.W_dec.norm(dim=-1))
         restored = codes.to(self.dtype) @ self.W_dec
         norm = restored.to(wide(self.dtype)).norm(dim=-1, keepdim=True)

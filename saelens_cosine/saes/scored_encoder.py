@@ -16,6 +16,14 @@ from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
 from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, wide
 
 
+def rescales_by_decoder_norm(cfg: Any) -> bool:
+    """Whether scores are multiplied by decoder norms before selecting, so that codes are coefficients on unit directions.
+
+    An option of SAELens' TopK, BatchTopK and Matryoshka; a config without it does not.
+    """
+    return getattr(cfg, "rescale_acts_by_decoder_norm", False)
+
+
 class ScoredEncoder(SAE[Any]):
     """`select(score(x - b_dec))`, with SAELens' hook points in SAELens' order.
 
@@ -68,8 +76,7 @@ class ScoredEncoder(SAE[Any]):
 
     def rescale(self, hidden_pre: torch.Tensor) -> torch.Tensor:
         """Scores times decoder norms, where the config says so: what is selected from."""
-        rescales = getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
-        return hidden_pre * self.W_dec.norm(dim=-1) if rescales else hidden_pre
+        return hidden_pre * self.W_dec.norm(dim=-1) if rescales_by_decoder_norm(self.cfg) else hidden_pre
 
     def encode_with_hidden_pre(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and (decoder-norm rescaled) pre-activations, both `[..., d_sae]`."""

@@ -19,6 +19,7 @@ from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
 from saelens_cosine.saes.recipe.training_sae import RecipeConfig, RecipeTrainingSAE
+from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import InnerProductScore
 from saelens_cosine.score import wide
 
@@ -202,7 +203,7 @@ class AFASelection(InnerProductScore):
 
     def unit_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `[..., d_sae]` times decoder norms, what each adds along a unit direction."""
-        if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
+        if rescales_by_decoder_norm(self.cfg):
             return codes  # they are already
         # a folded decoder has unit rows; one that was saved without folding must not change the selection
         return codes * torch.linalg.vector_norm(self.W_dec, dim=-1, dtype=wide(codes.dtype))

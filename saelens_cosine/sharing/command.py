@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,26 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.metrics.dictionary.features import feature_dashboards, top_activations
+from saelens_cosine.progress import Progress
 from saelens_cosine.sharing.hub import gather, load_for_sharing, saved_saes, upload, write
 from saelens_cosine.sharing.neuronpedia import check_client, upload_dashboards, write_dashboards
+from saelens_cosine.terminal.bar import progress_bar
+from saelens_cosine.terminal.options import add_command, count
 
 RECORD = "neuronpedia.json"
 """File in an SAE's folder that notes what Neuronpedia has taken, so that an upload can go on. It is not published."""
 
-Progress = Callable[[str, int, int], None]
 
-
-def add_share_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """The options of the subcommand; `count` parses a number of tokens."""
+def add_share_command(commands: Any) -> None:
+    """Add `share` to the subcommands of `saelens-cosine`."""
+    parser = add_command(
+        commands,
+        "share",
+        run_share,
+        help="publish saved SAEs on the Hugging Face Hub, and their features on Neuronpedia",
+        description="Publish a saved SAE, or all of a comparison, on the Hugging Face Hub in one commit, with a card that says "
+        "how to load it and what was measured; and dashboards of an SAE's features on Neuronpedia.",
+    )
     parser.add_argument("path", type=Path, help="folder of a saved SAE, or one that `compare` has written")
     parser.add_argument("--dry-run", action="store_true", help="write to --output what would be sent, and send nothing")
     parser.add_argument("--output", type=Path, default=Path("runs/share"), help="folder for --dry-run")
@@ -47,6 +55,19 @@ def add_share_options(parser: argparse.ArgumentParser, count: Callable[[str], in
     pages.add_argument("--tokens", type=count, default=1_000_000, help="tokens to look for activations in")
     pages.add_argument("--contexts", type=int, default=20, help="contexts shown of each feature")
     pages.add_argument("--device", default="cpu", help="where the model and the SAE run: cpu, cuda, cuda:1")
+
+
+def run_share(options: Any) -> int:
+    """Publish, and print where."""
+    check_options(options)
+    options.interrupted = "Run the same command again to go on."
+    if options.repo:
+        print(share_on_hub(options))  # noqa: T201
+    if options.neuronpedia:
+        with progress_bar(options.quiet) as progress:
+            message = share_on_neuronpedia(options, progress)
+        print(message)  # noqa: T201
+    return 0
 
 
 def check_options(options: Any) -> None:

@@ -32,7 +32,7 @@ from saelens_cosine.report.model_card import model_card, repository_card
 
 CARD = "README.md"
 COMPARISON, PICTURE = "comparison.json", "comparison.png"
-SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
+PUBLISHED_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 """What SAELens reads from an SAE's folder; nothing else in it is published."""
 
 
@@ -141,7 +141,9 @@ def gather(path: str | Path, repo_id: str, sae_id: str | None = None, license: s
                 unnamed[f"{key} {value!r}"] = None
             config.metadata[key] = value
         configs[name] = config
-        files |= {f"{name}/{file}": _publishable(folder / file) for file in SAE_FILES if (folder / file).is_file()}
+        files |= {
+            f"{name}/{file}": _publishable(folder / file) for file in PUBLISHED_FILES if (folder / file).is_file()
+        }
         files[f"{name}/{CARD}"] = model_card(config, f'SAE.from_pretrained("{repo_id}", "{name}")').encode()
     evaluation, comparison = _find_comparison(Path(path)) or (Path(path), None)
     measured = {
@@ -168,8 +170,6 @@ def write(bundle: Bundle, folder: str | Path) -> Path:
         FileExistsError: the folder exists.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Remove it or choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as unfinished:
         for name, source in bundle.files.items():

@@ -110,8 +110,6 @@ def write_dashboards(dashboards: Iterable[FeatureDashboard], folder: Path) -> No
     Raises:
         FileExistsError: the folder exists.
     """
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists. Remove it or choose another --output.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as unfinished:
         for batch in _batches(dashboards):

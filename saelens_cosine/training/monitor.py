@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
-from saelens_cosine.metrics.reconstruction.by_norm import explained_variance
+from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.saes.recipe.training_sae import not_finite
 
 

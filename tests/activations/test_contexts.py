@@ -7,7 +7,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.near_copies import HeldOutRuns, runs
 from saelens_cosine.activations.sample import sample_tokens
-from saelens_cosine.experiments.compare.run import ComparisonSettings
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.dictionary.features import top_activations
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered

@@ -5,69 +5,24 @@ under that name; `copy` is the same under a name that only Hugging Face knows. I
 """
 
 import json
-import shutil
 
 import pytest
 import torch
-from helpers import VOCABULARY, make_sae, tiny_tokenizer
+from gpt2_cases import CONTEXT, HF, LENS, TOKENS, D, cross_entropy, fve, save, subjects
+from helpers import VOCABULARY
 from sae_lens import SAE
 from sae_lens.load_model import HookedProxyLM
-from transformer_lens import HookedTransformer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import block_of, load_hooked_model, size_at_hook
+from saelens_cosine.activations.models import block_of, load_hooked_model
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
-from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable
-from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.experiments.evaluate.sources import parse_sources
-from saelens_cosine.experiments.evaluate.subject import Loader
-from saelens_cosine.metrics.causal import clean_run
-from saelens_cosine.saebench.runner import _how_loaded, _load
+from saelens_cosine.experiments.compare.run import compare
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
+from saelens_cosine.metrics.causal.forward import clean_run
+from saelens_cosine.saebench.model import how_loaded, load_for_saebench
 
-D, HEADS, CONTEXT = 16, 2, 16
-TOKENS = torch.tensor([[0, 3, 4, 5, 6, 2], [0, 9, 9, 1, 30, 7]])
-HF, LENS = "AutoModelForCausalLM", "HookedTransformer"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    sizes = {"n_layer": 3, "n_embd": D, "n_head": HEADS, "n_positions": 32, "n_ctx": 32}
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(VOCABULARY), bos_token_id=0, eos_token_id=0, **sizes))
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            parameter.data.normal_(0.2, 0.3)  # far from centred
-    model.save_pretrained(folder / "gpt2")
-    tiny_tokenizer().save_pretrained(folder / "gpt2")
-    shutil.copytree(folder / "gpt2", folder / "copy")
-    rng = torch.Generator().manual_seed(0)
-    rows = [" ".join(f"w{int(i)}" for i in torch.randint(0, 31, (40,), generator=rng)) for _ in range(400)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def in_the_place(place, monkeypatch):
-    monkeypatch.chdir(place)
-
-
-def save(folder, d_in=D, seed=1, **metadata):
-    """An SAE whose metadata are complete but for what is given: None takes an entry out."""
-    sae = make_sae("cosine_topk", seed=seed, d_in=d_in, d_sae=24)
-    known = {"model_name": "gpt2", "model_class_name": LENS, "hook_name": "blocks.1.hook_resid_post"}
-    known |= {"dataset_path": "text.jsonl", "context_size": CONTEXT, "prepend_bos": True}
-    for key, value in {**known, **metadata}.items():
-        sae.cfg.metadata[key] = value
-    sae.save_inference_model(folder)
-    return str(folder)
-
-
-def subjects(folder, *sources, **settings):
-    loader = Loader(EvaluationSettings(tokens=500, **settings), folder)
-    return [loader.subject(source) for source in parse_sources(sources)]
+pytestmark = pytest.mark.usefixtures("in_the_place")
 
 
 def by_hand(tokens, block=1):
@@ -213,19 +168,6 @@ def test_a_hook_of_hugging_face_and_a_model_of_hugging_face_are_evaluated_and_sh
     assert "1-set" in capsys.readouterr().out
 
 
-def fve(sae, x):
-    """1 - Var(x - x_hat) / Var(x), each about its own mean and summed over dimensions, in float64."""
-    with torch.no_grad():
-        error = (x - sae.decode(sae.encode(x))).double()
-    total, left = ((y - y.mean(dim=0)).square().sum().item() for y in (x.double(), error))
-    return 1 - left / total
-
-
-def cross_entropy(logits, tokens):
-    logits = logits[:, :-1].double().flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).item()
-
-
 def test_the_hook_is_the_callers_to_say(tmp_path, capsys):
     folder = save(tmp_path / "sae", hook_name=None, model_class_name=None)
     flags = ["--evals", "reconstruction", "--tokens", "500", "--quiet", "--output", str(tmp_path / "out")]
@@ -260,7 +202,7 @@ def test_saebench_loads_the_model_so_too(tmp_path):
         for i, kwargs in enumerate([centred, None])
     ]
     assert saes[0].name != saes[1].name
-    model = _load("gpt2", _how_loaded(saes[0]), "cpu", "float32")  # the run's dtype
+    model = load_for_saebench("gpt2", how_loaded(saes[0]), "cpu", "float32")  # the run's dtype
     _, cache = model.run_with_cache(TOKENS, names_filter=["blocks.1.hook_resid_post"])
     x, _ = by_hand(TOKENS)
     found = cache["blocks.1.hook_resid_post"].flatten(0, 1)
@@ -268,159 +210,9 @@ def test_saebench_loads_the_model_so_too(tmp_path):
     with pytest.raises(ValueError, match="one language model.*center_writing_weights"):
         saebench.run(saes, ["core"], tmp_path)
     with pytest.raises(ValueError, match="TransformerLens knows no copy"):
-        _load("copy", _how_loaded(saebench.prepare(saes[1].sae, model_name="copy")), "cpu", "float32")
-
-
-# --- one attention head ---
-
-HEAD_HOOK = "blocks.1.attn.hook_z"
-
-
-@pytest.fixture
-def head_sae(tmp_path):
-    return save(tmp_path / "head", d_in=D // HEADS, hook_name=HEAD_HOOK, hook_head_index=1)
-
-
-def heads_by_hand(tokens, replacement=None):
-    """`[contexts, length, heads, d_head]` of a model of TransformerLens, and its logits with head 1 replaced."""
-    model = HookedTransformer.from_pretrained_no_processing("gpt2")
-    found = []
-
-    def hook(z, hook):
-        found.append(z.clone())
-        if replacement is not None:
-            z[:, :, 1] = replacement(z[:, :, 1])
-        return z
-
-    with torch.no_grad():
-        logits = model.run_with_hooks(tokens, fwd_hooks=[(HEAD_HOOK, hook)], prepend_bos=False)
-    return found[0], logits
-
-
-def test_an_sae_of_one_head_is_evaluated_on_that_head(head_sae, tmp_path):
-    evals = ["tokens", "reconstruction", "loss", "dictionary", "causal", "probing", "features"]
-    (tmp_path / "task.jsonl").write_text(
-        "".join(json.dumps({"text": f"w1 w{i % 9} w{3 + i % 2}", "label": i % 2}) + "\n" for i in range(40))
-    )
-    flags = ["--tasks", str(tmp_path / "task.jsonl"), "--causal-contexts", "4", "--causal-features", "4"]
-    flags += ["--tokens", "500", "--sinks", "keep", "--quiet", "--output", str(tmp_path)]
-    assert main(["evaluate", head_sae, "--evals", *evals, *flags]) == 0
-    document = json.loads((tmp_path / "evaluation.json").read_text())
-    (entry,) = document["saes"]
-    assert document["texts"][0]["head"] == 1
-    assert not [name for name, result in entry["results"].items() if "not_applicable" in result]
-    (subject,) = subjects(tmp_path, head_sae)
-    tokens, sae = subject.text.contexts.tokens, SAE.load_from_disk(head_sae)
-    z, _ = heads_by_hand(tokens)
-    x = z[:, :, 1].flatten(0, 1)
-    found = entry["results"]["reconstruction"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
-    assert (found["tokens"], found["fve"]) == (len(x), pytest.approx(fve(sae, x), rel=1e-4))
-    loss = entry["results"]["loss"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
-    for key, replacement in (
-        ("ce_loss_without_sae", None),
-        ("ce_loss_with_sae", lambda z: sae.decode(sae.encode(z))),
-        ("ce_loss_with_ablation", torch.zeros_like),
-    ):
-        _, logits = heads_by_hand(tokens, replacement)
-        assert loss[key] == pytest.approx(cross_entropy(logits, tokens), rel=1e-4)
-
-
-def train(place, output, **changes):
-    (place / "data").mkdir(exist_ok=True)
-    shutil.copy(place / "text.jsonl", place / "data" / "train.jsonl")
-    flags = {"architecture": "cosine_topk", "model_name": "gpt2", "dataset_path": "data", "hook_name": HEAD_HOOK}
-    flags |= {"hook_head_index": 1, "d_in": 8, "d_sae": 24, "k": 4, "context_size": CONTEXT, "training_tokens": 2048}
-    flags |= {"train_batch_size_tokens": 256, "log_to_wandb": "false", "output_path": output, **changes}
-    return main(
-        ["train", *(str(part) for flag, value in flags.items() if value is not None for part in (f"--{flag}", value))]
-    )
-
-
-def test_a_head_that_train_was_given_is_evaluated(place, tmp_path):
-    assert train(place, tmp_path / "sae") == 0
-    (subject,) = subjects(tmp_path, str(tmp_path / "sae"), dataset="text.jsonl")
-    z, _ = heads_by_hand(subject.text.contexts.tokens)
-    torch.testing.assert_close(subject.text.sample.activations, z[:, :, 1].flatten(0, 1), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"d_in": 16}, "head 1, have size 8; pass --d_in 8"),
-        ({"context_size": 64}, "context_size=64 is more than the 32 tokens that gpt2 takes; pass --context_size 32"),
-        ({"hook_name": "blocks.5.attn.hook_z"}, "no hook point 'blocks.5.attn.hook_z'"),
-        (
-            {"model_from_pretrained_kwargs": '{"colour": "red"}'},
-            "does not load with model_from_pretrained_kwargs of colour: ",
-        ),
-        (
-            {
-                "model_class_name": "AutoModelForCausalLM",
-                "hook_name": "transformer.h.1",
-                "hook_head_index": None,
-                "model_from_pretrained_kwargs": '{"colour": "red", "token": "hf_abcdefghijkl"}',
-            },
-            "does not load with model_from_pretrained_kwargs of colour, token: ",
-        ),
-    ],
-)
-def test_train_says_what_does_not_fit_a_model_that_saelens_loads(changes, said, place, tmp_path, capsys):
-    assert train(place, tmp_path / "sae", **changes) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_edits_of_one_head_leave_the_others():
-    model = load_hooked_model("gpt2", hook=HEAD_HOOK).model
-    run = clean_run(model, HEAD_HOOK, TOKENS, head=1)
-    z, logits = heads_by_hand(TOKENS)
-    torch.testing.assert_close(run.hidden, z[:, :, 1])
-    torch.testing.assert_close(run.log_probs, logits[:, -1].log_softmax(-1))
-    _, logits = heads_by_hand(TOKENS, lambda z: 2 * z)
-    found = run.resumed.log_probs(2 * run.hidden, TOKENS)
-    torch.testing.assert_close(found, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
+        load_for_saebench("copy", how_loaded(saebench.prepare(saes[1].sae, model_name="copy")), "cpu", "float32")
 
 
 def test_no_contexts_have_no_predictions():
     run = clean_run(load_hooked_model("copy").model, "transformer.h.1", TOKENS)
     assert run.alone(run.hidden[0, :0]).log_probs.shape == (0, len(VOCABULARY))
-
-
-def test_a_loss_that_would_replace_all_heads_is_left_out(tmp_path):
-    folder = save(
-        tmp_path / "k", d_in=48, model_name="bundled", hook_name="blocks.1.attn.hook_rot_k", hook_head_index=1
-    )
-    (subject,) = subjects(tmp_path, folder)
-    with pytest.raises(NotApplicable, match="hook_z, not at blocks.1.attn.hook_rot_k"):
-        EVALS["loss"].measure(subject)
-    with pytest.raises(saebench.SAEBenchError, match="this SAE is of head 1"):
-        saebench.run([saebench.prepare(subject.sae)], ["core"], tmp_path, model=subject.text.model)
-
-
-def test_two_heads_are_two_texts_of_one_model(tmp_path):
-    first = save(tmp_path / "0", d_in=8, hook_name=HEAD_HOOK, hook_head_index=0)
-    second = save(tmp_path / "1", d_in=8, hook_name=HEAD_HOOK, hook_head_index=1)
-    zero, one = subjects(tmp_path, first, second)
-    assert zero.text.model is one.text.model
-    z, _ = heads_by_hand(zero.text.contexts.tokens)
-    for head, subject in enumerate((zero, one)):
-        torch.testing.assert_close(subject.text.sample.activations, z[:, :, head].flatten(0, 1), rtol=1e-4, atol=1e-4)
-
-
-def test_a_head_that_is_not_there_is_said(tmp_path, capsys):
-    model = load_hooked_model("gpt2").model
-    assert (size_at_hook(model, HEAD_HOOK), size_at_hook(model, HEAD_HOOK, 1)) == (16, 8)
-    with pytest.raises(ValueError, match="hook_head_index=2.*has 2 heads"):
-        size_at_hook(model, HEAD_HOOK, 2)
-    folder = save(tmp_path / "stream", hook_head_index=1)
-    assert main(["evaluate", folder, "--quiet", "--output", str(tmp_path / "out")]) == 2
-    assert "blocks.1.hook_resid_post are not split by head" in capsys.readouterr().err
-    folder = save(tmp_path / "wide", hook_name=HEAD_HOOK, hook_head_index=1)
-    assert main(["evaluate", folder, "--quiet", "--output", str(tmp_path / "out")]) == 2
-    assert "head 1, have size 8" in capsys.readouterr().err
-
-
-def test_saebench_says_which_evals_read_all_heads(head_sae, tmp_path):
-    prepared = saebench.prepare(SAE.load_from_disk(head_sae))
-    model = _load("gpt2", _how_loaded(prepared), "cpu", "float32")
-    with pytest.raises(saebench.SAEBenchError, match="reads all of blocks.1.attn.hook_z; this SAE is of head 1"):
-        saebench.run([prepared], ["sparse_probing"], tmp_path, model=model)

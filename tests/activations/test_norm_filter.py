@@ -5,9 +5,9 @@ from sae_lens import ActivationsStore
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
-from saelens_cosine.experiments.compare.run import ComparisonSettings
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.training.command import train
+from saelens_cosine.training.train import train
 
 
 def rows_of_norm(*norms: float) -> torch.Tensor:

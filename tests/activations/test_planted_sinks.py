@@ -15,7 +15,7 @@ from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.planted_sinks import PlantedSinks, plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
-from saelens_cosine.metrics.causal import clean_run
+from saelens_cosine.metrics.causal.forward import clean_run
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from saelens_cosine.cli import main
+from saelens_cosine.experiments.benchmark import clock as clock_module
 from saelens_cosine.experiments.benchmark import run as benchmark
-from saelens_cosine.experiments.benchmark.run import WARM_UP, Benchmark, BenchmarkSettings, Row
+from saelens_cosine.experiments.benchmark.results import Benchmark, Row
+from saelens_cosine.experiments.benchmark.run import WARM_UP
+from saelens_cosine.experiments.benchmark.settings import SAELENS_ARMS, BenchmarkSettings
 from saelens_cosine.saes import scored_sae
 
 SIZE = ["--d-in", "16", "--d-sae", "128", "--batch", "32", "--k", "2"]
@@ -44,7 +47,7 @@ class Run:
         self.path = folder / "new" / "benchmark.json"
         self.steps, self.precisions, self.fast = [], set(), []
         self.arms = {}
-        init, step, fast_encode = benchmark._Arm.__init__, benchmark._Arm.step, scored_sae.fast_encode
+        init, step, fast_encode = benchmark.Arm.__init__, benchmark.Arm.step, scored_sae.fast_encode
 
         def spy_init(arm, name, settings, clock):
             init(arm, name, settings, clock)
@@ -60,8 +63,8 @@ class Run:
             self.fast.append(f"{sae.cfg.architecture()}/{sae.cfg.kernels}")
             return fast_encode(sae, x)
 
-        patch.setattr(benchmark._Arm, "__init__", spy_init)
-        patch.setattr(benchmark._Arm, "step", spy_step)
+        patch.setattr(benchmark.Arm, "__init__", spy_init)
+        patch.setattr(benchmark.Arm, "step", spy_step)
         patch.setattr(scored_sae, "fast_encode", spy_encode)
         out, err = io.StringIO(), io.StringIO()
         flags = [*SIZE, "--repeats", str(REPEATS), "--arms", *ARMS, "--json", str(self.path), "--quiet"]
@@ -217,13 +220,13 @@ def test_what_was_not_measured_is_left_out_of_the_tables():
 @pytest.mark.parametrize(("dtype", "during"), [("tf32", "high"), ("bfloat16", "highest")])
 def test_precisions(dtype, during, monkeypatch):
     before, seen = torch.get_float32_matmul_precision(), set()
-    step = benchmark._Arm.step
+    step = benchmark.Arm.step
 
     def spy(arm, batch):
         step(arm, batch)
         seen.add((torch.get_float32_matmul_precision(), arm.trainer.cfg.autocast, arm.sae.W_enc.dtype))
 
-    monkeypatch.setattr(benchmark._Arm, "step", spy)
+    monkeypatch.setattr(benchmark.Arm, "step", spy)
     settings = BenchmarkSettings(("saelens_topk", "cosine_topk/fast"), 16, 128, 32, 2, dtype=dtype, repeats=1)
     result = benchmark.benchmark(settings)
     assert seen == {(during, dtype == "bfloat16", torch.float32)}
@@ -233,7 +236,7 @@ def test_precisions(dtype, during, monkeypatch):
 
 def test_parts_and_encoding_are_measured_in_the_precision_that_is_named(monkeypatch):
     """SAELens' scores, which are timed on their own beside a step, and the saved SAEs."""
-    seen, init, saved = [], benchmark._Arm.__init__, benchmark._Arm.saved
+    seen, init, saved = [], benchmark.Arm.__init__, benchmark.Arm.saved
 
     def watched(owner, name, what):
         method = getattr(owner, name)
@@ -255,8 +258,8 @@ def test_parts_and_encoding_are_measured_in_the_precision_that_is_named(monkeypa
                 watched(sae, method, method)
         return sae
 
-    monkeypatch.setattr(benchmark._Arm, "__init__", spy_init)
-    monkeypatch.setattr(benchmark._Arm, "saved", spy_saved)
+    monkeypatch.setattr(benchmark.Arm, "__init__", spy_init)
+    monkeypatch.setattr(benchmark.Arm, "saved", spy_saved)
     for dtype, expected in (("bfloat16", torch.bfloat16), ("float32", False)):
         seen.clear()
         benchmark.benchmark(
@@ -293,7 +296,7 @@ def test_what_the_device_itself_takes_is_read_off_its_own_clock_behind_queued_wo
     gpu = FakeGPU(monkeypatch)
     clock = benchmark.Clock("cuda:1")
     assert clock.on_device(lambda: gpu.queue.append("run"), lambda: gpu.queue.append("copy")) == 3.0
-    copies = ["copy"] * benchmark.QUEUED
+    copies = ["copy"] * clock_module.QUEUED
     assert gpu.queue == ["wait for cuda:1", *copies, "event", "run", "event", "wait for cuda:1"]
 
 
@@ -320,7 +323,7 @@ def test_a_gpus_own_time_is_below_the_hosts():
 
 
 def test_a_failure_restores_the_precision(monkeypatch):
-    monkeypatch.setattr(benchmark._Arm, "step", lambda arm, batch: 1 / 0)
+    monkeypatch.setattr(benchmark.Arm, "step", lambda arm, batch: 1 / 0)
     before = torch.get_float32_matmul_precision()
     with pytest.raises(ZeroDivisionError):
         benchmark.benchmark(BenchmarkSettings(("saelens_topk",), 16, 128, 32, 2, dtype="tf32"))
@@ -359,13 +362,11 @@ def test_settings_refuse_an_unknown_dtype():
 
 def test_defaults_measure_every_fast_architecture_on_both_paths():
     arms = BenchmarkSettings().arms
-    assert set(benchmark.SAELENS_ARMS) < set(arms)
+    assert set(SAELENS_ARMS) < set(arms)
     ours = [
         *(f"{score}_{k}" for score in ("inner_product", "cosine", "per_feature_cosine") for k in ("topk", "batchtopk")),
         "cosine_abstopk",
         "cosine_matryoshka_batchtopk",
         "magnitude_bypass_batchtopk",
     ]
-    assert {f"{name}/{path}" for name in ours for path in ("reference", "fast")} == set(arms) - set(
-        benchmark.SAELENS_ARMS
-    )
+    assert {f"{name}/{path}" for name in ours for path in ("reference", "fast")} == set(arms) - set(SAELENS_ARMS)

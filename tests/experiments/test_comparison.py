@@ -16,7 +16,8 @@ from torch.nn.modules import module
 
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
+from saelens_cosine.experiments.compare.run import compare
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.tables import SCHEMA
 from saelens_cosine.files.manifest import MANIFEST
 from saelens_cosine.loading import from_pretrained

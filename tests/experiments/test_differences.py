@@ -13,11 +13,12 @@ from saelens_cosine.experiments.evaluate.results.listing import about_difference
 from saelens_cosine.experiments.evaluate.run import _baseline
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
+from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.metrics.norm_ranges import ByNorm, WithAndWithoutTop
 from saelens_cosine.metrics.probing.probing import KProbe
 from saelens_cosine.metrics.reconstruction.by_norm import ReconstructionDiagnostics
 from saelens_cosine.metrics.reconstruction.dead import DeadShares
-from saelens_cosine.metrics.reconstruction.documents import DocumentErrors, fve_by_document
+from saelens_cosine.metrics.reconstruction.documents import fve_by_document
 from saelens_cosine.metrics.reconstruction.fve import Fit
 
 TOTAL = [1.0, 2, 3, 4, 5, 6, 7, 8, 9, 55]  # 100 in sum

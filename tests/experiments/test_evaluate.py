@@ -11,10 +11,10 @@ from helpers import make_sae
 from sae_lens import SAE
 from saved_evaluations import HOOK, SETTINGS, saved_sae, with_evals, with_metadata
 
-from saelens_cosine.activations.sample import sample_tokens, side_by_side
+from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import load_bundled_model
-from saelens_cosine.cli import _progress, main
+from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
 from saelens_cosine.experiments.evaluate.page import report_data
 from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA
@@ -23,6 +23,7 @@ from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.saebench import Judge
+from saelens_cosine.terminal.bar import progress_bar
 
 pytestmark = pytest.mark.usefixtures("short_text")
 
@@ -300,7 +301,7 @@ def test_command_writes_its_files(run, tmp_path, capsys):
 
 
 def test_warnings_stand_above_the_bar_once_and_on_one_line(capsys):
-    with _progress(quiet=False) as progress:
+    with progress_bar(quiet=False) as progress:
         progress("Probing", 0, 2)
         for _ in range(2):
             warnings.warn("lbfgs failed to converge [status=1]:\nINCREASE the number of iterations", stacklevel=1)
@@ -322,8 +323,5 @@ def test_a_sample_knows_its_contexts_and_sinks():
     planted[5] *= 1000
     ordinary = torch.arange(64) != 5
     sample = dataclasses.replace(sample, activations=planted, ordinary=ordinary, max_norm_multiple=10.0)
-    both = side_by_side(len, sample)
-    assert (both.with_sinks, both.without_sinks) == (64, 63)
-    assert both.high_norm_share == pytest.approx(1 / 64)
-    with pytest.raises(ValueError, match="sinks='some'"):
-        side_by_side(len, sample, "some")
+    assert (len(sample), len(sample.without_sinks())) == (64, 63)
+    assert sample.high_norm_share == pytest.approx(1 / 64)

@@ -14,7 +14,7 @@ from saelens_cosine.experiments.evaluate.command import as_tables
 from saelens_cosine.experiments.evaluate.page import report_data
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.saebench import Failure, SAEBenchError
+from saelens_cosine.saebench import EvalFailure, SAEBenchError
 
 pytestmark = pytest.mark.usefixtures("short_text")
 
@@ -46,7 +46,7 @@ def test_saebench_that_cannot_run_is_said_before_any_work(run, tmp_path, capsys,
 
 def test_an_eval_of_saebench_that_fails_is_told_and_tried_again(run, tmp_path, monkeypatch):
     settings = with_evals("core", "reconstruction")
-    failure = Failure("core", "one-0", "RuntimeError: no luck")
+    failure = EvalFailure("core", "one-0", "RuntimeError: no luck")
 
     def fails(*args, **kwargs):
         raise SAEBenchError([failure])

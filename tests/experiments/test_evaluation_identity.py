@@ -19,7 +19,7 @@ from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.plain import digest, files_fingerprint, fingerprint, model_fingerprint, weights_sha256
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge, versions
-from saelens_cosine.saebench.runner import _Runner
+from saelens_cosine.saebench.runner import Runner
 
 pytestmark = pytest.mark.usefixtures("short_text")
 
@@ -258,7 +258,7 @@ def test_saebench_s_files_are_kept_by_data_and_by_what_the_model_computes(tmp_pa
 
     def key(text, model_identity="model", **changed):
         (folder / "train.jsonl").write_text(json.dumps({"text": text}))
-        runner = _Runner(tmp_path, None, "cpu", Judge(), None, True, model_identity)
+        runner = Runner(tmp_path, None, "cpu", Judge(), None, True, model_identity)
         return runner.key(row, {**row.make_config("bundled", "float32", 1, {"dataset": str(folder)}), **changed})
 
     first = key("one")

@@ -17,7 +17,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from saelens_cosine.metrics import codes as blocks
 from saelens_cosine.metrics.reconstruction.afa import measure_afa
 from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.dictionary.cofiring import cofiring, concept_support
+from saelens_cosine.metrics.dictionary.cofiring import cofiring
 from saelens_cosine.metrics.probing.decomposition import decompose
 from saelens_cosine.metrics.dictionary.geometry import decoder_geometry
 from saelens_cosine.metrics.dictionary.matching import match_codes
@@ -59,7 +59,6 @@ once(probe, pooled, labels)
 once(decompose, pooled, pooled, labels, matched, matched, (1,))
 once(match_codes, codes, codes, W_dec, W_dec)
 once(cofiring, codes)
-once(concept_support, codes, torch.from_numpy(labels == 1), contexts)
 once(norm_detectors, codes, torch.rand(TOKENS))
 once(decoder_geometry, sae, range(12288))  # all pairs are 600 MB
 encoded = once(sparse_codes, sae, x)

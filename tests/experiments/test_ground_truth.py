@@ -21,16 +21,10 @@ from sae_lens.synthetic.evals import ClassificationMetrics
 from saelens_cosine.experiments.ground_truth import run as module
 from saelens_cosine.experiments.ground_truth.planted import NormSpread, SinkDictionary, small_model
 from saelens_cosine.experiments.ground_truth.recovery import Recovery, f1_one_to_one
-from saelens_cosine.experiments.ground_truth.run import (
-    GroundTruth,
-    GroundTruthRun,
-    GroundTruthSettings,
-    as_json,
-    as_tables,
-    ground_truth,
-    load_model,
-    write_json,
-)
+from saelens_cosine.experiments.ground_truth.results import GroundTruth, GroundTruthRun
+from saelens_cosine.experiments.ground_truth.run import ground_truth, load_model
+from saelens_cosine.experiments.ground_truth.settings import SYNTH_SAE_BENCH_16K, GroundTruthSettings
+from saelens_cosine.experiments.ground_truth.tables import as_json, as_tables, write_json
 
 # 12 orthogonal features in 12 dimensions, two of them active
 EASY = SyntheticModelConfig(
@@ -191,7 +185,7 @@ def test_seeds_make_models_and_a_folder_gives_one(tmp_path):
     assert as_json(ground_truth(replace(from_disk, arms=("inner_product_topk",))))["settings"]["model"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", [module.SYNTH_SAE_BENCH_16K, "./nowhere"])
+@pytest.mark.parametrize("name", [SYNTH_SAE_BENCH_16K, "./nowhere"])
 def test_a_model_that_is_not_there_says_what_was_tried(name):
     with pytest.raises(OSError, match=f"{name}.*as a folder or as a name on the Hub"):
         ground_truth(replace(TINY, model=name))

@@ -6,7 +6,8 @@ from sae_lens.synthetic import ConstantFiringProbabilityConfig, SyntheticModel, 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.ground_truth import command as ground_truth_command
 from saelens_cosine.experiments.ground_truth.planted import small_model
-from saelens_cosine.experiments.ground_truth.run import SYNTH_SAE_BENCH_16K, GroundTruthSettings, ground_truth
+from saelens_cosine.experiments.ground_truth.run import ground_truth
+from saelens_cosine.experiments.ground_truth.settings import SYNTH_SAE_BENCH_16K, GroundTruthSettings
 
 COMMAND = [
     "ground-truth",

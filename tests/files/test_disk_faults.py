@@ -17,10 +17,10 @@ ARMS = ("cosine_batchtopk", "inner_product_topk")
 
 MIDWAY = {
     "compare": "saelens_cosine.experiments.compare.run.weights_sha256",
-    "train": "saelens_cosine.training.command.record_training",
+    "train": "saelens_cosine.training.train.record_training",
     "evaluate": "saelens_cosine.experiments.evaluate.run._measure",
     "ground-truth": "saelens_cosine.experiments.ground_truth.command.ground_truth",
-    "benchmark": "saelens_cosine.cli.benchmark",
+    "benchmark": "saelens_cosine.experiments.benchmark.command.benchmark",
     "convert": "saelens_cosine.loading.command.load",
     "share": "saelens_cosine.sharing.command.gather",
 }

@@ -8,7 +8,8 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.results import ArmResult, ComparisonSettings
+from saelens_cosine.experiments.compare.results import ArmResult
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
 from saelens_cosine.files.lock import LOCK
@@ -20,7 +21,7 @@ from saelens_cosine.loading.formats.saelens import SAELENS
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
 from saelens_cosine.saebench import prepare, run
 from saelens_cosine.saebench.results import SCHEMA, load_record
-from saelens_cosine.saebench.runner import _Runner
+from saelens_cosine.saebench.runner import Runner
 from saelens_cosine.sharing.hub import Bundle, gather, write
 from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, BrokenCheckpointError, check
 
@@ -105,7 +106,7 @@ def test_saebench_keeps_its_texts_below_its_caches(name, tmp_path):
     class Row:
         pools_tokens, name = True, "core"
 
-    runner = object.__new__(_Runner)
+    runner = object.__new__(Runner)
     runner.caches = lambda *_: tmp_path
     runner.max_norm_multiple = None
     with pytest.raises(ValueError, match="hook name"):

@@ -12,7 +12,8 @@ from foreign import write as write_foreign
 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare import run as comparison
-from saelens_cosine.experiments.compare.run import ComparisonSettings, compare, open_comparison
+from saelens_cosine.experiments.compare.run import compare, open_comparison
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.files import lock, output
 from saelens_cosine.files.lock import LOCK, OutputInUseError, locked
 from saelens_cosine.files.manifest import MANIFEST

@@ -16,7 +16,7 @@ from saelens_cosine.bundled import model_folder
 from saelens_cosine.cli import main
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, published, scrubbed, without_secrets
 from saelens_cosine.saebench import Judge, prepare
-from saelens_cosine.saebench.runner import _Runner
+from saelens_cosine.saebench.runner import Runner
 from saelens_cosine.training.wandb_log import _kept_going
 
 TOKEN = "hf_PlantedPlantedPlanted"
@@ -148,7 +148,7 @@ def test_a_judge_does_not_show_its_address():
 
 
 def test_what_saebench_prints_is_logged_without_secrets(tmp_path):
-    runner = object.__new__(_Runner)
+    runner = object.__new__(Runner)
     runner.log, runner.quiet, runner.model = tmp_path / "saebench.log", True, None
     with runner._scopes():
         print(f"Incorrect API key provided: {KEY} at {URL}")
@@ -316,7 +316,7 @@ def test_what_saebench_saves_of_an_sae_has_no_secrets(tmp_path):
         def call(module, config, call):
             (call.output / "x_eval_results.json").write_text(json.dumps(found))
 
-    runner = _Runner(tmp_path, None, "cpu", Judge(), None, True)
+    runner = Runner(tmp_path, None, "cpu", Judge(), None, True)
     runner._call(Row, {}, sae, tmp_path, tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == {
         "sae_cfg_dict": {"metadata": {"said": "(hidden)"}},

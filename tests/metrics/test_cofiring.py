@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy import sparse
 
 from saelens_cosine.metrics import token_gram
-from saelens_cosine.metrics.dictionary.cofiring import cofiring, concept_support
+from saelens_cosine.metrics.dictionary.cofiring import cofiring
 
 
 def csr(dense):
@@ -83,58 +82,3 @@ def test_the_most_frequent_of_equal_pairs_comes_first_and_silence_gives_nan():
     assert math.isnan(silent.lift)
     everywhere = cofiring(csr(np.ones((20, 2))))
     assert (everywhere.top[0].lift, everywhere.top[0].pmi, everywhere.top[0].normalised_pmi) == (1, 0, 1)
-
-
-def test_concept_support_by_hand():
-    # 10 positives, 20 negatives
-    labels = torch.arange(30) < 10
-    codes = np.zeros((30, 5))
-    codes[:4, 0] = 2.0  # 40 % and 0 %: support
-    codes[:3, 1] = 4.0  # 30 % is not above it, but broad
-    codes[:10, 2] = codes[10:12, 2] = 1.0  # 100 % and 10 %: not below
-    codes[:5, 3] = codes[10, 3] = -2.0  # 50 % and 5 %: support, with a sign
-    codes[:2, 4] = 1.0  # 20 %: neither
-    result = concept_support(csr(codes), labels)
-    assert (result.positives, result.negatives) == (10, 20)
-    assert (result.support, result.support_features, result.broad_support) == (2, (0, 3), 4)
-    # means 0.8, 1.2, 1, 1, 0.2 of a sum of 4.2
-    p = np.array([0.8, 1.2, 1.0, 1.0, 0.2]) / 4.2
-    entropy = -(p * np.log(p)).sum()
-    assert result.normalised_entropy == pytest.approx(entropy / math.log(5))
-    assert result.effective_features == pytest.approx(math.exp(entropy))
-    # mean absolute difference of all 25 ordered pairs over twice the mean
-    assert result.gini == pytest.approx(np.abs(p[:, None] - p).sum() / (2 * 25 * p.mean()))
-    assert json.loads(json.dumps(dataclasses.asdict(result)))["support_features"] == [0, 3]
-
-
-def test_a_context_fires_where_any_of_its_tokens_does():
-    # contexts 0 (two tokens) and 3 (one) are positive, 1 (three) is not, 2 has no tokens; out of order on purpose
-    contexts = torch.tensor([1, 0, 0, 1, 1, 3])
-    labels = torch.tensor([True, False, True, True])
-    codes = np.zeros((6, 2))
-    codes[2, 0], codes[5, 0], codes[4, 1] = 6.0, 1.0, 9.0
-    result = concept_support(csr(codes), labels, contexts)
-    assert (result.positives, result.negatives) == (2, 1)
-    assert result.support_features == (0,)
-    assert (result.normalised_entropy, result.effective_features, result.gini) == pytest.approx((0, 1, 0.5))
-    # with feature 1 on the two-token context, means are (6 / 2 + 1) / 2 = 2 and 8 / 2 / 2 = 2
-    codes[1, 1] = 8.0
-    even = concept_support(csr(codes), labels, contexts)
-    assert (even.normalised_entropy, even.gini) == pytest.approx((1, 0))
-
-
-def test_a_concept_that_no_feature_fires_on_has_no_entropy():
-    result = concept_support(csr([[0, 0], [1, 1]]), torch.tensor([True, False]))
-    assert (result.support, result.broad_support) == (0, 0)
-    assert all(map(math.isnan, (result.normalised_entropy, result.effective_features, result.gini)))
-
-
-@pytest.mark.parametrize("labels", [torch.ones(4, dtype=torch.bool), torch.tensor([1, 0, 0, 1]), torch.ones(3) > 0])
-def test_labels_that_tell_nothing_are_refused(labels):
-    with pytest.raises(ValueError, match="of both classes"):
-        concept_support(csr(np.ones((4, 2))), labels)
-
-
-def test_contexts_beyond_the_labels_are_refused():
-    with pytest.raises(ValueError, match="2 labels"):
-        concept_support(csr(np.ones((3, 2))), torch.tensor([True, False]), torch.tensor([0, 1, 2]))

@@ -9,7 +9,8 @@ from scipy import sparse
 from test_reconstruction import Fixed
 
 from saelens_cosine.metrics import token_gram
-from saelens_cosine.metrics.dictionary.matching import match_codes, match_features
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.dictionary.matching import match_codes
 from saelens_cosine.metrics.token_gram import TokenGram, firings
 
 
@@ -172,10 +173,9 @@ def test_saes_are_encoded_on_the_same_tokens_and_the_result_is_json():
     one, other = (Fixed(2, lambda x, s=s: (s * x).relu(), lambda x: x) for s in (1.0, 2.0))
     one.W_dec = torch.eye(2)
     other.W_dec = 3 * torch.eye(2)
-    calls = []
-    result = match_features(one, other, x, on_progress=lambda *call: calls.append(call))
+    codes = [sparse_codes(sae, x) for sae in (one, other)]
+    result = match_codes(*codes, one.W_dec, other.W_dec)
     assert result.a.matched_features == result.b.matched_features == (0, 1)
-    assert calls == [("Matching features", 1, 1)]
     read = json.loads(json.dumps(dataclasses.asdict(result)))
     assert read["a"]["pairs"]["partners"] == [read["a"]["pairs"]["features"][0], read["a"]["pairs"]["features"][1]]
 

@@ -10,9 +10,9 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from scipy import optimize, sparse
 from scipy.stats import norm
 
-from saelens_cosine.activations.sample import side_by_side
+from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
-from saelens_cosine.metrics.probing.probing import canonical_codes, pool, probe, probe_activations, probe_sae
+from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_sae
 from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
@@ -218,27 +218,23 @@ def test_sinks_hide_a_concept_from_the_mean_and_dropping_them_brings_it_back():
     sinks = 200 * torch.rand(600, 3, generator=torch.Generator().manual_seed(0))
     tokens = torch.stack([x, sinks], dim=1).flatten(0, 1)
     sample = sample_of(tokens, torch.arange(600).repeat_interleave(2), torch.tensor([True, False]).repeat(600))
-    both = side_by_side(lambda s: probe_sae(reader("inner_product"), s, truth, (1,)), sample)
-    assert both.with_sinks.scale_free[0].accuracy < 0.6
-    assert both.without_sinks.scale_free[0].accuracy == pytest.approx(norm.cdf(1), abs=0.04)
-    assert (both.with_sinks.tokens, both.without_sinks.tokens) == (1200, 600)
+    treated = (sample, sample.without_sinks())
+    with_sinks, without = (probe_sae(reader("inner_product"), s, truth, (1,)) for s in treated)
+    assert with_sinks.scale_free[0].accuracy < 0.6
+    assert without.scale_free[0].accuracy == pytest.approx(norm.cdf(1), abs=0.04)
+    assert (with_sinks.tokens, without.tokens) == (1200, 600)
     # the sink is each context's last token: of all tokens, only it is read; of the ordinary ones, the other
-    last = side_by_side(lambda s: probe_sae(reader("inner_product"), s, truth, (1,), "last"), sample)
+    last_with, last_without = (probe_sae(reader("inner_product"), s, truth, (1,), "last") for s in treated)
     only_sinks = sample_of(sinks, range(600))
-    assert last.with_sinks.scale_free == probe_sae(reader("inner_product"), only_sinks, truth, (1,)).scale_free
-    assert last.with_sinks.scale_free != both.with_sinks.scale_free
-    assert last.without_sinks.scale_free == both.without_sinks.scale_free
+    assert last_with.scale_free == probe_sae(reader("inner_product"), only_sinks, truth, (1,)).scale_free
+    assert last_with.scale_free != with_sinks.scale_free
+    assert last_without.scale_free == without.scale_free
 
 
-def test_results_are_json_and_progress_is_told():
+def test_results_are_json():
     x, truth = concept(100)
-    seen = []
-    result = probe_sae(
-        reader("cosine"), sample_of(x, range(100)), truth, (1, None), on_progress=lambda *what: seen.append(what)
-    )
+    result = probe_sae(reader("cosine"), sample_of(x, range(100)), truth, (1, None))
     assert json.loads(json.dumps(dataclasses.asdict(result)))["canonical"][1]["k"] is None
-    assert seen[0] == ("Probing", 0, 2)
-    assert seen[-1] == ("Probing", 2, 2)
 
 
 # decomposition

@@ -1,18 +1,19 @@
 """Names from outside reach the terminal as they are."""
 
+import ast
 import os
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from helpers import make_sae
 from rich.console import Console
 from rich.table import Table
 
-from saelens_cosine.cli import _progress, main
-from saelens_cosine.console import PlainTable, literal, say, visible
-from saelens_cosine.experiments.compare import tables as report
-from saelens_cosine.experiments.evaluate import command
+import saelens_cosine
+from saelens_cosine.cli import main
+from saelens_cosine.console import PlainTable, literal, plain_table, say, shown_number, visible
 from saelens_cosine.sharing.neuronpedia import _read
+from saelens_cosine.terminal.bar import progress_bar
 
 NAMES = ["lr[a]", "[bold]x[/bold]", "a[/]", "x:key:", "\\[a]", "[link=http://x]y"]
 
@@ -56,7 +57,7 @@ def test_a_table_is_as_wide_and_as_coloured_as_any(capsys):
 def test_a_line_and_a_bar_show_names_as_they_are(name, capsys):
     say(Console(width=200), f"Written to {name}")
     assert f"Written to {name}" in capsys.readouterr().out
-    with _progress(quiet=False) as progress:
+    with progress_bar(quiet=False) as progress:
         progress(f"{name}: fve", 1, 2)
     assert f"{name}: fve" in capsys.readouterr().err
 
@@ -68,9 +69,9 @@ def test_a_terminal_obeys_no_name(capsys):
 
 
 def test_tables_of_the_commands_show_arms_as_they_are(capsys):
-    table = report._table("title [a]", ["x"])
-    table.add_row("lr[a]", report._mean_and_spread([float("nan")], "{:.4f}"))
-    other = command._table("Left out", "arm [b]")
+    table = plain_table("title [a]", ["arm"], ["x"])
+    table.add_row("lr[a]", shown_number(float("nan"), "{:.4f}"))
+    other = plain_table("Left out", ["arm [b]"])
     other.add_row("lr[c]")
     out = printed(capsys, table, other)
     assert all(part in out for part in ("title [a]", "lr[a]", "nan", "arm [b]", "lr[c]"))
@@ -78,19 +79,16 @@ def test_tables_of_the_commands_show_arms_as_they_are(capsys):
 
 
 def test_every_table_of_the_package_is_a_plain_one():
-    from saelens_cosine.experiments.benchmark import run as benchmark
-    from saelens_cosine.experiments.ground_truth import run as ground_truth
-    from saelens_cosine.loading import command as convert
-
-    release = SimpleNamespace(metadata={"model_name": "m"}, format="f", repo_id="r", saes={})
-    made = (
-        report._table("", []),
-        command._table(""),
-        ground_truth._table("", []),
-        benchmark._table("", []),
-        convert._table("n", release),
-    )
-    assert all(isinstance(table, PlainTable) for table in made)
+    """Made in one place: no other module calls rich's class or ours."""
+    package = Path(saelens_cosine.__file__).parent
+    makers = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Table", "PlainTable")
+    }
+    assert {name for name in makers if not name.startswith("report/")} == {"console.py"}  # a page has tables of its own
+    assert isinstance(plain_table("", [""]), PlainTable)
 
 
 def test_a_place_is_shown_as_it_is_by_convert(tmp_path, capsys):

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from small_runs import flags, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.benchmark.run import BenchmarkSettings, benchmark
-from saelens_cosine.experiments.compare.results import ComparisonSettings
+from saelens_cosine.experiments.benchmark.run import benchmark
+from saelens_cosine.experiments.benchmark.settings import BenchmarkSettings
 from saelens_cosine.experiments.compare.run import compare
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.faults import line_of
 from saelens_cosine.progress import shown
 from saelens_cosine.training.recipe import RECIPES, paper

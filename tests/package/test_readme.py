@@ -12,7 +12,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_cosine
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.run import ComparisonSettings, compare
+from saelens_cosine.experiments.compare.run import compare
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.evals import EVALS
 from saelens_cosine.loading import RELEASES
 

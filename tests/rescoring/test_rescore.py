@@ -7,55 +7,15 @@ import torch
 from helpers import (
     D_IN,
     D_SAE,
-    SELECTORS,
-    TRAINING,
     assert_close,
     assert_same_function,
     codes_and_output,
-    make_activations,
-    make_sae,
     save_inference,
-    selector_of,
 )
+from rescore_cases import PER_TOKEN, SWAPPABLE, THRESHOLD, X, build, by_hand, l0, note, trained
 from sae_lens import SAE
-from sae_lens.registry import get_sae_class, get_sae_training_class
 
-from saelens_cosine.metrics import threshold
-from saelens_cosine.metrics.threshold import fit_threshold
 from saelens_cosine.rescoring import rescore
-
-STOCK = ["standard", "jumprelu", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk"]
-SCORED = [name for name in TRAINING if name.startswith(("inner_product_", "cosine_", "per_feature_cosine_"))]
-SWAPPABLE = [*(name for name in SCORED if selector_of(name) in STOCK), *STOCK]
-THRESHOLD = [name for name in SWAPPABLE if SELECTORS[selector_of(name)].saved_as in ("standard", "jumprelu")]
-PER_TOKEN = [name for name in SWAPPABLE if name not in THRESHOLD]
-X = make_activations(400, D_IN, seed=3)
-
-
-def trained(name):
-    """An inference SAE of SAELens or of this package, with parameters far from their starts."""
-    sae = make_sae(name)
-    if name == "jumprelu":
-        sae.threshold.data.uniform_(0.2, 1.5)
-    return sae
-
-
-def build(architecture, **tensors):
-    """An inference SAE with these tensors."""
-    sae_class, config_class = get_sae_class(architecture)
-    d_in, d_sae = tensors["W_enc"].shape
-    options = {"k": tensors.pop("k")} if "k" in tensors else {}
-    sae = sae_class(config_class(d_in=d_in, d_sae=d_sae, **options))
-    sae.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in tensors.items()})
-    return sae
-
-
-def note(sae):
-    return sae.cfg.metadata.rescored[-1]
-
-
-def l0(sae, x):
-    return (sae.encode(x) != 0).sum().item() / len(x)
 
 
 def reference_scores(sae, x, unit_columns):
@@ -72,20 +32,6 @@ def reference_scores(sae, x, unit_columns):
     if a.ndim:  # each feature keeps its weight at the geometric mean norm
         length = length * norm.log().mean().exp() ** (a - a.mean())
     return cosine * (torch.ones_like(length) if unit_columns else length), b_enc, W_dec / norms[:, None]
-
-
-# --- by hand ---
-
-
-def by_hand(**changes):
-    """Columns (3, 4) and (0, 2), decoder rows of norm 2 and 1, centre (1, 0), ReLU."""
-    tensors = {
-        "W_enc": torch.tensor([[3.0, 0.0], [4.0, 2.0]]),
-        "b_enc": torch.tensor([0.5, 1.0]),
-        "W_dec": torch.tensor([[0.0, 2.0], [1.0, 0.0]]),
-        "b_dec": torch.tensor([1.0, 0.0]),
-    }
-    return build("standard", **{**tensors, **changes})
 
 
 def test_by_hand():
@@ -142,9 +88,6 @@ def test_cosine_to_inner_product_by_hand():
     assert swapped.cfg.architecture() == "topk"
     torch.testing.assert_close(swapped.W_enc.data, tensors["W_enc"] / 2)
     torch.testing.assert_close(swapped.encode(x).detach(), torch.tensor([[8.0, 4.0]]))
-
-
-# --- every architecture, against float64 ---
 
 
 @pytest.mark.parametrize("score", ["cosine", "inner_product"])
@@ -279,9 +222,6 @@ def test_saved_and_loaded(name, score, tmp_path):
     assert ("requires" in loaded.cfg.metadata) == (score == "cosine")
 
 
-# --- the scale ---
-
-
 @pytest.mark.parametrize("start", ["standard", "cosine_topk"])
 def test_fitted_scale_is_the_best_of_the_grid(start):
     # each feature is a dimension; a uniform b_enc makes scores count against it
@@ -313,59 +253,6 @@ def test_fitted_scale_is_the_best_of_the_grid(start):
     assert note(swapped)["scale_chosen_by"] == "fit"
 
 
-# --- the threshold ---
-
-
-def jumprelu_of(scores):
-    """A JumpReLU SAE and inputs that give exactly these scores `[tokens, 4]`."""
-    weights = {"b_enc": torch.zeros(4), "b_dec": torch.zeros(4), "threshold": torch.full((4,), 9.0)}
-    return build("jumprelu", W_enc=torch.eye(4), W_dec=torch.eye(4), **weights), torch.tensor(scores)
-
-
-@pytest.mark.parametrize(
-    ("target", "active"),
-    # 6 5 5 5 2 1 are positive
-    [(0.5, 1), (1.0, 1), (1.5, 4), (2.0, 4), (2.5, 5), (3.0, 6)],
-)
-def test_ties_go_to_the_nearer_side(target, active):
-    sae, x = jumprelu_of([[5.0, 5.0, 1.0, 0.0], [5.0, 6.0, 2.0, -3.0]])
-    found = fit_threshold(sae, x, target)
-    assert (sae.encode(x) != 0).sum() == active
-    assert found.l0 == active / 2
-    assert sae.threshold.tolist() == [pytest.approx(found.value)] * 4
-
-
-def test_ties_across_chunks(monkeypatch):
-    monkeypatch.setattr(threshold, "CHUNK_SCORES", 4)
-    sae, x = jumprelu_of([[5.0, 2.0, 1.0, -1.0], [5.0, 1.0, 1.0, -1.0]])
-    # one code of 2 tokens: both fives or neither
-    assert fit_threshold(sae, x, 0.5).l0 == 0
-    assert (sae.encode(x) != 0).sum() == 0
-
-
-def test_too_few_positive_scores():
-    sae, x = jumprelu_of([[5.0, 5.0, 1.0, 0.0], [5.0, 6.0, 2.0, -3.0]])
-    with pytest.warns(UserWarning, match="Only 3 scores per token are positive"):
-        found = fit_threshold(sae, x, 3.5)
-    assert (found.value, found.l0) == (0.0, 3.0)
-    assert (sae.encode(x) != 0).sum() == 6
-
-
-@pytest.mark.parametrize("d_sae", [5, 13])
-def test_chunks_do_not_matter(d_sae, monkeypatch):
-    x = make_activations(300, 4, seed=2)
-    weights = {"W_enc": make_activations(4, d_sae, seed=1), "W_dec": make_activations(d_sae, 4)}
-    weights |= {"b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(4), "threshold": torch.zeros(d_sae)}
-    sae = build("jumprelu", **weights)
-    whole = fit_threshold(sae, x, 1.25)
-    scores = (x @ weights["W_enc"]).flatten().sort(descending=True).values
-    assert scores[375] < whole.value < scores[374]  # 375 of 300 tokens
-    monkeypatch.setattr(threshold, "CHUNK_SCORES", 7 * d_sae)
-    in_chunks = fit_threshold(sae, x, 1.25)
-    assert in_chunks.l0 == whole.l0 == 1.25
-    assert in_chunks.value == pytest.approx(whole.value, rel=1e-6)
-
-
 @pytest.mark.parametrize("name", ["standard", "inner_product_batchtopk", "cosine_batchtopk"])
 def test_bfloat16(name):
     sae = trained(name).to(torch.bfloat16)
@@ -384,62 +271,3 @@ def test_heads():
     assert swapped.hook_z_reshaping_mode
     assert (swapped.encode(X[:, None]) != 0).sum() == 2 * len(X)
     assert swapped(X[:, None]).shape == (len(X), 1, D_IN)
-
-
-# --- errors ---
-
-
-@pytest.mark.parametrize("name", [*(name for name in TRAINING if name not in SWAPPABLE), "gated", "matching_pursuit"])
-def test_architectures_without_one_score(name):
-    if name in TRAINING:
-        sae = make_sae(name)
-    else:
-        sae_class, config_class = get_sae_training_class(name)
-        sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE))
-    with pytest.raises(ValueError, match="cannot be rescored.*standard, jumprelu, topk, abstopk"):
-        rescore(sae, X, "cosine")
-
-
-def test_transcoder():
-    sae_class, config_class = get_sae_class("transcoder")
-    config = config_class(d_in=D_IN, d_out=D_IN, d_sae=D_SAE, apply_b_dec_to_input=False)
-    with pytest.raises(ValueError, match="'transcoder' cannot be rescored"):
-        rescore(sae_class(config), X, "cosine")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"score": "euclidean"}, "'euclidean' is none of 'cosine', 'inner_product'"),
-        ({"target_l0": 0.0}, "target_l0=0.0 must be above 0 and below d_sae=13"),
-        ({"target_l0": 13}, "below d_sae=13"),
-        ({"scale": 0.0}, "scale=0.0 must be a positive number"),
-        ({"activations": X[:, :5]}, r"\(400, 5\).*d_in=7"),
-        ({"activations": X[None]}, r"\(1, 400, 7\).*flatten batch and position"),
-        ({"activations": X[:0]}, r"\(0, 7\)"),
-    ],
-)
-def test_impossible_requests(options, message):
-    with pytest.raises(ValueError, match=message):
-        rescore(trained("standard"), **{"activations": X, "score": "cosine", **options})
-
-
-def test_an_sae_that_never_fires():
-    sae = trained("jumprelu")
-    sae.threshold.data.fill_(1e9)
-    with pytest.raises(ValueError, match="some feature must fire"):
-        rescore(sae, X, "cosine")
-    assert l0(rescore(sae, X, "cosine", target_l0=2.0, scale=5.0), X) == 2.0
-
-
-def test_normalisation_that_a_cosine_cannot_have():
-    sae = trained("standard")
-    sae.cfg.normalize_activations = "layer_norm"
-    with pytest.raises(ValueError, match="normalize_activations='layer_norm' does not go with"):
-        rescore(sae, X, "cosine")
-
-
-def test_no_threshold_to_fit():
-    for sae in (by_hand(), trained("cosine_batchtopk"), trained("jumprelu")):
-        with pytest.raises(ValueError, match=f"{type(sae).__name__} is no inference form with thresholds"):
-            fit_threshold(sae, torch.zeros(1, sae.cfg.d_in), 1.0)

@@ -65,7 +65,7 @@ def by_loops(sae, model, batches, n_contexts, max_norm_multiple=None, positions=
 @pytest.mark.parametrize("kind", ["cosine_batchtopk", "per_feature_cosine_topk", "saelens_topk"])
 @pytest.mark.parametrize("max_norm_multiple", [None, 1.3])
 def test_best_contexts_and_densities_are_those_of_plain_loops(tmp_path, model, monkeypatch, kind, max_norm_multiple):
-    monkeypatch.setattr(features, "CHUNK_CODES", 5 * D_SAE)  # several chunks for the class without sparse codes
+    monkeypatch.setattr(features, "most_at_once", lambda sae: 5)  # several chunks for the class without sparse codes
     monkeypatch.setattr(features, "MERGE_CODES", 100)  # two batches at a time
     sae, batches = tiny_sae(tmp_path, kind), token_batches()
     found = top_activations(sae, model, batches, n_contexts=4, max_norm_multiple=max_norm_multiple)

@@ -190,7 +190,7 @@ def test_a_dry_run_writes_what_would_be_sent_and_sends_nothing(tmp_path, logged_
     assert written[weights].read_bytes() == (tmp_path / "runs" / weights).read_bytes()
     assert written["README.md"].read_text().startswith("---\n")
     assert sorted(path.name for path in output.iterdir()) == ["hub"]  # nothing unfinished stays
-    with pytest.raises(FileExistsError, match="exists. Remove it or choose another --output"):
+    with pytest.raises(FileExistsError, match="exists; choose another place"):
         write(bundle, output / "hub")
 
 

@@ -18,10 +18,10 @@ from small_runs import HOOK, assert_bit_identical, compare_flags, flags, small_b
 
 from saelens_cosine.activations import text as data
 from saelens_cosine.cli import main
-from saelens_cosine.training.command import train
 from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resuming.run import ResumableRun
 from saelens_cosine.training.stop import StopError, handled
+from saelens_cosine.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_other_signals_stop_it_where_asked_for_before_training_too(command, text
         stop_after(patched, 3, signal.SIGUSR1)
         assert main([command, *given, "--stop-on", "USR1"]) == 128 + signal.SIGUSR1
     assert "--resume to go on" in capsys.readouterr().err
-    module = "training.command" if command == "train" else "experiments.compare.run"
+    module = "training.train" if command == "train" else "experiments.compare.run"
     monkeypatch.setattr(f"saelens_cosine.{module}.load_text", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     assert main([command, *given, "--stop-on", "usr1", "--resume"]) == 128 + signal.SIGUSR1
     assert "Interrupted" in capsys.readouterr().err
@@ -289,10 +289,10 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
         os.kill(os.getpid(), number)
         raise AssertionError("the signal did not end it")
 
-    for module in ("training.command", "experiments.compare.run"):
+    for module in ("training.train", "experiments.compare.run"):
         monkeypatch.setattr(f"saelens_cosine.{module}.load_text", signalled)
     monkeypatch.setattr("saelens_cosine.experiments.evaluate.subject.Loader.subject", signalled)
-    monkeypatch.setattr("saelens_cosine.cli.benchmark", signalled)
+    monkeypatch.setattr("saelens_cosine.experiments.benchmark.command.benchmark", signalled)
     monkeypatch.setattr("saelens_cosine.loading.command.load", signalled)
     monkeypatch.setattr("saelens_cosine.experiments.ground_truth.command.ground_truth", signalled)
     monkeypatch.setattr("saelens_cosine.sharing.command.gather", signalled)

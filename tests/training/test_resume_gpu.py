@@ -5,8 +5,8 @@ import pytest
 import torch
 from small_runs import assert_bit_identical, flags, stop_after, write_text
 
-from saelens_cosine.training.command import train
 from saelens_cosine.training.stop import StopError
+from saelens_cosine.training.train import train
 
 CASES = {
     "batchtopk by the kernels": {"kernels": "fast"},

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,7 +32,12 @@ def test_saelens_flags_and_ours_train_an_sae_that_saelens_loads(tmp_path, capsys
     assert (metadata["training_tokens"], metadata["train_batch_size_tokens"]) == (8192, 1024)
     assert metadata["lr"] == 3e-4  # SAELens' default
     assert "recipe" not in metadata
-    assert "High-norm tokens dropped" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "High-norm tokens dropped" in told
+    assert f'Written: SAE.load_from_disk("{tmp_path / "sae"}")' in told
+    again = ["train", *FLAGS, "--norm_exponent_init", "0.25", "--output_path", str(tmp_path / "sae"), "--seed", "3"]
+    assert main([*again, "--resume"]) == 0
+    assert "8192 is the end of the run: nothing was left to train." in capsys.readouterr().err
 
 
 def test_help_is_saelens_own_with_our_architectures(capsys):
@@ -42,6 +49,13 @@ def test_help_is_saelens_own_with_our_architectures(capsys):
     assert "--lr_warm_up_steps" in text
     assert "--norm_exponent_init" in text
     assert "inner_product_batchtopk" in text
+
+
+def test_either_module_runs_the_commands():
+    for module in ("saelens_cosine", "saelens_cosine.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "compare", "--d-sae", "x"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "invalid int value: 'x'" in done.stderr
 
 
 def test_an_unknown_architecture_is_answered_with_the_list(capsys):

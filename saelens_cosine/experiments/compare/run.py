@@ -21,11 +21,13 @@ from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison, ComparisonSettings, FailedArm
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, FailedArm
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
-from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, ce_loss_recovered, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
 from saelens_cosine.plain import weights_sha256
 from saelens_cosine.progress import shown
 from saelens_cosine.report.model_card import model_card
@@ -286,7 +288,6 @@ class _HeldOut:
         self.prompts = contexts.at_even_steps(settings.eval_prompts).batches
 
     def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
-        sae.turn_off_forward_pass_hook_z_reshaping()  # the store has flattened the heads
         reconstruction = evaluate_reconstruction(sae, self.activations)
         return reconstruction, ce_loss_recovered(sae, self.model.model, self.prompts, self.settings.max_norm_multiple)
 

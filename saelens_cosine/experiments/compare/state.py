@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.experiments.compare.results import ArmResult, ComparisonSettings, FailedArm, arm_from_json
+from saelens_cosine.experiments.compare.results import ArmResult, FailedArm
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.files.names import below, unused
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import read_json
+from saelens_cosine.plain import from_plain
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
 
@@ -80,7 +82,11 @@ class ComparisonState:
             return None
         try:
             found: Any = read_json(path)
-            settings, arms, share = found["settings"], [arm_from_json(arm) for arm in found["arms"]], found["share"]
+            settings, arms, share = (
+                found["settings"],
+                [from_plain(ArmResult, arm, "an arm") for arm in found["arms"]],
+                found["share"],
+            )
             failed = [FailedArm(**arm) for arm in found["failed"]]
             places = [below(self.output.results, arm.path, "path of an SAE") for arm in arms]
         except (ValueError, KeyError, TypeError) as error:

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from saelens_cosine.console import PlainTable, literal
-from saelens_cosine.experiments.compare.run import ArmResult, Comparison
+from saelens_cosine.console import literal, plain_table, shown_number
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
-from saelens_cosine.metrics.not_finite import shown_number
-from saelens_cosine.metrics.reconstruction.by_norm import CE_DEFINITION, FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION
+from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION
 from saelens_cosine.plain import plain
 
 SCHEMA = "saelens-cosine/comparison/1"
@@ -125,7 +124,7 @@ def as_tables(comparison: Comparison) -> list[Table]:
 def _failed(comparison: Comparison) -> Iterator[Table]:
     """What was not trained to its end, in red, where anything was not."""
     if comparison.failed:
-        table = _table("Stopped, neither saved nor measured", ["seed", "after tokens"])
+        table = plain_table("Stopped, neither saved nor measured", ["architecture"], ["seed", "after tokens"])
         table.add_column("because")
         table.style = table.title_style = "red"
         for arm in comparison.failed:
@@ -137,7 +136,7 @@ def _not_finite(comparison: Comparison) -> Iterator[Table]:
     """What is NaN or infinite, in red, where anything is."""
     found = [arm for arm in comparison.arms if arm.reconstruction.not_finite]
     if found:
-        table = _table("Not finite: figures of these are NaN", ["seed", "tokens", "of"])
+        table = plain_table("Not finite: figures of these are NaN", ["architecture"], ["seed", "tokens", "of"])
         table.style = table.title_style = "red"
         for arm in found:
             counts = (arm.reconstruction.not_finite, arm.reconstruction.tokens)
@@ -156,9 +155,10 @@ def _results(comparison: Comparison) -> Table:
     )
     planted = "; a sink planted at the start of each context" if s.plant_sinks else ""
     spread = f", mean ± sd over {_n_seeds(comparison)} seeds" if _n_seeds(comparison) > 1 else ""
-    table = _table(
+    table = plain_table(
         f"{s.model} at {comparison.hook_name}: {s.d_sae} features, k={s.k}, {s.tokens:,} tokens, recipe {s.recipe}"
-        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (the window of dead); {sinks}{planted}",
+        f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (dead: features that fire on none of them); {sinks}{planted}",
+        ["architecture"],
         [heading for heading, _, _ in _MEASURES.values()],
     )
     for arm, results in _by_arm(comparison).items():
@@ -166,13 +166,14 @@ def _results(comparison: Comparison) -> Table:
         table.add_row(arm + seeds, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
     # the divergence costs a third of the evaluation: softmaxes over the vocabulary
     table.caption = "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."
-    table.caption_justify = "left"
     return table
 
 
 def _by_norm(comparison: Comparison) -> Table:
     bins = range(len(comparison.arms[0].reconstruction.by_norm))
-    table = _table("FVE by quartile of the norm, smallest norms first", [f"Q{q + 1}" for q in bins])
+    table = plain_table(
+        "FVE by quartile of the norm, smallest norms first", ["architecture"], [f"Q{q + 1}" for q in bins]
+    )
     for arm, results in _by_arm(comparison).items():
         cells = [_mean_and_spread((r.reconstruction.by_norm[q].fve for r in results), "{:.4f}") for q in bins]
         table.add_row(arm, *cells)
@@ -182,8 +183,9 @@ def _by_norm(comparison: Comparison) -> Table:
 def _score_parameters(comparison: Comparison) -> Table:
     window = comparison.arms[0].log[-1].metrics.get("dead_feature_window_tokens")
     dead = f"; dead: features that did not fire in {window:,.0f} training tokens" if window else ""
-    table = _table(
+    table = plain_table(
         f"End of training, mean over seeds: exponent a, log-scale b{dead}",
+        ["architecture"],
         [heading for heading, _ in _TRAINING_METRICS.values()],
     )
     for arm, results in _by_arm(comparison).items():
@@ -199,8 +201,10 @@ def _score_parameters(comparison: Comparison) -> Table:
 def _differences(comparison: Comparison) -> Table:
     by_seed = {arm: {r.seed: r for r in comparison.arms if r.architecture == arm} for arm in comparison.settings.arms}
     first = comparison.settings.arms[0]
-    table = _table(
-        f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds", ["measure", "mean", "95 % interval", ""]
+    table = plain_table(
+        f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds",
+        ["architecture"],
+        ["measure", "mean", "95 % interval", ""],
     )
     found: list[Difference] = []
     for arm in comparison.settings.arms[1:]:
@@ -218,15 +222,7 @@ def _differences(comparison: Comparison) -> Table:
             found.append(d)
             verdict = "" if d.seen else NO_DIFFERENCE
             table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
-    table.caption, table.caption_justify = "\n".join(about(["seeds"], by_chance(found))), "left"
-    return table
-
-
-def _table(title: str, headings: list[str]) -> Table:
-    table = PlainTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("architecture", no_wrap=True)
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table.caption = "\n".join(about(["seeds"], by_chance(found)))
     return table
 
 

@@ -6,14 +6,13 @@ import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from saelens_cosine.console import PlainTable
+from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
 from saelens_cosine.experiments.evaluate.page import report_data
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
@@ -31,14 +30,15 @@ from saelens_cosine.experiments.evaluate.results.listing import (
     text_is,
     tokens_measured,
 )
-from saelens_cosine.experiments.evaluate.run import Progress, evaluate
+from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
-from saelens_cosine.metrics.not_finite import shown_number
 from saelens_cosine.report.html import write_report
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
+from saelens_cosine.terminal.bar import progress_bar
+from saelens_cosine.terminal.options import add_command, count, settings_from
 
 GROUPS = {
     "diagnostics": tuple(name for name in EVALS if name not in SAEBENCH_EVALS),
@@ -47,8 +47,16 @@ GROUPS = {
 """Names that stand for several evals."""
 
 
-def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """The options of the subcommand; `count` parses a number of tokens."""
+def add_evaluate_command(commands: Any) -> None:
+    """Add `evaluate` to the subcommands of `saelens-cosine`."""
+    parser = add_command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        help="diagnostics of saved SAEs, with and without attention sinks",
+        description="Measure saved SAEs on the held-out part of a text (known to be held out for SAEs that this package trained), with and without tokens of a very high norm (attention sinks), and write "
+        "evaluation.json and report.html. What an interrupted run has measured is not measured again.",
+    )
     default = EvaluationSettings()
     add = parser.add_argument
     add(
@@ -120,30 +128,20 @@ def add_evaluate_options(parser: argparse.ArgumentParser, count: Callable[[str],
     add("--quiet", action="store_true", help="print only the tables")
 
 
-def run_evaluate(options: Any, progress: Progress) -> list[Table]:
-    """Evaluate, write `evaluation.json` and `report.html`, and give the tables to print."""
+def run_evaluate(options: Any) -> int:
+    """Evaluate, write `evaluation.json` and `report.html`, and print the tables."""
+    options.interrupted = f"Run the same command again to go on; see {options.output}."
     for file in options.eval_file:
         _run_file(file)
     chosen = [name for group in options.evals for name in GROUPS.get(group, (group,))]
-    settings = EvaluationSettings(
+    settings = settings_from(
+        EvaluationSettings,
+        options,
         evals=tuple(dict.fromkeys(chosen)),
-        tokens=options.tokens,
-        sinks=options.sinks,
-        max_norm_multiple=options.max_norm_multiple,
-        plant_sinks=options.plant_sinks,
-        model=options.model,
-        hook=options.hook,
-        dataset=options.dataset,
-        context_size=options.context_size,
-        device=options.device,
-        tasks=options.tasks and tuple(options.tasks),
-        task_texts=options.task_texts,
-        causal_contexts=options.causal_contexts,
-        causal_features=options.causal_features,
         saebench=_saebench_settings(options.saebench_settings),
         judge=Judge(options.judge_model, options.judge_url),
     )
-    with open_evaluation(options.output) as output:
+    with progress_bar(options.quiet) as progress, open_evaluation(options.output) as output:
         found = evaluate(
             options.saes,
             settings,
@@ -155,7 +153,10 @@ def run_evaluate(options: Any, progress: Progress) -> list[Table]:
         )
         with output.file("report.html") as path:
             write_report(report_data(found), path)
-    return as_tables(found)
+    console = print_tables(as_tables(found), 140)
+    if not options.quiet:
+        say(console, f"Written to {options.output}: evaluation.json, report.html")
+    return 0
 
 
 def _run_file(file: Path) -> None:
@@ -200,7 +201,7 @@ def as_tables(found: Evaluation) -> list[Table]:
     ]
     if found.differences or found.unpaired:
         tables.append(_differences(found))
-    tables.append(_table("Left out", "arm", "eval", "reason"))
+    tables.append(plain_table("Left out", ["arm", "eval", "reason"]))
     for item in left_out(found):
         tables[-1].add_row(item.whose, item.eval, item.reason)
     return [table for table in tables if table.row_count or table.caption]
@@ -208,7 +209,7 @@ def as_tables(found: Evaluation) -> list[Table]:
 
 def _listed(title: str, by_name: Mapping[str, Figures], found: Evaluation, shown: Container[str]) -> Table:
     """Figures that have no column in the first table."""
-    table = _table(title, "eval", "figure", *by_name)
+    table = plain_table(title, ["eval", "figure"], list(by_name))
     before = None
     for name, figure, values in rows(by_name, found.settings.evals):
         if figure not in shown:
@@ -222,7 +223,7 @@ def _not_finite(found: Evaluation) -> Iterator[Table]:
     """What is NaN or infinite, in red, where anything is."""
     broken = not_finite(found)
     if broken:
-        table = _table("Not finite: figures of these are NaN", "arm", "seed", "eval", "not finite")
+        table = plain_table("Not finite: figures of these are NaN", ["arm", "seed", "eval", "not finite"])
         table.style = table.title_style = "red"
         for item in broken:
             table.add_row(item.arm, str(item.seed), item.eval, f"{item.bad:,}")
@@ -235,9 +236,9 @@ def _results(found: Evaluation, first: Mapping[str, Figure]) -> Table:
     measured = tokens_measured(found.saes)
     tokens = f"\nTokens: {', '.join(f'{name} {count}' for name, count in measured.items())}" if measured else ""
     forms = {one.name: one.column or "" for one in first.values()}
-    table = _table(f"{text_is(found.saes)}; mean over seeds; {bound}{planted}{tokens}", "arm", "seeds", "", *forms)
+    title = f"{text_is(found.saes)}; mean over seeds; {bound}{planted}{tokens}"
+    table = plain_table(title, ["arm", "seeds", ""], list(forms))
     table.caption = "\n".join(notes(found.saes)) or None
-    table.caption_justify = "left"
     for arm, entries in found.arms.items():
         figures = summary(entries)
         for sinks in TREATMENTS.values():
@@ -250,15 +251,8 @@ def _results(found: Evaluation, first: Mapping[str, Figure]) -> Table:
 
 def _differences(found: Evaluation) -> Table:
     title = f"Difference to {found.baseline}, paired, 95 % interval"
-    table = _table(title, "arm", "measure", "over", "difference")
+    table = plain_table(title, ["arm", "measure", "over", "difference"])
     for item in found.differences:
         table.add_row(item.arm, item.measure, item.counted, str(item.difference))
-    table.caption, table.caption_justify = "\n".join(about_differences(found)), "left"
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column)
+    table.caption = "\n".join(about_differences(found))
     return table

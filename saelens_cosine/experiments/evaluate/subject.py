@@ -22,19 +22,14 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
-from saelens_cosine.experiments.evaluate.texts.tasks import (
-    Task,
-    bundled_concepts,
-    concept_run,
-    load_tasks,
-    sample_task,
-    token_concepts,
-)
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
+from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
+from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.loading import from_pretrained
-from saelens_cosine.metrics.causal import CleanRun, clean_run
-from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
+from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
-from saelens_cosine.metrics.probing.probing import canonical_codes, pool
+from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 
 
@@ -241,7 +236,6 @@ class Loader(ExitStack):
             CheckpointError, OSError: it, its model or its text cannot be loaded.
         """
         sae = from_pretrained(source.place, source.sae_id, device=self.settings.device)
-        sae.turn_off_forward_pass_hook_z_reshaping()  # samples have flattened heads
         return Subject(source, sae, self.text(source, sae), self.folder, baseline)
 
     def text(self, source: Source, sae: SAE[Any]) -> Text:

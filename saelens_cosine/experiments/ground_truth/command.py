@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from saelens_cosine.console import print_tables, say
 from saelens_cosine.devices import check_device
 from saelens_cosine.experiments.ground_truth.planted import small_model
-from saelens_cosine.experiments.ground_truth.run import (
-    SYNTH_SAE_BENCH_16K,
-    GroundTruthSettings,
-    as_tables,
-    ground_truth,
-    write_json,
-)
+from saelens_cosine.experiments.ground_truth.run import ground_truth
+from saelens_cosine.experiments.ground_truth.settings import SYNTH_SAE_BENCH_16K, GroundTruthSettings
+from saelens_cosine.experiments.ground_truth.tables import as_tables, write_json
 from saelens_cosine.files.output import open_output
+from saelens_cosine.terminal.bar import progress_bar
+from saelens_cosine.terminal.options import add_command, count, settings_from
 
 SMALL = "small"
 """What `--model` calls `planted.small_model()`."""
@@ -26,8 +21,17 @@ SMALL = "small"
 FILE = "ground_truth.json"
 
 
-def add_ground_truth_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) -> None:
-    """The options of the subcommand; `count` parses a number of samples."""
+def add_ground_truth_command(commands: Any) -> None:
+    """Add `ground-truth` to the subcommands of `saelens-cosine`."""
+    parser = add_command(
+        commands,
+        "ground-truth",
+        run_ground_truth,
+        help="train SAEs on synthetic data and see how well they find its features",
+        description="Train SAEs on SAELens' synthetic benchmark, whose features are known, with a planted spread of token norms and "
+        "planted attention sinks, and score how well they find the features. With no arguments: a small model of 128 "
+        "features, on the CPU, in minutes.",
+    )
     default = GroundTruthSettings()
     add = parser.add_argument
     add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
@@ -59,35 +63,19 @@ def add_ground_truth_options(parser: argparse.ArgumentParser, count: Callable[[s
     add("--quiet", action="store_true", help="print only the tables")
 
 
-def run_ground_truth(options: Any, progress: Callable[[str, int, int], None]) -> list[Table]:
-    """Train, score, write `ground_truth.json`, and give the tables to print.
-
-    Raises:
-        ValueError: settings that cannot be run.
-        OSError: the folder cannot be written, it holds an earlier result and `--overwrite` is not given, or the model cannot be
-            loaded.
-    """
-    settings = GroundTruthSettings(
-        arms=tuple(options.arms),
-        model=small_model() if options.model == SMALL else options.model,
-        norm_spreads=tuple(options.norm_spreads),
-        seeds=options.seeds,
-        samples=options.samples,
-        d_sae=options.d_sae,
-        k=options.k,
-        recipe=options.recipe,
-        sink_share=options.sink_share,
-        train_on_sinks=options.train_on_sinks,
-        eval_samples=options.eval_samples,
-        device=options.device,
-    )
+def run_ground_truth(options: Any) -> int:
+    """Train, score, write `ground_truth.json`, and print the tables."""
+    model = small_model() if options.model == SMALL else options.model
+    settings = settings_from(GroundTruthSettings, options, model=model)
     check_device(settings.device)
     folder: Path = options.output
-    with open_output(folder, "ground-truth", keep_empty=False) as output:
+    with progress_bar(options.quiet) as progress, open_output(folder, "ground-truth", keep_empty=False) as output:
         output.begin(before=[FILE], places=[FILE], overwrite=options.overwrite)
         progress("Loading the synthetic model", 0, 1)
         result = ground_truth(settings, progress)
         with output.file(FILE) as path:
             write_json(result, path)
-    tables = as_tables(result)
-    return tables + as_tables(result, sinks=True) if settings.sink_share else tables
+    console = print_tables(as_tables(result) + (as_tables(result, sinks=True) if settings.sink_share else []), 120)
+    if not options.quiet:
+        say(console, f"Written to {folder}: {FILE}")
+    return 0

@@ -16,10 +16,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.code_edits import code_units, decoded_change
-from saelens_cosine.metrics.causal.forward import CleanRun, Progress
-from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.metrics.causal.code_edits import decoded_change
+from saelens_cosine.metrics.causal.forward import CleanRun
+from saelens_cosine.metrics.codes import code_units, sparse_codes
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ def ablation_precision(
     n_features: Sequence[int] = (1, 3, 5, 10, 20, 50),
     ablated: Literal["read", "all"] = "read",
     ranked: Mapping[int, Sequence[int]] | None = None,
-    on_progress: Progress | None = None,
 ) -> AblationPrecision:
     """Zero each concept's features and measure the effect on texts with and without it.
 
@@ -109,7 +107,6 @@ def ablation_precision(
         n_features: numbers of features zeroed.
         ablated: where.
         ranked: features of each label, the first ones first, instead; then all texts are measured.
-        on_progress: called after each batch.
 
     Raises:
         ValueError: labels of another shape, or fewer than two labels, or too few texts of one.
@@ -132,9 +129,7 @@ def ablation_precision(
     if len(names) < 2 or any(not (measured & (labels == name)).any() for name in names):
         raise ValueError(f"{len(labels)} texts with labels {names} are too few: two labels, two texts each, at least.")
     if ranked is None:
-        ranking = sample.activations[rows[~measured]]
-        with flat_heads(sae):
-            codes: Any = sparse_codes(sae, ranking)
+        codes = sparse_codes(sae, sample.activations[rows[~measured]])
         units = code_units(sae)
         found = {name: _rank(codes, units, (labels == name)[~measured]) for name in names}
     else:
@@ -144,7 +139,7 @@ def ablation_precision(
         where &= torch.arange(where.shape[1]) == run.read.unsqueeze(-1)
     texts = contexts[measured]
     results = tuple(
-        _concept(name, found[name][: sizes[-1]], run, sae, where, texts, labels[measured] == name, sizes, on_progress)
+        _concept(name, found[name][: sizes[-1]], run, sae, where, texts, labels[measured] == name, sizes)
         for name in names
     )
     mean = tuple(_mean([result.effects[i] for result in results]) for i in range(len(sizes)))
@@ -160,7 +155,6 @@ def _concept(
     texts: torch.Tensor,
     on: torch.Tensor,
     sizes: list[int],
-    on_progress: Progress | None,
 ) -> ConceptAblation:
     rank = torch.full((sae.cfg.d_sae,), sae.cfg.d_sae)
     rank[features] = torch.arange(len(features))
@@ -181,7 +175,7 @@ def _concept(
         changed[edits] = torch.zeros(len(edits)).index_add(0, place, (moved != 0).any(dim=-1).float()) > 0
         return hidden
 
-    kl = run.kl(contexts, edit, f"ablation of concept {name}", on_progress).unflatten(0, (len(sizes), -1))
+    kl = run.kl(contexts, edit).unflatten(0, (len(sizes), -1))
     share = changed.double().unflatten(0, (len(sizes), -1))
     effects = tuple(
         _effect(

@@ -1,4 +1,4 @@
-"""What a change of an SAE's codes does to the activations that they were read from, and the codes' common unit."""
+"""What a change of an SAE's codes does to the activations that they were read from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.metrics.codes import most_at_once
 from saelens_cosine.metrics.flat_tokens import flat_heads
-
-CODES_AT_ONCE = 2**24
-"""Dense codes that are decoded at a time: 64 MiB in float32."""
 
 CodeChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`change(codes, rows)`: dense codes `[rows, d_sae]` of the tokens with numbers `rows [rows]`, changed, not in place."""
@@ -33,7 +31,7 @@ def decoded_change(sae: SAE[Any], x: torch.Tensor, change: CodeChange) -> torch.
     """
     moved = torch.zeros_like(x)
     with flat_heads(sae):
-        for rows in torch.arange(len(x)).split(max(1, CODES_AT_ONCE // sae.cfg.d_sae)):
+        for rows in torch.arange(len(x)).split(most_at_once(sae)):
             codes = sae.encode(x[rows].to(sae.device)).to_dense()
             changed = change(codes, rows)
             before, after = sae.decode(torch.stack([codes, changed]))  # one call: some SAEs decode once per encoding
@@ -48,17 +46,7 @@ def reconstruct(sae: SAE[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     @torch.no_grad()
     def reconstructed(x: torch.Tensor) -> torch.Tensor:
         with flat_heads(sae):
-            parts = [
-                sae.decode(sae.encode(part.to(sae.device))).float().cpu()
-                for part in x.split(max(1, CODES_AT_ONCE // sae.cfg.d_sae))
-            ]
+            parts = [sae.decode(sae.encode(part.to(sae.device))).float().cpu() for part in x.split(most_at_once(sae))]
         return torch.cat(parts)
 
     return reconstructed
-
-
-def code_units(sae: SAE[Any]) -> torch.Tensor:
-    """`[d_sae]` float32 on the CPU: how far a code of 1 moves the reconstruction, to compare features and SAEs by."""
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return torch.ones(sae.cfg.d_sae)
-    return sae.W_dec.detach().float().norm(dim=-1).cpu()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from saelens_cosine.activations.models import of_head
+from saelens_cosine.activations.models import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.not_finite import NotFiniteError
@@ -26,9 +26,6 @@ TOKENS_AT_ONCE = 4096
 
 LOGITS_AT_ONCE = 2**22
 """Log-probabilities held at a time: 16 MiB. A few times as many take three times as long on a CPU, whose caches they leave."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`edit(hidden, rows)`: float32 activations `[rows, length, d_in]` of the edits with numbers `rows [rows]`, changed."""
@@ -70,7 +67,7 @@ class ResumedModel:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,34 +190,32 @@ class CleanRun:
         """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
         return replace(self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions)._predicted()
 
-    def alone(self, activations: torch.Tensor, token: int = 0) -> CleanRun:
+    def alone(self, activations: torch.Tensor) -> CleanRun:
         """Activations `[n, d_in]`, each as the only one of a context with one token, whose own is replaced by it.
 
         The paper's one-token protocols. Nothing comes before the token, so no attention: a degenerate context.
         """
         hidden = activations.to(self.hidden.dtype).unsqueeze(1)
-        tokens = torch.full((len(hidden), 1), token)
+        tokens = torch.zeros((len(hidden), 1), dtype=torch.int64)
         return replace(
             self, tokens=tokens, hidden=hidden, read=torch.zeros(len(hidden), dtype=torch.int64)
         )._predicted()
 
     def predictions(
-        self, contexts: torch.Tensor, edit: Edit, what: str = "edits", on_progress: Progress | None = None
+        self, contexts: torch.Tensor, edit: Edit
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Edited predictions beside clean ones, batch by batch, of the edits that change something.
 
         Args:
             contexts: `[edits]`, the context that each edit is of.
             edit: makes them.
-            what: how progress is called.
-            on_progress: called after each batch.
 
         Yields:
             Numbers of the edits `[b]` on the CPU, and clean and edited log-probabilities `[b, vocabulary]`.
         """
         if len(contexts) == 0:
             return
-        for rows in torch.arange(len(contexts)).split(self._contexts_at_once(1)):
+        for rows in torch.arange(len(contexts)).split(self._contexts_at_once()):
             hidden = self.hidden[contexts[rows]]
             edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
             changed = (edited != hidden).flatten(1).any(dim=-1)
@@ -228,12 +223,8 @@ class CleanRun:
                 of = contexts[rows[changed]]
                 log_q = self.resumed.log_probs(edited[changed], self.tokens[of], self.read[of])
                 yield rows[changed], self.log_probs[of].to(log_q), log_q
-            if on_progress:
-                on_progress(what, int(rows[-1]) + 1, len(contexts))
 
-    def kl(
-        self, contexts: torch.Tensor, edit: Edit, what: str = "edits", on_progress: Progress | None = None
-    ) -> torch.Tensor:
+    def kl(self, contexts: torch.Tensor, edit: Edit) -> torch.Tensor:
         """KL(clean || edited) of the token read, in nats: `[edits]` float64, 0 for edits that change nothing.
 
         Args: as for `predictions`.
@@ -242,34 +233,21 @@ class CleanRun:
             NotFiniteError: a divergence is NaN, as activations that are not finite make it.
         """
         kl = torch.zeros(len(contexts), dtype=torch.float64)
-        for rows, log_p, log_q in self.predictions(contexts, edit, what, on_progress):
+        for rows, log_p, log_q in self.predictions(contexts, edit):
             kl[rows] = kl_divergence(log_p, log_q).cpu().double()
         if bad := int(kl.isnan().sum()):
             raise NotFiniteError("Predictions after an edit", bad, len(kl), "edits")
         return kl
 
-    def kl_everywhere(self, contexts: torch.Tensor, edit: Edit, on_progress: Progress | None = None) -> torch.Tensor:
-        """The same of every token of the contexts: `[edits, length]`. Clean predictions are computed again, not kept."""
-        kl = torch.zeros((len(contexts), self.tokens.shape[1]), dtype=torch.float64)
-        for rows in torch.arange(len(contexts)).split(self._contexts_at_once(self.tokens.shape[1])):
-            hidden, tokens = self.hidden[contexts[rows]], self.tokens[contexts[rows]]
-            edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
-            if not torch.equal(edited, hidden):
-                clean = self.resumed.log_probs(hidden, tokens)
-                kl[rows] = kl_divergence(clean, self.resumed.log_probs(edited, tokens)).cpu().double()
-            if on_progress:
-                on_progress("substitutions", int(rows[-1]) + 1, len(contexts))
-        return kl
-
-    def _contexts_at_once(self, reads: int) -> int:
+    def _contexts_at_once(self) -> int:
         vocabulary = self.log_probs.shape[-1]
-        return max(1, min(TOKENS_AT_ONCE // self.tokens.shape[1], LOGITS_AT_ONCE // (reads * vocabulary)))
+        return max(1, min(TOKENS_AT_ONCE // self.tokens.shape[1], LOGITS_AT_ONCE // vocabulary))
 
     def _predicted(self) -> CleanRun:
         """With the clean predictions of the tokens now read, from the activations now held."""
         parts = [
             self.resumed.log_probs(self.hidden[rows], self.tokens[rows], self.read[rows]).cpu()
-            for rows in torch.arange(len(self.tokens)).split(self._contexts_at_once(1))
+            for rows in torch.arange(len(self.tokens)).split(self._contexts_at_once())
             if len(rows)  # not every model takes no contexts
         ]
         return replace(self, log_probs=torch.cat([self.log_probs[:0], *parts]))
@@ -280,7 +258,6 @@ def clean_run(
     hook_name: str,
     tokens: torch.Tensor,
     read: torch.Tensor | None = None,
-    on_progress: Progress | None = None,
     head: int | None = None,
 ) -> CleanRun:
     """Run a hooked model over contexts once and keep its activations at a hook and its predictions.
@@ -290,7 +267,6 @@ def clean_run(
         hook_name: a hook point of it.
         tokens: `[contexts, length]` int64. Shorter texts are padded on the right, with any token.
         read: `[contexts]`, the position of each text's last token; None: the contexts' end.
-        on_progress: called after each batch.
         head: the attention head that is edited; None for all of them.
 
     Raises:
@@ -309,8 +285,6 @@ def clean_run(
         activations, predictions = resumed.run(tokens[rows], read[rows])
         hidden.append(activations.cpu())
         log_probs.append(predictions.cpu())
-        if on_progress:
-            on_progress("clean run", int(rows[-1]) + 1, n)
     return CleanRun(resumed, tokens, read, torch.cat(hidden), torch.cat(log_probs))
 
 

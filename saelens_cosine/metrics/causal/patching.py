@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.causal.forward import CleanRun
 
 DRAWS = 200
 """How many times the wanted number of pairs is drawn in search of pairs that meet a control's conditions."""
@@ -109,7 +109,6 @@ def direction_norm_patching(
     factors: Sequence[float] = (0.5, 2.0, 5.0),
     context: Literal["alone", "text"] = "alone",
     seed: int = 0,
-    on_progress: Progress | None = None,
 ) -> Patching:
     """Patch directions and norms between random tokens of different contexts.
 
@@ -123,7 +122,6 @@ def direction_norm_patching(
         context: `"alone"` puts activations into a one-token context, the paper's protocol; `"text"` at the reference's
             place in its own context, with the prediction read there.
         seed: of all draws.
-        on_progress: called after each batch.
 
     Raises:
         ValueError: another `context`, or a sample of a single context.
@@ -133,29 +131,24 @@ def direction_norm_patching(
     run.holds(sample)
     if bool((sample.contexts == sample.contexts[0]).all()):
         raise ValueError("All tokens of the sample are of one context; pairs are of two.")
-    draw = _Pairs(sample, torch.Generator().manual_seed(seed))
-    effect = _Effect(run, sample, context, on_progress)
+    draw = _Draw(sample, torch.Generator().manual_seed(seed))
+    effect = _Effect(run, sample, context)
     some = draw.rows(rescaled_tokens)
     x = sample.activations[some]
     turned = torch.randn(x.shape, generator=draw.rng)
     return Patching(
         context=context,
         tokens=len(sample),
-        random=effect.patches(*draw.pairs(pairs), "random pairs"),
-        same_norm=effect.patches(
-            *draw.pairs(control_pairs, lambda cosine, ratio: (ratio < 1.1) & (cosine < 0.5)), "pairs of the same norm"
-        ),
-        same_direction=effect.patches(
-            *draw.pairs(control_pairs, lambda cosine, ratio: (ratio > 1.5) & (cosine > 0.7)),
-            "pairs of the same direction",
-        ),
-        scaled=tuple(ScaledKL(factor, _mean(effect.kl(some, factor * x, "scaling"))) for factor in factors),
-        rotated=_mean(effect.kl(some, _with_norm_of(turned, x), "rotation")),
+        random=effect.patches(*draw.pairs(pairs)),
+        same_norm=effect.patches(*draw.pairs(control_pairs, lambda cosine, ratio: (ratio < 1.1) & (cosine < 0.5))),
+        same_direction=effect.patches(*draw.pairs(control_pairs, lambda cosine, ratio: (ratio > 1.5) & (cosine > 0.7))),
+        scaled=tuple(ScaledKL(factor, _mean(effect.kl(some, factor * x))) for factor in factors),
+        rotated=_mean(effect.kl(some, _with_norm_of(turned, x))),
         rescaled_tokens=rescaled_tokens,
     )
 
 
-class _Pairs:
+class _Draw:
     """Draws tokens of a sample, alone or in pairs."""
 
     def __init__(self, sample: TokenSample, rng: torch.Generator):
@@ -193,9 +186,8 @@ class _Effect:
     run: CleanRun
     sample: TokenSample
     context: str
-    on_progress: Progress | None
 
-    def kl(self, rows: torch.Tensor, vectors: torch.Tensor, what: str) -> torch.Tensor:
+    def kl(self, rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Of `vectors [n, d_in]` in the place of the sample's `rows [n]`."""
         parts: list[torch.Tensor] = []
         for part in torch.arange(len(rows)).split(64):  # each has a copy of its context
@@ -206,15 +198,13 @@ class _Effect:
                 clean = self.run.at(self.sample.contexts[token], self.sample.positions[token])
             put = _put(clean, vectors[part])
             parts.append(clean.kl(torch.arange(len(part)), put))
-            if self.on_progress:
-                self.on_progress(what, int(part[-1]) + 1, len(rows))
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
-    def patches(self, a: torch.Tensor, b: torch.Tensor, what: str) -> Patches:
+    def patches(self, a: torch.Tensor, b: torch.Tensor) -> Patches:
         """Of references a and donors b."""
         x, y = self.sample.activations[a], self.sample.activations[b]
-        direction = self.kl(a, _with_norm_of(y, x), f"{what}: directions")
-        norm = self.kl(a, _with_norm_of(x, y), f"{what}: norms")
+        direction = self.kl(a, _with_norm_of(y, x))
+        norm = self.kl(a, _with_norm_of(x, y))
         cosine, ratio = _cosine_and_ratio(self.sample, a, b)
         ratios = direction / norm
         return Patches(

@@ -10,10 +10,9 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.code_edits import code_units, decoded_change
-from saelens_cosine.metrics.causal.forward import CleanRun, Progress, kl_divergence
-from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.metrics.causal.code_edits import decoded_change
+from saelens_cosine.metrics.causal.forward import CleanRun, kl_divergence
+from saelens_cosine.metrics.codes import code_units, sparse_codes
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ def steering(
     n_features: int = 10,
     min_firing_share: float = 0.3,
     top: int = 5,
-    on_progress: Progress | None = None,
 ) -> Steering:
     """Add `(f - 1) z_i d_i` to the activation of each text's last token.
 
@@ -82,7 +80,6 @@ def steering(
         n_features: features, at most.
         min_firing_share: see above.
         top: tokens in `top_change`.
-        on_progress: called after each batch.
 
     Raises:
         ValueError: the sample holds no text to its end.
@@ -90,8 +87,7 @@ def steering(
     rows = run.read_rows(sample)
     if len(rows) == 0:
         raise ValueError("The sample holds the last token of no context, which is steered.")
-    with flat_heads(sae):
-        codes: Any = sparse_codes(sae, sample.activations[rows])
+    codes: Any = sparse_codes(sae, sample.activations[rows])
     firing = torch.from_numpy((codes != 0).mean(axis=0))
     size = torch.from_numpy(abs(codes).mean(axis=0)) * code_units(sae)
     size[firing <= min_firing_share] = 0
@@ -121,7 +117,7 @@ def steering(
 
         kl = torch.zeros(len(place), dtype=torch.float64)
         change = torch.zeros_like(kl)
-        for edits, log_p, log_q in run.predictions(texts[place], edit, f"steering times {factor:g}", on_progress):
+        for edits, log_p, log_q in run.predictions(texts[place], edit):
             kl[edits] = kl_divergence(log_p, log_q).cpu().double()
             likely = log_p.topk(min(top, log_p.shape[-1]), dim=-1).indices
             p, q = (log.gather(-1, likely).exp() for log in (log_p, log_q))

@@ -12,69 +12,20 @@ tokens larger; `removed="cosine"` takes the same length off tokens of every norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.causal.forward import CleanRun, Progress
+from saelens_cosine.metrics.causal.correlations import advantage, correlations, rate
+from saelens_cosine.metrics.causal.forward import CleanRun
+from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS, WinRateProtocol
 from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.flat_tokens import flat_heads
-
-MIN_SAMPLES = 10
-"""Samples that a correlation is computed from, at least (experiments 5 to 39)."""
-
-MIN_STD = 1e-10
-"""Standard deviation of either side below which there is no correlation (experiments 5 to 39)."""
 
 LONE_TOKENS_AT_ONCE = 256
 """One-token contexts whose clean predictions are held at a time."""
-
-TIE = 1e-6
-"""Correlations closer than this are a tie: with equal norms the two scores differ by float32 rounding alone."""
-
-
-@dataclass(frozen=True)
-class WinRateProtocol:
-    """
-    How features are chosen, ablated and judged.
-
-    Args:
-        context (Literal["alone", "text"]): `text`: the effect on the last token of each text. `alone`: active tokens, each put in place of the only token of a one-token context.
-        ablated (Literal["all", "read"]): In a text, the direction is removed at all tokens that the sample holds, or only at the one whose prediction is read.
-        chosen_by (Literal["firing_rate", "mean_code"]): Features with the highest share of active tokens, or the highest mean |code|.
-        chosen_on (int | None): The first so many contexts decide that; None: all.
-        features (int): Features compared, if so many are active.
-        samples (int): Tokens (`alone`, drawn from a feature's active ones) or texts per feature, at most.
-        min_active (int): Active tokens that a feature must have in the sample to be chosen.
-        compared (Literal["correlations", "absolute_correlations", "absolute_predictors"]): Correlations as they are, their absolute values, or correlations with |cosine| and |inner product|.
-        removed (Literal["inner_product", "cosine"]): What is subtracted along the unit direction: `<x, d>`, all of it, or the sample's median norm times the cosine.
-    """
-
-    context: Literal["alone", "text"]
-    ablated: Literal["all", "read"]
-    chosen_by: Literal["firing_rate", "mean_code"]
-    chosen_on: int | None
-    features: int
-    samples: int
-    min_active: int
-    compared: Literal["correlations", "absolute_correlations", "absolute_predictors"]
-    removed: Literal["inner_product", "cosine"] = "inner_product"
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(repr, get_args(hint)))}.")
-
-
-PROTOCOLS = {
-    "A": WinRateProtocol("alone", "read", "firing_rate", None, 30, 50, 20, "absolute_correlations"),
-    "B": WinRateProtocol("text", "all", "mean_code", None, 100, 200, 1, "correlations"),
-    "C": WinRateProtocol("text", "read", "mean_code", 50, 100, 200, 1, "absolute_predictors"),
-}
-"""The paper's: A of experiments 5 to 39, 41 and 42; B of 40 and 42c, which chose features without sinks; C of 43 and 45 to 48, with them."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +125,6 @@ def win_rate(
     sample: TokenSample,
     protocol: WinRateProtocol = PROTOCOLS["B"],
     seed: int = 0,
-    on_progress: Progress | None = None,
 ) -> WinRate:
     """Win rate of the cosine against the inner product.
 
@@ -185,19 +135,17 @@ def win_rate(
             only they are ablated, and a text counts only if its last token is among them.
         protocol: one of `PROTOCOLS`, or another.
         seed: of the draw of active tokens, for `alone`.
-        on_progress: called after each batch.
 
     Raises:
         ValueError: no feature is active often enough, or the sample holds no text to its end.
     """
-    with flat_heads(sae):
-        codes = sparse_codes(sae, sample.activations)
+    codes = sparse_codes(sae, sample.activations)
     chosen = _choose(codes, sample, protocol)
     active: Any = codes[:, chosen.numpy()]
     acts = torch.from_numpy(active.toarray())  # [tokens, features]
     group, token = _samples(run, sample, acts != 0, protocol, seed)
     directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu()[chosen], dim=-1)
-    kl = _ablate(run, sample, directions, group, token, protocol, on_progress)
+    kl = _ablate(run, sample, directions, group, token, protocol)
 
     norms = sample.norms.double()
     x, d = sample.activations[token].double(), directions[group].double()
@@ -206,26 +154,26 @@ def win_rate(
     if protocol.compared == "absolute_predictors":
         cosine, inner = cosine.abs(), inner.abs()
     predictors = torch.stack([cosine, inner, acts[token, group].double(), norms[token]], dim=-1)
-    pooled = _correlations(predictors, kl, group, len(chosen))
-    advantage = _advantage(pooled, protocol)
-    rate = _rate(advantage)
+    pooled = correlations(predictors, kl, group, len(chosen))
+    advantages = advantage(pooled, protocol)
+    found = rate(advantages)
 
     of = norms[token] if protocol.context == "text" else norms
     edges = torch.quantile(of, torch.linspace(0, 1, 5, dtype=torch.float64))
     quartile = torch.bucketize(norms[token], edges[1:-1], right=True)
-    within = _correlations(predictors, kl, quartile * len(chosen) + group, 4 * len(chosen)).unflatten(0, (4, -1))
+    within = correlations(predictors, kl, quartile * len(chosen) + group, 4 * len(chosen)).unflatten(0, (4, -1))
     by_norm = tuple(
         NormRangeWinRate(
             edges[q].item(),
             edges[q + 1].item(),
             int((quartile == q).sum()),
-            *_rate(_advantage(within[q], protocol))[2:],
+            *rate(advantage(within[q], protocol))[2:],
         )
         for q in range(4)
     )
     counted = sum(part.features for part in by_norm)
     inside = sum(part.win_rate * part.features for part in by_norm if part.features)
-    means = pooled[~advantage.isnan()].nanmean(dim=0).tolist()
+    means = pooled[~advantages.isnan()].nanmean(dim=0).tolist()
     counts = torch.bincount(group, minlength=len(chosen)).double()
     columns = [
         chosen.tolist(),
@@ -233,17 +181,17 @@ def win_rate(
         (torch.bincount(group, (acts[token, group] != 0).double(), len(chosen)) / counts).tolist(),
         (torch.bincount(group, kl, len(chosen)) / counts).tolist(),
         *pooled.T.tolist(),
-        advantage.tolist(),
+        advantages.tolist(),
     ]
     return WinRate(
         protocol=protocol,
         tokens=len(sample),
         samples=len(token),
-        features=rate[2],
-        features_left_out=len(chosen) - rate[2],
-        wins=rate[0],
-        ties=rate[1],
-        win_rate=rate[3],
+        features=found.features,
+        features_left_out=len(chosen) - found.features,
+        wins=found.wins,
+        ties=found.ties,
+        win_rate=found.rate,
         win_rate_within_quartiles=inside / counted if counted else float("nan"),
         cosine=means[0],
         inner_product=means[1],
@@ -296,7 +244,6 @@ def _ablate(
     group: torch.Tensor,
     token: torch.Tensor,
     protocol: WinRateProtocol,
-    on_progress: Progress | None,
 ) -> torch.Tensor:
     """KL of each pair, `[pairs]` float64."""
     median = sample.norms.median()
@@ -315,8 +262,6 @@ def _ablate(
             parts.append(
                 lone.kl(torch.arange(len(pairs)), lambda hidden, rows, pairs=pairs: without(hidden, pairs[rows]))
             )
-            if on_progress:
-                on_progress("ablations", int(pairs[-1]) + 1, len(token))
         return torch.cat(parts)
     ablated = run.holds(sample)
     if protocol.ablated == "read":
@@ -326,33 +271,4 @@ def _ablate(
     def edit(hidden: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         return torch.where(ablated[contexts[pairs]].unsqueeze(-1), without(hidden, pairs), hidden)
 
-    return run.kl(contexts, edit, "ablations", on_progress)
-
-
-def _correlations(predictors: torch.Tensor, kl: torch.Tensor, group: torch.Tensor, n: int) -> torch.Tensor:
-    """Pearson correlations `[n, predictors]` of `[pairs, predictors]` with `[pairs]`, group by group; NaN where there is none."""
-    keep = kl.isfinite()
-    values = torch.cat([predictors, kl.unsqueeze(-1)], dim=-1)[keep]
-    group = group[keep]
-    counts = torch.bincount(group, minlength=n).double().unsqueeze(-1)
-    means = torch.zeros(n, values.shape[-1], dtype=torch.float64).index_add(0, group, values) / counts
-    values = values - means[group]
-    squares = torch.zeros_like(means).index_add(0, group, values**2)
-    products = torch.zeros_like(means).index_add(0, group, values * values[:, -1:])
-    std = (squares / counts).sqrt()
-    exists = (counts >= MIN_SAMPLES) & (std >= MIN_STD) & (std[:, -1:] >= MIN_STD)
-    correlation = products / (squares.sqrt() * squares[:, -1:].sqrt())
-    return torch.where(exists, correlation, torch.nan)[:, :-1]
-
-
-def _advantage(correlations: torch.Tensor, protocol: WinRateProtocol) -> torch.Tensor:
-    cosine, inner = correlations[:, 0], correlations[:, 1]
-    return cosine.abs() - inner.abs() if protocol.compared == "absolute_correlations" else cosine - inner
-
-
-def _rate(advantage: torch.Tensor) -> tuple[int, int, int, float, float]:
-    """Wins, ties, features, win rate, median advantage."""
-    seen = advantage[~advantage.isnan()]
-    wins, ties = int((seen > TIE).sum()), int((seen.abs() <= TIE).sum())
-    rate = (wins + ties / 2) / len(seen) if len(seen) else float("nan")
-    return wins, ties, len(seen), rate, seen.quantile(0.5).item() if len(seen) else float("nan")
+    return run.kl(contexts, edit)

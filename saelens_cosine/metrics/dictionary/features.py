@@ -17,10 +17,9 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.models import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
+from saelens_cosine.metrics.codes import most_at_once
+from saelens_cosine.metrics.flat_tokens import flat_heads
 from saelens_cosine.saes.scored_sae import ScoredSAE
-
-CHUNK_CODES = 2**24
-"""Dense codes held at once for an SAE that has no other form: 64 MiB in float32."""
 
 MERGE_CODES = 2**20
 """New codes that wait to be compared with those kept: 20 MiB."""
@@ -185,9 +184,7 @@ def top_activations(
     """
     found, norm_filter = TopActivations(sae.cfg.d_sae, n_contexts), HighNormFilter(max_norm_multiple)
     form = ContextForm.of(sae.cfg.metadata)
-    reshaping = sae.hook_z_reshaping_mode
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened here
-    try:
+    with flat_heads(sae):
         for tokens in token_batches:
             activations = _at_hook(sae, model, tokens)
             keep = norm_filter.keep(activations).view(tokens.shape)
@@ -197,9 +194,6 @@ def top_activations(
             rows = evaluated.nonzero().squeeze(1)
             places, features, values = _active_codes(sae, activations[rows])
             found.add(tokens, rows.cpu()[places], features, values)
-    finally:
-        if reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()
     return found
 
 
@@ -219,7 +213,7 @@ def _active_codes(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.T
         codes = sae.encode_sparse(x)
         rows, places = (codes.values != 0).nonzero(as_tuple=True)
         return rows.cpu(), codes.indices[rows, places].cpu(), codes.values[rows, places].float().cpu()
-    size = max(1, CHUNK_CODES // sae.cfg.d_sae)
+    size = most_at_once(sae)
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for start in range(0, max(1, len(x)), size):
         codes = sae.encode(x[start : start + size]).to_dense()

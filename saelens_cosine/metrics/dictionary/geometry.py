@@ -6,7 +6,7 @@ of a randomised decomposition, which caps it at 512, and the mean pairwise cosin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from saelens_cosine.score import wide
 BLOCK_ROWS = 1024
 """Decoder rows that are compared with the rest at a time: 256 MiB of cosines for 65,536 features."""
 
-PERCENTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ def decoder_geometry(
     sae: SAE[Any],
     features: Sequence[int] | None = None,
     neighbour_cosines: Sequence[float] = (0.3, 0.5, 0.7),
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> DecoderGeometry:
     """Measure an SAE's decoder on its own device. `F x F` cosines are computed in blocks and not kept.
 
@@ -87,7 +86,6 @@ def decoder_geometry(
         sae: any SAELens SAE, in any form.
         features: indices, such as the alive ones (the paper measures those); all if None.
         neighbour_cosines: bounds for `Neighbours`.
-        on_progress: called with what is being done, how much of it, and out of how much.
 
     Raises:
         NotFiniteError: a decoder row or encoder column is NaN or infinite.
@@ -98,7 +96,7 @@ def decoder_geometry(
     directed = rows.any(dim=-1)
     zero_rows, rows = len(rows) - int(directed.sum()), rows[directed]
     n = len(rows)
-    nearest, counts = _neighbours(rows, neighbour_cosines, on_progress)
+    nearest, counts = _neighbours(rows, neighbour_cosines)
     eigenvalues, total = _spectrum(rows)
     p = eigenvalues / eigenvalues.sum()
     alignment = None
@@ -130,9 +128,7 @@ def _unit(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
 
 
-def _neighbours(
-    rows: torch.Tensor, cosines: Sequence[float], on_progress: Callable[[str, int, int], None] | None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _neighbours(rows: torch.Tensor, cosines: Sequence[float]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Largest cosine of each row with another, `[n]` float64, and for each bound how many are above it, `[n]`."""
     n = len(rows)
     nearest = rows.new_full((n,), -torch.inf)
@@ -147,8 +143,6 @@ def _neighbours(
             above = block > cosine
             count[start:stop] += above.sum(dim=1)
             count[stop:] += above[:, stop - start :].sum(dim=0)
-        if on_progress:
-            on_progress("Comparing decoder rows", stop, n)
     nearest = nearest.cpu().double().clamp(-1, 1) if n > 1 else torch.full((n,), torch.nan, dtype=torch.float64)
     return nearest, [count.cpu() for count in counts]
 
@@ -167,5 +161,5 @@ def _spectrum(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _percentiles(values: torch.Tensor) -> tuple[float, ...]:
     if len(values) == 0:
-        return (float("nan"),) * len(PERCENTILES)
-    return tuple(torch.quantile(values.cpu(), torch.tensor(PERCENTILES, dtype=values.dtype)).tolist())
+        return (float("nan"),) * len(QUANTILES)
+    return tuple(torch.quantile(values.cpu(), torch.tensor(QUANTILES, dtype=values.dtype)).tolist())

@@ -14,14 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sae_lens.saes.sae import SAE
 from scipy import sparse
 
-from saelens_cosine.metrics.codes import sparse_codes
-from saelens_cosine.metrics.token_gram import TokenGram, firings
+from saelens_cosine.metrics.token_gram import Array, TokenGram, firings
 from saelens_cosine.score import wide
-
-Array = np.ndarray[Any, Any]
 
 PAIRS_AT_ONCE = 4096
 """Decoder rows that are compared at a time."""
@@ -109,12 +105,6 @@ class FeatureMatching:
     b: Matches
 
 
-def match_features(sae_a: SAE[Any], sae_b: SAE[Any], activations: torch.Tensor, **settings: Any) -> FeatureMatching:
-    """`match_codes` of two SAEs on `activations [tokens, d_in]`."""
-    codes = [sparse_codes(sae, activations) for sae in (sae_a, sae_b)]
-    return match_codes(codes[0], codes[1], sae_a.W_dec, sae_b.W_dec, **settings)
-
-
 @torch.no_grad()
 def match_codes(
     codes_a: sparse.csr_array,
@@ -128,7 +118,6 @@ def match_codes(
     weak_correlation: float = 0.3,
     min_decoder_cosine: float = 0.7,
     pairs: Literal["matched", "all"] = "matched",
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> FeatureMatching:
     """Find each feature's best partner in the other SAE. No `F_a x F_b` matrix is held. Sums are float64 (see `TokenGram`).
 
@@ -145,7 +134,6 @@ def match_codes(
         weak_correlation: likewise.
         min_decoder_cosine: likewise; -1 leaves the decoders out.
         pairs: which pairs to list.
-        on_progress: called with what is being done, how much of it, and out of how much.
 
     Raises:
         ValueError: codes of different tokens, or decoders of different width.
@@ -157,7 +145,7 @@ def match_codes(
             "the same tokens, and SAEs at hooks of one width."
         )
     alive_a, alive_b = (np.flatnonzero(firings(codes) > alive_rate * shapes[0][0]) for codes in (codes_a, codes_b))
-    best_a, best_b = _best_partners(codes_a, codes_b, alive_a, alive_b, max(1, min_joint_firings), on_progress)
+    best_a, best_b = _best_partners(codes_a, codes_b, alive_a, alive_b, max(1, min_joint_firings))
 
     def matches(best: _Best, other: _Best, alive: Array, W_dec: torch.Tensor, other_W_dec: torch.Tensor) -> Matches:
         found = alive[best.correlation[alive] > -np.inf]
@@ -215,14 +203,7 @@ class _Best:
         self.joint[features] = joint[better]
 
 
-def _best_partners(
-    codes_a: Any,
-    codes_b: Any,
-    alive_a: Array,
-    alive_b: Array,
-    min_joint: int,
-    on_progress: Callable[[str, int, int], None] | None,
-) -> tuple[_Best, _Best]:
+def _best_partners(codes_a: Any, codes_b: Any, alive_a: Array, alive_b: Array, min_joint: int) -> tuple[_Best, _Best]:
     best_a, best_b = _Best(codes_a.shape[1]), _Best(codes_b.shape[1])
     x, mean_x, std_x, a = _candidates(codes_a, alive_a, min_joint)
     y, mean_y, std_y, b = _candidates(codes_b, alive_b, min_joint)
@@ -230,7 +211,7 @@ def _best_partners(
         return best_a, best_b
     gram, tokens = TokenGram(x, y), x.shape[0]
     del x, y  # with many sinks, as large as the codes themselves
-    for done, ((start, products), (_, joint)) in enumerate(zip(gram, gram.joint(), strict=True), 1):
+    for (start, products), (_, joint) in zip(gram, gram.joint(), strict=True):
         rows = slice(start, start + len(products))
         correlation = products  # in place: the block is as large as anything here
         correlation *= 1 / (tokens * std_x[rows, None])
@@ -241,8 +222,6 @@ def _best_partners(
             at = np.expand_dims(correlation.argmax(axis=axis), axis)
             values, counts = (np.take_along_axis(m, at, axis).squeeze(axis) for m in (correlation, joint))
             best.offer(features, partners[at.squeeze(axis)], values.clip(max=1), counts.astype(np.int64))
-        if on_progress:
-            on_progress("Matching features", done, len(gram))
     return best_a, best_b
 
 

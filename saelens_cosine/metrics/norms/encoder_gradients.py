@@ -6,7 +6,6 @@ quartile runs forward and backward alone, so that a batch-wide selection is made
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
+from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.metrics.norms.norm_detectors import PERCENTILES
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.cosine import FoldedCosineScore
 
 FLOOR = 1e-10
 """A mean gradient up to this counts as none (experiment 54)."""
-
-PERCENTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,7 @@ class EncoderGradients:
     norm_variation: float
 
 
-def encoder_gradients(
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    batch: int = 2048,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> EncoderGradients:
+def encoder_gradients(sae: SAE[Any], activations: torch.Tensor, batch: int = 2048) -> EncoderGradients:
     """Gradients of the squared error at the SAE's weights as they are, which stay as they are.
 
     Args:
@@ -79,7 +73,6 @@ def encoder_gradients(
         activations: `[tokens, d_in]` in the order in which they are to be batched. They should be mixed: neighbours in a text
             share a context.
         batch: tokens of a batch; the last, shorter one is left out unless it is the only one.
-        on_progress: called with what is being done, how much of it, and out of how much.
 
     Raises:
         ValueError: fewer than four tokens.
@@ -93,10 +86,9 @@ def encoder_gradients(
     torch.nn.Module.train(sae, isinstance(sae, TrainingSAE))  # not the class's own, which may touch the weights
     sae.W_enc.requires_grad_(True)
     try:
-        for done, x in enumerate(batches, 1):
-            means += torch.stack([_gradient_norms(sae, quarter) for quarter in _quartiles(x)]) / len(batches)
-            if on_progress:
-                on_progress("Encoder gradients", done, len(batches))
+        with flat_heads(sae):
+            for x in batches:
+                means += torch.stack([_gradient_norms(sae, quarter) for quarter in _quartiles(x)]) / len(batches)
     finally:
         sae.W_enc.requires_grad_(learns)
         torch.nn.Module.train(sae, training)

@@ -18,6 +18,7 @@ from scipy import sparse
 from saelens_cosine.metrics.token_gram import firings, pattern
 
 PERCENTILES = (5, 25, 50, 75, 95)
+"""Of ratios and shares over features."""
 
 
 @dataclass(frozen=True)

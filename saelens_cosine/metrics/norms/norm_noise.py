@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norms.norm_response import About, centre_of
 from saelens_cosine.metrics.reconstruction.by_norm import evaluate_reconstruction
 from saelens_cosine.metrics.threshold import Threshold, fit_threshold
@@ -80,7 +78,6 @@ def norm_noise(
     high: float = NOISE[1],
     seed: int = 0,
     about: About = "zero",
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> NormNoise:
     """Reconstruct activations that are scaled by random factors, with the threshold as it is and fitted again.
 
@@ -93,7 +90,6 @@ def norm_noise(
         high: largest.
         seed: of the factors.
         about: what stays in place, as in `norm_response`.
-        on_progress: called with what is being done, measurements done, and measurements in all.
 
     Raises:
         ValueError: no activations, factors that are not positive or in the wrong order, `about="b_dec"` as in `norm_response`, or
@@ -103,20 +99,11 @@ def norm_noise(
         raise ValueError(f"low={low}, high={high}: 0 < low <= high is needed.")
     factors = torch.rand(len(activations), 1, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
     centre = centre_of(sae, about).to(activations)
-    kinds = {"clean": activations, "noisy": centre + (activations - centre) * factors.to(activations)}
+    kinds = (activations, centre + (activations - centre) * factors.to(activations))
     refits = hasattr(sae, "threshold") and not isinstance(sae, TrainingSAE)
-    total = 4 if refits else 2
-    measured: list[NoiseFit] = []
-    for name, x in kinds.items():
-        _report(on_progress, f"Reconstructing {name} activations", len(measured), total)
-        measured.append(_fit(sae, x))
-    clean, noisy = measured
-    refitted: list[NoiseFit] = []
+    clean, noisy = (_fit(sae, x) for x in kinds)
     fits = 0 < clean.l0 < sae.cfg.d_sae and not clean.not_finite and not noisy.not_finite
-    for name, x in kinds.items() if refits and fits else ():
-        _report(on_progress, f"Fitting the threshold to {name} activations", 2 + len(refitted), total)
-        refitted.append(_fit(with_threshold_for(sae, x, clean.l0)[0], x))
-    _report(on_progress, "Reconstructing noisy activations", total, total)
+    refitted = [_fit(with_threshold_for(sae, x, clean.l0)[0], x) for x in kinds] if refits and fits else []
     return NormNoise(
         tokens=len(activations),
         about=about,
@@ -136,15 +123,9 @@ def with_threshold_for(sae: SAE[Any], activations: torch.Tensor, target_l0: floa
     """The SAE with one threshold that gives an L0 on these activations. It shares every tensor but the threshold with `sae`."""
     shared: dict[int, Any] = {id(p): p for name, p in sae.named_parameters() if name != "threshold"}
     refitted = copy.deepcopy(sae, shared)
-    with on_flat_tokens(refitted):
-        return refitted, fit_threshold(refitted, activations, target_l0)
+    return refitted, fit_threshold(refitted, activations, target_l0)
 
 
 def _fit(sae: SAE[Any], activations: torch.Tensor) -> NoiseFit:
     measured = evaluate_reconstruction(sae, activations)
     return NoiseFit(measured.fve, measured.l0, measured.not_finite)
-
-
-def _report(on_progress: Callable[[str, int, int], None] | None, what: str, done: int, total: int) -> None:
-    if on_progress is not None:
-        on_progress(what, done, total)

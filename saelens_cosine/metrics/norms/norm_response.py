@@ -14,7 +14,7 @@ Source: arXiv 2606.15054, released code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,11 +96,7 @@ class NormResponse:
 
 @torch.no_grad()
 def norm_response(
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    scales: Sequence[float] = SCALES,
-    about: About = "zero",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    sae: SAE[Any], activations: torch.Tensor, scales: Sequence[float] = SCALES, about: About = "zero"
 ) -> NormResponse:
     """Compare codes of scaled activations with those of the activations as they are.
 
@@ -109,7 +105,6 @@ def norm_response(
         activations: `[tokens, d_in]`, as the SAE takes them.
         scales: factors, positive.
         about: what stays in place. "zero" is the authors' and turns what a centred SAE scores; "b_dec" changes its length alone.
-        on_progress: called with what is being done, tokens done, and tokens in all.
 
     Raises:
         ValueError: no activations, a scale that is not positive, `about="b_dec"` with an SAE whose b_dec is in other units than
@@ -123,19 +118,13 @@ def norm_response(
     norms = activations.float().norm(dim=-1).double()
     at_scales = [_ScaledCodes(scale, sae) for scale in scales]
     base = _ScaledCodes(1.0, sae)
-    done = 0
     with on_flat_tokens(sae):
         for x in activations.split(tokens_at_once(sae)):
-            if on_progress is not None:
-                on_progress("Scaling activations", done, len(activations))
             x = x.to(sae.device)
             codes = sae.encode(x).to_dense().abs()
             base.add(codes, codes)
             for scaled in at_scales:
                 scaled.add(codes, sae.encode(centre + scaled.scale * (x - centre)).to_dense().abs())
-            done += len(x)
-    if on_progress is not None:
-        on_progress("Scaling activations", done, len(activations))
     return NormResponse(
         tokens=len(activations),
         not_finite=max(scaled.not_finite for scaled in (base, *at_scales)),

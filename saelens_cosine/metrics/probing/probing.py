@@ -11,19 +11,19 @@ features the two are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.metrics.token_gram import Array
 
 Pooling = Literal["mean", "last"]
 """What stands for a context: the mean over its tokens, or its last token."""
@@ -35,8 +35,6 @@ K_VALUES: tuple[int | None, ...] = (1, 2, 5, None)
 
 ITERATIONS = 10_000
 """Of the regression at most; on scaled inputs tens to hundreds are enough."""
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ def probe_sae(
     pooling: Pooling = "mean",
     splits: int = 5,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Probing:
     """Probe an SAE's codes for a property of contexts, in both units.
 
@@ -103,7 +100,6 @@ def probe_sae(
         pooling: see `Pooling`.
         splits: every context is tested once, by a probe trained on the other `splits - 1` parts.
         seed: decides the parts. SAEs that are probed with the same seed and labels can be paired split by split.
-        on_progress: called with what is being done, how much of it, and out of how much.
 
     Raises:
         ValueError: labels that do not fit the sample, or a class with fewer contexts than splits.
@@ -111,12 +107,7 @@ def probe_sae(
     """
     truth = _check_labels(labels, splits)
     pooled = pool(canonical_codes(sae, sample.activations), sample.contexts, len(truth), pooling)
-    progress = on_progress or (lambda _what, _done, _total: None)
-    results: list[tuple[KProbe, ...]] = []
-    for i, units in enumerate(("canonical", "scale_free")):
-        progress("Probing", i, 2)
-        results.append(probe(pooled, truth, ks, units, splits, seed))
-    progress("Probing", 2, 2)
+    results = [probe(pooled, truth, ks, units, splits, seed) for units in get_args(Units)]
     return Probing(len(truth), len(sample), float(truth.mean()), pooling, *results)
 
 
@@ -128,17 +119,6 @@ def probe_activations(
     NotFiniteError.check("Activations", sample.activations)
     pooled = pool(sparse.csr_array(sample.activations.numpy()), sample.contexts, len(truth), pooling)
     return probe(pooled, truth, (None,), "canonical", splits, seed)[0]
-
-
-def canonical_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
-    """Codes `[tokens, d_sae]` times the norms of their decoder rows: what each feature adds to the reconstruction.
-
-    A TopK that rescales by decoder norms has them in its codes already.
-    """
-    codes = sparse_codes(sae, activations)
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        _scale_columns(codes, sae.W_dec.detach().float().norm(dim=-1).cpu().numpy())
-    return codes
 
 
 def pool(codes: sparse.csr_array, contexts: ArrayLike, n_contexts: int, how: Pooling = "mean") -> sparse.csr_array:
@@ -198,7 +178,7 @@ def probe(
         x = codes
         if units == "scale_free":
             x = codes.copy()
-            _scale_columns(x, 1 / _mean_nonzero_size(codes[train]))
+            x.data *= (1 / _mean_nonzero_size(codes[train]))[x.indices]
         best = np.argsort(-_difference_of_means(x, truth, train), kind="stable")
         for k in ks:
             scores[k].append(_fit(x if k is None else x[:, best[:k]].toarray(), truth, train, test))
@@ -258,10 +238,6 @@ def _mean_nonzero_size(x: sparse.csr_array) -> Array:
     counts = np.bincount(x.indices[active], minlength=n_features)
     sums = np.bincount(x.indices, weights=np.abs(x.data), minlength=n_features)
     return np.where(counts > 0, sums, 1) / np.maximum(counts, 1)
-
-
-def _scale_columns(codes: sparse.csr_array, factors: Array) -> None:
-    codes.data *= factors[codes.indices]
 
 
 def _shape(codes: sparse.csr_array) -> tuple[int, int]:

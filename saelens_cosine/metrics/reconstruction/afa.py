@@ -17,19 +17,18 @@ makes it 0 for any SAE. It says nothing of an SAE that is trained to match norms
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.metrics.codes import code_units, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.not_finite import finite_rows
 from saelens_cosine.score import wide
 
-Reference = Literal["input", "reconstruction"]
+AFAReference = Literal["input", "reconstruction"]
 """What z is: the SAE's input, as in the paper, or its reconstruction, which the coefficients add up to exactly."""
 
 Bias = Literal["augment", "center", "ignore"]
@@ -58,7 +57,7 @@ class AFATokens:
         finite (torch.Tensor): `[tokens]` booleans, False where the token, its codes or its reconstruction are NaN or infinite.
         d_sae (int): h.
         bias_norm (float): `||b_dec||`. With `bias="augment"` no feature norm is below it.
-        reference (Reference): What z is.
+        reference (AFAReference): What z is.
         bias (Bias): What b_dec is.
     """
 
@@ -70,7 +69,7 @@ class AFATokens:
     finite: torch.Tensor
     d_sae: int
     bias_norm: float
-    reference: Reference
+    reference: AFAReference
     bias: Bias
 
     @property
@@ -169,11 +168,7 @@ class AFADistributions:
 
 @torch.no_grad()
 def measure_afa(
-    sae: SAE[Any],
-    activations: torch.Tensor,
-    reference: Reference = "input",
-    bias: Bias = "augment",
-    on_progress: Callable[[str, int, int], None] | None = None,
+    sae: SAE[Any], activations: torch.Tensor, reference: AFAReference = "input", bias: Bias = "augment"
 ) -> AFATokens:
     """Norms of `activations [tokens, d_in]` and of their features, token by token.
 
@@ -185,7 +180,6 @@ def measure_afa(
         activations: as the SAE takes them, heads flattened.
         reference: what z is.
         bias: what b_dec is.
-        on_progress: called with what is being done, tokens done, and tokens in all.
 
     Raises:
         ValueError: no activations, a reference or bias of another name, or an SAE of another kind (see `on_flat_tokens`).
@@ -199,20 +193,14 @@ def measure_afa(
     b_dec = sae.b_dec.detach().cpu().double()
     bias_norm = b_dec.norm().item()
     parts: list[torch.Tensor] = []
-    done = 0
     with on_flat_tokens(sae):
         for chunk in activations.split(tokens_at_once(sae)):
-            if on_progress is not None:
-                on_progress("Comparing norms", done, len(activations))
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z
             mse = (x - x_hat).square().sum(dim=-1) / x.square().sum(dim=-1)
             finite = finite_rows(x, x_hat, f).double()
             parts.append(torch.cat([z.norm(dim=-1, keepdim=True), f, torch.stack([mse, finite], dim=-1)], dim=-1))
-            done += len(chunk)
-    if on_progress is not None:
-        on_progress("Comparing norms", done, len(activations))
     z_norm, squares, l1, active, mse, finite = torch.cat(parts).T
     if bias == "augment" and bias_norm > 0:
         squares, l1, active = squares + bias_norm**2, l1 + bias_norm, active + 1
@@ -267,9 +255,7 @@ def _in_decoder_space(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, tor
         sae.decode(codes)
     codes = codes.to_dense()
     token, feature = codes.nonzero(as_tuple=True)
-    coefficients = codes[token, feature].cpu().double()
-    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # with it codes are coefficients already
-        coefficients = coefficients * sae.W_dec.detach().float().norm(dim=-1)[feature].cpu().double()
+    coefficients = codes[token, feature].cpu().double() * code_units(sae)[feature.cpu()]
     sums = torch.zeros(len(x), 3, dtype=torch.float64)
     terms = [coefficients.square(), coefficients.abs(), (coefficients != 0).double()]
     sums.index_add_(0, token.cpu(), torch.stack(terms, dim=-1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +14,7 @@ from saelens_cosine.metrics.codes import tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
 from saelens_cosine.metrics.reconstruction.dead import BatchDeaths, DeadShares, dead_in_training
-from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION, Fit, FitSums, explained_variance
-from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION, ce_loss_recovered
-
-__all__ = [
-    "CE_DEFINITION",
-    "FVE_DEFINITION",
-    "NormBin",
-    "Reconstruction",
-    "ReconstructionDiagnostics",
-    "ce_loss_recovered",
-    "diagnose_reconstruction",
-    "evaluate_reconstruction",
-    "explained_variance",
-]
+from saelens_cosine.metrics.reconstruction.fve import Fit, FitSums
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,6 @@ def diagnose_reconstruction(
     bins: int = 4,
     batch: int = 2048,
     training_metrics: Mapping[str, float] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> ReconstructionDiagnostics:
     """Measure an SAE on activations `[tokens, d_in]` that it has not been trained on.
 
@@ -101,7 +87,6 @@ def diagnose_reconstruction(
         bins: number of equally filled ranges of the norm; 4 gives quartiles.
         batch: tokens of a batch, for variances and dead features within batches; the authors' is 2,048, at first 4,096.
         training_metrics: last entry of the SAE's training log, for the features that were dead in training.
-        on_progress: called with what is being done, tokens done, and tokens in all.
 
     Raises:
         ValueError: no activations, or an SAE that does not reconstruct single tokens (see `on_flat_tokens`).
@@ -110,13 +95,10 @@ def diagnose_reconstruction(
     sums = FitSums(groups.unions, groups.n_groups, activations.shape[-1], sae.cfg.d_sae)
     deaths = BatchDeaths(min(batch, len(activations)))
     at_once = min(deaths.batch_tokens, tokens_at_once(sae))
-    done = 0
     with on_flat_tokens(sae):
         for in_batch, group_of in zip(
             activations.split(deaths.batch_tokens), groups.group.split(deaths.batch_tokens), strict=True
         ):
-            if on_progress is not None:
-                on_progress("Reconstructing", done, len(activations))
             for x, group in zip(in_batch.split(at_once), group_of.split(at_once), strict=True):
                 codes = sae.encode(x.to(sae.device))
                 x_hat = sae.decode(codes)  # next to encode: SAELens keeps a normalisation from one to the other
@@ -124,9 +106,6 @@ def diagnose_reconstruction(
                 sums.add(x, x_hat, codes, group)
                 deaths.add(codes)
             sums.end_batch()
-            done += len(in_batch)
-    if on_progress is not None:
-        on_progress("Reconstructing", done, len(activations))
     by_norm = groups.measure(sums.fit)
     overall = by_norm.all_norms.overall
     in_training, window = dead_in_training(sae, training_metrics) or (None, None)
@@ -142,11 +121,9 @@ def diagnose_reconstruction(
     return ReconstructionDiagnostics(by_norm, dead)
 
 
-def evaluate_reconstruction(
-    sae: SAE[Any], activations: torch.Tensor, bins: int = 4, batch: int = 4096
-) -> Reconstruction:
+def evaluate_reconstruction(sae: SAE[Any], activations: torch.Tensor) -> Reconstruction:
     """`diagnose_reconstruction` in the few figures that a comparison shows."""
-    measured = diagnose_reconstruction(sae, activations, bins, batch).by_norm.all_norms
+    measured = diagnose_reconstruction(sae, activations, batch=4096).by_norm.all_norms
     return Reconstruction(
         tokens=measured.overall.tokens,
         not_finite=measured.overall.not_finite,

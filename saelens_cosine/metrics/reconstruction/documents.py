@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from saelens_cosine.activations.sample import TokenSample
+from saelens_cosine.metrics.intervals import DocumentErrors
 
-TOKENS_AT_ONCE = 2048
+RECONSTRUCTED_AT_ONCE = 2048
 """Tokens whose reconstructions are held at once."""
-
-
-@dataclass(frozen=True)
-class DocumentErrors:
-    """
-    The two sums of a fraction of variance explained, a number for each document, 0 where no token is left.
-
-    Args:
-        residual (tuple[float, ...]): Sum over its tokens of `||e - mean e||^2`.
-        total (tuple[float, ...]): Likewise of `||x - mean x||^2`.
-    """
-
-    residual: tuple[float, ...]
-    total: tuple[float, ...]
 
 
 class ErrorsByDocument(NamedTuple):
@@ -88,7 +74,7 @@ def fve_by_document(
     """
     numbers, document = sample.documents.unique(return_inverse=True)
     sums = {name: DocumentSums(len(numbers), sample.activations.shape[-1]) for name in treatments}
-    parts = (tensor.split(TOKENS_AT_ONCE) for tensor in (sample.activations, document, sample.ordinary))
+    parts = (tensor.split(RECONSTRUCTED_AT_ONCE) for tensor in (sample.activations, document, sample.ordinary))
     for x, part, ordinary in zip(*parts, strict=True):
         x_hat = reconstruct(x)
         for name, found in sums.items():

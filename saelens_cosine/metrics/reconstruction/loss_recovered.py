@@ -109,7 +109,6 @@ def loss_recovered(
     max_norm_multiple: float | None,
     bins: int = 4,
     compute_kl: bool = True,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> LossRecovered:
     """Replace activations by reconstructions and see what the model predicts.
 
@@ -124,7 +123,6 @@ def loss_recovered(
             that the SAE's metadata leave out (`seqpos_slice`, `exclude_special_tokens`).
         bins: number of equally filled ranges of the norm.
         compute_kl: whether to compute KL divergences, from softmaxes in the dtype of the model's logits.
-        on_progress: called with what is being done, batches done, and batches in all.
 
     Raises:
         ValueError: there are no token batches, or an SAE that does not reconstruct single tokens.
@@ -136,16 +134,12 @@ def loss_recovered(
     form = ContextForm.of(sae.cfg.metadata)
     losses: list[dict[str, torch.Tensor]] = []
     with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
-        for i, tokens in enumerate(batches):
-            if on_progress is not None:
-                on_progress("Predicting from reconstructions", i, len(batches))
+        for tokens in batches:
             replacement.seen = form.seen(model, tokens)
             per_token = get_recons_loss(
                 replacement, model, ActivationScaler(), tokens, compute_kl=compute_kl, compute_ce_loss=True
             )
             losses.append({name: values.cpu() for name, values in per_token.items()})
-    if on_progress is not None:
-        on_progress("Predicting from reconstructions", len(batches), len(batches))
     groups = group_by_norm(torch.cat([norms.flatten() for norms in replacement.norms]), bins)
 
     def joined(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.saes.recipe.lagged_count import LaggedCount
+from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ScoredTrainingSAE
 
 
@@ -137,7 +138,7 @@ class DeadFeatureRevival(ScoredTrainingSAE):
         values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
         codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
         prediction = act_times_W_dec(
-            codes.to(self.dtype), self.W_dec[dead.features], getattr(self.cfg, "rescale_acts_by_decoder_norm", False)
+            codes.to(self.dtype), self.W_dec[dead.features], rescales_by_decoder_norm(self.cfg)
         )
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
         n_dead = dead.certain.sum()

@@ -22,6 +22,7 @@ from saelens_cosine.kernels.optimizer import fuse_adam_of
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.recipe.dead_features import DeadFeatureRevival
 from saelens_cosine.saes.recipe.losses import ReconstructionLoss
+from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ConfigMixin
 from saelens_cosine.score import wide
 
@@ -84,7 +85,7 @@ class RecipeConfig(ConfigMixin):
         super().__post_init__()
         check_choices(self)
         _ = self.reconstruction_loss  # refuses impossible weights
-        if self.unit_decoder and getattr(self, "rescale_acts_by_decoder_norm", False):
+        if self.unit_decoder and rescales_by_decoder_norm(self):
             raise ValueError(
                 "unit_decoder=True keeps every decoder norm at 1, where rescale_acts_by_decoder_norm=True does nothing; "
                 "set one of them."

@@ -9,7 +9,7 @@ from typing import Any, Generic, Literal, TypeVar, get_type_hints
 
 import numpy as np
 
-from saelens_cosine.metrics.intervals import Documents
+from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.plain import OMITTED, from_plain
 
 Treatment = Literal["with_sinks", "without_sinks"]
@@ -79,7 +79,7 @@ class Figure:
         values (np.ndarray | None): What it is the mean of, where something was repeated.
         over (tuple[str, ...]): The axes of `values`, such as "tasks".
         units (tuple[str, ...]): What was measured: tasks, or a hash of the text. Values of other units are no pairs.
-        documents (Documents | None): The sums that it is a ratio of, where it is one.
+        documents (DocumentErrors | None): The sums that it is a ratio of, where it is one.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Figure:
     values: np.ndarray[Any, Any] | None = None
     over: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
-    documents: Documents | None = None
+    documents: DocumentErrors | None = None
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, tokens_of
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.metrics.reconstruction.afa import AFADistributions, AFATokens, Bias, measure_afa, summarize_afa
-from saelens_cosine.metrics.reconstruction.zf_plot import POINTS, ZFPoints, zf_points
+from saelens_cosine.metrics.reconstruction.zf_points import POINTS, ZFPoints, zf_points
 from saelens_cosine.plain import named
 
 

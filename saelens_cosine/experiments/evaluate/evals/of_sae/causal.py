@@ -11,16 +11,11 @@ import torch
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, by_sinks, tokens_of
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.experiments.evaluate.texts.tasks import bundled_concepts
-from saelens_cosine.metrics.causal import (
-    PROTOCOLS,
-    AblationPrecision,
-    Steering,
-    WinRate,
-    ablation_precision,
-    steering,
-    win_rate,
-)
+from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
+from saelens_cosine.metrics.causal.ablation import AblationPrecision, ablation_precision
+from saelens_cosine.metrics.causal.steering import Steering, steering
+from saelens_cosine.metrics.causal.win_rate import WinRate, win_rate
+from saelens_cosine.metrics.causal.win_rate_protocol import PROTOCOLS
 
 
 @dataclass(frozen=True)

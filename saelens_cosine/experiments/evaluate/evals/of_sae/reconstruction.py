@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure, Treatment, tokens_of
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.experiments.evaluate.training_log import training_log
-from saelens_cosine.metrics.causal import reconstruct
-from saelens_cosine.metrics.intervals import Documents
+from saelens_cosine.metrics.causal.code_edits import reconstruct
+from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.metrics.reconstruction.by_norm import ReconstructionDiagnostics, diagnose_reconstruction
-from saelens_cosine.metrics.reconstruction.documents import DocumentErrors, fve_by_document
+from saelens_cosine.metrics.reconstruction.documents import fve_by_document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +75,9 @@ def _figures(result: Reconstructed) -> Iterator[Figure]:
 
 def _fve(value: float, by_document: FVEByDocument, sinks: Treatment) -> Figure:
     errors: DocumentErrors | None = getattr(by_document, sinks)
-    documents = None
-    if errors is not None and np.isfinite(value):
-        documents = Documents(np.asarray(errors.residual, np.float64), np.asarray(errors.total, np.float64))
-    measured = documents if documents is not None and documents.total.sum() > 0 else None
-    return Figure("FVE", value, sinks, "{:.4f}", units=(by_document.text,), documents=measured)
+    measured = errors is not None and math.isfinite(value) and sum(errors.total) > 0
+    documents = errors if measured else None
+    return Figure("FVE", value, sinks, "{:.4f}", units=(by_document.text,), documents=documents)
 
 
 RECONSTRUCTION = Eval(

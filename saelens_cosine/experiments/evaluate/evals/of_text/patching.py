@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, Figure
 from saelens_cosine.experiments.evaluate.subject import Text
-from saelens_cosine.metrics.causal import Patching, direction_norm_patching
+from saelens_cosine.metrics.causal.patching import Patching, direction_norm_patching
 
 WHERE = {"alone": "in a context of one token", "text": "in the text"}
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from saelens_cosine.metrics.intervals import (
-    Documents,
+    DocumentErrors,
     by_chance,
     difference_over_documents,
     paired_difference,
@@ -78,7 +78,7 @@ def test_what_cannot_be_paired_is_refused(a, b, message):
 def documents(fve, total):
     """Sums of documents with these fractions of variance explained."""
     total = np.asarray(total, dtype=np.float64)
-    return Documents((1 - np.asarray(fve)) * total, total)
+    return DocumentErrors(tuple((1 - np.asarray(fve)) * total), tuple(total))
 
 
 def test_documents_of_equal_length_by_hand():
@@ -103,9 +103,9 @@ def test_documents_are_left_out_one_by_one():
     moved = [difference(np.delete(np.arange(12), i)) - whole for i in range(12)]
     shares = (total_a / total_a.sum() + total_b / total_b.sum()) / 2
     half = stats.t.ppf(0.975, 1 / sum(shares**2) - 1) * sum(step**2 for step in moved) ** 0.5
-    found = difference_over_documents(Documents(a, total_a), Documents(b, total_b))
+    found = difference_over_documents(DocumentErrors(a, total_a), DocumentErrors(b, total_b))
     assert (found.mean, found.high - found.mean) == pytest.approx((whole, half))
-    assert difference_over_documents(Documents(a, total_a), Documents(b, total_b), mean=0.5).mean == 0.5
+    assert difference_over_documents(DocumentErrors(a, total_a), DocumentErrors(b, total_b), mean=0.5).mean == 0.5
 
 
 def test_few_documents_have_a_difference_and_no_interval():

@@ -1,0 +1,98 @@
+"""`saelens-cosine compare`: its options, its files, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saelens_cosine.console import print_tables, say
+from saelens_cosine.experiments.compare.results import Comparison
+from saelens_cosine.experiments.compare.run import SUMMARY, compare, open_comparison
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
+from saelens_cosine.experiments.compare.tables import as_tables, draw, write_json
+from saelens_cosine.terminal.bar import progress_bar
+from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
+from saelens_cosine.training.randomness import deterministic_algorithms
+from saelens_cosine.training.stop import raising_on_signals
+
+
+def add_compare_command(commands: Any) -> None:
+    """Add `compare` to the subcommands of `saelens-cosine`."""
+    parser = add_command(
+        commands,
+        "compare",
+        run_compare,
+        help="train several architectures on one activation stream and compare them on held-out text",
+        description="Train several architectures on one activation stream and compare them on held-out text. With no "
+        "arguments: the language model and the corpus that ship with the package, on the CPU, in a few minutes.",
+    )
+    default = ComparisonSettings()
+    add = parser.add_argument
+    add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
+    add("--layer", type=int, help="block whose residual output is hooked; the middle one if not given")
+    add("--hook", help="a hook point by name instead of --layer")
+    add("--model", default=default.model, help="'bundled', a TransformerLens or Hugging Face name, or a local folder")
+    add("--dataset", default=default.dataset, help="'bundled', a Hugging Face name, or a local file or saved dataset")
+    add("--tokens", type=count, default=default.tokens, help="training tokens of each SAE")
+    add("--k", type=int, default=default.k, help="active features per token")
+    add("--d-sae", type=int, default=default.d_sae, help="number of features")
+    add("--seeds", type=int, default=default.seeds, help="runs with different initialisation and data order")
+    add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
+    add(
+        "--max-norm-multiple",
+        type=multiple,
+        default=default.max_norm_multiple,
+        help="drop tokens above this multiple of the median norm, in training and evaluation; 'none' keeps them",
+    )
+    add(
+        "--plant-sinks",
+        action="store_true",
+        help="plant an attention sink at the start of each context; the default --max-norm-multiple drops them again",
+    )
+    add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
+    add("--eval-tokens", type=count, default=default.eval_tokens, help="held-out tokens that are evaluated")
+    add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        help="folder for the SAEs, comparison.json and comparison.png",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
+    add_run_options(parser)
+    add("--quiet", action="store_true", help="print only the tables")
+
+
+def run_compare(options: Any) -> int:
+    """Compare, write `comparison.json` and `comparison.png` after each seed, and print the tables."""
+    folder: Path = options.output
+    options.interrupted = f"What was finished is in {folder}; --resume goes on."
+
+    def keep(comparison: Comparison) -> None:
+        options.interrupted = f"What was finished is in {output.results}; --resume goes on."
+        for write, name in zip((write_json, draw), SUMMARY, strict=True):
+            with output.file(name) as path:
+                write(comparison, path)
+
+    with (
+        raising_on_signals(options.stop_on),
+        deterministic_algorithms(options.deterministic),
+        open_comparison(folder) as output,
+        progress_bar(options.quiet) as progress,
+    ):
+        comparison = compare(
+            settings_from(ComparisonSettings, options),
+            output,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            keep=options.keep,
+            stop_signals=options.stop_on,
+            on_progress=progress,
+            on_seed=keep,
+        )
+    console = print_tables(as_tables(comparison), 110)
+    if not options.quiet:
+        say(console, f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:")
+        for arm in comparison.arms:
+            say(console, f'  SAE.load_from_disk("{folder / arm.path}")')
+    return 0

@@ -1,0 +1,36 @@
+"""The language model of a run of SAEBench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saelens_cosine.activations.models import TRANSFORMER_LENS, ModelChoice, choose_model, load_hooked_model
+from saelens_cosine.saebench.prepare import PreparedSAE
+
+
+def how_loaded(sae: PreparedSAE) -> ModelChoice:
+    """As its metadata say, but for the dtype, which is the run's."""
+    metadata = sae.cfg.metadata
+    given = metadata.model_from_pretrained_kwargs or {}
+    kwargs = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype")}
+    return choose_model(metadata.model_name, metadata.hook_name, TRANSFORMER_LENS, kwargs)
+
+
+def load_for_saebench(name: str, how: ModelChoice, device: str, dtype: str) -> Any:
+    """The HookedTransformer that SAEs name.
+
+    Raises:
+        ValueError: TransformerLens has no model of this name.
+    """
+    if how.class_name != TRANSFORMER_LENS:
+        raise ValueError(
+            f"SAEBench runs HookedTransformers, and TransformerLens knows no {name}. Pass one with model=."
+        )
+    return load_hooked_model(name, device, class_name=TRANSFORMER_LENS, kwargs={**how.kwargs, "dtype": dtype}).model
+
+
+def dtype_of(model: Any, device: str) -> str:
+    """Of a model that is given; else bfloat16 on CUDA, float32 elsewhere."""
+    if model is not None:
+        return str(model.cfg.dtype).removeprefix("torch.")
+    return "bfloat16" if device.startswith("cuda") else "float32"

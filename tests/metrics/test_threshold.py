@@ -1,0 +1,67 @@
+"""A threshold fitted to an L0."""
+
+import pytest
+import torch
+from helpers import (
+    make_activations,
+)
+from rescore_cases import build, by_hand, trained
+
+from saelens_cosine.metrics import threshold
+from saelens_cosine.metrics.threshold import fit_threshold
+
+
+def jumprelu_of(scores):
+    """A JumpReLU SAE and inputs that give exactly these scores `[tokens, 4]`."""
+    weights = {"b_enc": torch.zeros(4), "b_dec": torch.zeros(4), "threshold": torch.full((4,), 9.0)}
+    return build("jumprelu", W_enc=torch.eye(4), W_dec=torch.eye(4), **weights), torch.tensor(scores)
+
+
+@pytest.mark.parametrize(
+    ("target", "active"),
+    # 6 5 5 5 2 1 are positive
+    [(0.5, 1), (1.0, 1), (1.5, 4), (2.0, 4), (2.5, 5), (3.0, 6)],
+)
+def test_ties_go_to_the_nearer_side(target, active):
+    sae, x = jumprelu_of([[5.0, 5.0, 1.0, 0.0], [5.0, 6.0, 2.0, -3.0]])
+    found = fit_threshold(sae, x, target)
+    assert (sae.encode(x) != 0).sum() == active
+    assert found.l0 == active / 2
+    assert sae.threshold.tolist() == [pytest.approx(found.value)] * 4
+
+
+def test_ties_across_chunks(monkeypatch):
+    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 1)
+    sae, x = jumprelu_of([[5.0, 2.0, 1.0, -1.0], [5.0, 1.0, 1.0, -1.0]])
+    # one code of 2 tokens: both fives or neither
+    assert fit_threshold(sae, x, 0.5).l0 == 0
+    assert (sae.encode(x) != 0).sum() == 0
+
+
+def test_too_few_positive_scores():
+    sae, x = jumprelu_of([[5.0, 5.0, 1.0, 0.0], [5.0, 6.0, 2.0, -3.0]])
+    with pytest.warns(UserWarning, match="Only 3 scores per token are positive"):
+        found = fit_threshold(sae, x, 3.5)
+    assert (found.value, found.l0) == (0.0, 3.0)
+    assert (sae.encode(x) != 0).sum() == 6
+
+
+@pytest.mark.parametrize("d_sae", [5, 13])
+def test_chunks_do_not_matter(d_sae, monkeypatch):
+    x = make_activations(300, 4, seed=2)
+    weights = {"W_enc": make_activations(4, d_sae, seed=1), "W_dec": make_activations(d_sae, 4)}
+    weights |= {"b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(4), "threshold": torch.zeros(d_sae)}
+    sae = build("jumprelu", **weights)
+    whole = fit_threshold(sae, x, 1.25)
+    scores = (x @ weights["W_enc"]).flatten().sort(descending=True).values
+    assert scores[375] < whole.value < scores[374]  # 375 of 300 tokens
+    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 7)
+    in_chunks = fit_threshold(sae, x, 1.25)
+    assert in_chunks.l0 == whole.l0 == 1.25
+    assert in_chunks.value == pytest.approx(whole.value, rel=1e-6)
+
+
+def test_no_threshold_to_fit():
+    for sae in (by_hand(), trained("cosine_batchtopk"), trained("jumprelu")):
+        with pytest.raises(ValueError, match=f"{type(sae).__name__} is no inference form with thresholds"):
+            fit_threshold(sae, torch.zeros(1, sae.cfg.d_in), 1.0)
