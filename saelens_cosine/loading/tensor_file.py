@@ -195,7 +195,7 @@ class TensorFile:
             raise CheckpointError(f"{name!r} in {self.path} does not match its checksum. Download it again.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 1 MiB.
 
     Raises:

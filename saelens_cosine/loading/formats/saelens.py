@@ -19,7 +19,7 @@ from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.formats.saelens_config import check_config
 from saelens_cosine.loading.reading import open_safetensors
-from saelens_cosine.loading.tensor_file import read_json, refusing
+from saelens_cosine.loading.tensor_file import read_config, refusing
 
 
 def _nothing_to_convert(path: Path, device: str, dtype: torch.dtype | None) -> Converted:
@@ -61,7 +61,7 @@ def inference_form(folder: str | Path, device: str = "cpu") -> SAE[Any]:
     scaler = ActivationScaler()
     scale = Path(folder) / ACTIVATION_SCALER_CFG_FILENAME
     if scale.exists():
-        factor = read_json(scale).get("scaling_factor")
+        factor = read_config(scale).get("scaling_factor")
         if factor is not None and not (type(factor) in (int, float) and 0 < factor < math.inf):
             raise CheckpointError(f"'scaling_factor' in {scale} is {factor!r}; expected a positive number.")
         with refusing(scale):
@@ -94,8 +94,6 @@ def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
     """SAELens' own loading, of files that were found to be what it takes them for."""
     expected = check_config(folder / SAE_CFG_FILENAME, training)
     weights = folder / SAE_WEIGHTS_FILENAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist, or is no file; SAELens keeps it beside {SAE_CFG_FILENAME}.")
     with open_safetensors(weights) as file:
         for name, record in file.records.items():
             if name in expected and expected[name].is_floating_point() and not record.dtype.is_floating_point:
@@ -110,7 +108,7 @@ def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
 
 def _check_architecture(folder: Path) -> None:
     """Refuse a config of an unknown architecture, and one that is not of a saved SAE."""
-    config = read_json(folder / SAE_CFG_FILENAME)
+    config = read_config(folder / SAE_CFG_FILENAME)
     name = str(config.get("architecture", "standard"))
     if name not in SAE_CLASS_REGISTRY and name not in SAE_TRAINING_CLASS_REGISTRY:
         raise CheckpointError(
