@@ -36,10 +36,6 @@ def load_saelens(folder: Path, device: str = "cpu") -> SAE[Any]:
         CheckpointError: a training checkpoint, an architecture that SAELens does not know, a config that is none, or weights
             that are damaged, not finite or do not fit it.
     """
-    for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-        path = Path(folder) / file
-        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
-            raise CheckpointError(f"{path} is no file.")
     _check_architecture(folder)
     return _load(folder, device)
 
