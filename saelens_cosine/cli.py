@@ -55,7 +55,7 @@ def _run(args: list[str]) -> int:
         return options.run(options)
     except StopError as stopped:
         _say(str(stopped))
-        return stopped.exit_status
+        return exit_status(stopped)
     except SAEBenchError as error:  # a line for each eval
         _say(visible(without_secrets(f"saelens-cosine {options.command}: {error}")))
         return 2

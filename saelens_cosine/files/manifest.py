@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from saelens_cosine.files.names import check_name
-from saelens_cosine.files.whole import read_json, write_json
+from saelens_cosine.files.whole import read_json, sha256, write_json
 
 MANIFEST = ".saelens-cosine.json"
 """Its file in an output folder."""
@@ -68,7 +67,7 @@ class Manifest:
 
     def note(self, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
-            self.entries[name] = [*self._as_written(name), Entry(size=path.stat().st_size, sha256=_sha256(path))]
+            self.entries[name] = [*self._as_written(name), Entry(size=path.stat().st_size, sha256=sha256(path))]
 
     def save(self) -> None:
         kinds = {**_read(self.folder), self.what: self.entries}
@@ -81,7 +80,7 @@ class Manifest:
             return []
         size = path.stat().st_size
         noted = [entry for entry in self.entries[name] if entry["size"] == size]
-        found = _sha256(path) if noted else ""
+        found = sha256(path) if noted else ""
         return [entry for entry in noted if entry["sha256"] == found][:1]
 
 
@@ -111,11 +110,3 @@ def _no_link_to(path: Path, folder: Path) -> bool:
 
 def _is_file(path: Path, folder: Path) -> bool:
     return _no_link_to(path, folder) and not path.is_symlink() and path.is_file()
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()

@@ -6,6 +6,7 @@ step. Only then is the step itself flushed. A process that is killed leaves a na
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -105,6 +106,15 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            found.update(block)
+    return found.hexdigest()
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

@@ -8,7 +8,8 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -41,23 +42,18 @@ def open_pt(path: Path) -> TensorFile:
     Raises:
         CheckpointError: the file is damaged, compressed, of torch before 1.6, or holds more than tensors and plain values.
     """
-    file = path.open("rb")
-    try:
-        with refusing(path):
-            entries = _zip_entries(file, path)
-            _check_pickle(file, entries, path)
-            file.seek(0)
-            content = torch.load(file, map_location="meta", weights_only=True)
-            if not isinstance(content, dict):
-                raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors.")
-            by_start = dict(entries.values())
-            values = dict(_named_values(content))
-            tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-            records = {name: _pt_record(name, tensor, by_start, path) for name, tensor in tensors.items()}
-            return TensorFile(path, file, records, {name: values[name] for name in set(values) - set(tensors)})
-    except BaseException:
-        file.close()
-        raise
+    with _opened(path) as file:
+        entries = _zip_entries(file, path)
+        _check_pickle(file, entries, path)
+        file.seek(0)
+        content = torch.load(file, map_location="meta", weights_only=True)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors.")
+        by_start = dict(entries.values())
+        values = dict(_named_values(content))
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        records = {name: _pt_record(name, tensor, by_start, path) for name, tensor in tensors.items()}
+        return TensorFile(path, file, records, {name: values[name] for name in set(values) - set(tensors)})
 
 
 def open_safetensors(path: Path) -> TensorFile:
@@ -66,18 +62,27 @@ def open_safetensors(path: Path) -> TensorFile:
     Raises:
         CheckpointError: the file is damaged.
     """
+    with _opened(path) as file:
+        with safe_open(path, framework="pt") as checked:  # that offsets and sizes fit each other and the file
+            names = set(checked.keys())
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        if set(header) != names:
+            raise CheckpointError(f"{path} names a tensor twice.")
+        records = {name: _safetensors_record(name, entry, 8 + header_bytes, path) for name, entry in header.items()}
+        return TensorFile(path, file, records, {})
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[BinaryIO]:
+    """A weights file, which stays open unless the block fails."""
+    if not path.is_file():  # a pipe would be waited for, for ever
+        raise CheckpointError(f"{path} does not exist, or is no file; the layout has the weights there.")
     file = path.open("rb")
     try:
         with refusing(path):
-            with safe_open(path, framework="pt") as checked:  # that offsets and sizes fit each other and the file
-                names = set(checked.keys())
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            if set(header) != names:
-                raise CheckpointError(f"{path} names a tensor twice.")
-            records = {name: _safetensors_record(name, entry, 8 + header_bytes, path) for name, entry in header.items()}
-            return TensorFile(path, file, records, {})
+            yield file
     except BaseException:
         file.close()
         raise

@@ -195,14 +195,14 @@ class TensorFile:
             raise CheckpointError(f"{name!r} in {self.path} does not match its checksum. Download it again.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 1 MiB.
 
     Raises:
         CheckpointError: it is not one.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; the layout has it beside the weights.")
+        raise CheckpointError(f"{path} does not exist, or is no file; the layout has it beside the weights.")
     with refusing(path):
         if path.stat().st_size > DESCRIPTION_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; expected at most {DESCRIPTION_BYTES:,}.")

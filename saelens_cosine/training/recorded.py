@@ -6,7 +6,7 @@ from typing import Any
 
 from sae_lens.saes.sae import SAE
 
-SELECTORS = ("k", "target_l0", "l0_coefficient", "l1_coefficient", "afa_coefficient")
+SELECTOR_SETTINGS = ("k", "target_l0", "l0_coefficient", "l1_coefficient", "afa_coefficient")
 """Settings that say how many features are active, of the architectures that there are; an SAE has one or two of them."""
 
 
@@ -40,7 +40,7 @@ def trained(sae: SAE[Any]) -> dict[str, Any]:
     details: dict[str, Any] = {**(metadata.training_architecture_details or {}), **config}
     return {
         "d_sae": sae.cfg.d_sae,
-        "selector": {name: details[name] for name in SELECTORS if details.get(name) is not None},
+        "selector": {name: details[name] for name in SELECTOR_SETTINGS if details.get(name) is not None},
         "training_architecture": metadata.training_architecture,
         "tokens": metadata.training_tokens,
         "lr": metadata.lr,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import sae_lens.llm_sae_training_runner
 import sae_lens.training.sae_trainer
@@ -30,12 +29,19 @@ def wandb_never_stops(logger: LoggingConfig) -> Generator[None]:
     Args:
         logger: of the run's config, which its trainer shares.
     """
-    with ExitStack() as patched:
-        if logger.log_to_wandb:
-            for module in MODULES:
-                patched.enter_context(patch.object(module, "wandb", _StandIn(logger)))
-            patched.enter_context(patch.object(logger, "log", _kept_going(logger.log, logger)))
+    if not logger.log_to_wandb:
         yield
+        return
+    before: list[Any] = [module.wandb for module in MODULES]
+    for module in MODULES:
+        vars(module)["wandb"] = _StandIn(logger)
+    vars(logger)["log"] = _kept_going(logger.log, logger)
+    try:
+        yield
+    finally:
+        for module, its in zip(MODULES, before, strict=True):
+            vars(module)["wandb"] = its
+        del vars(logger)["log"]
 
 
 class _StandIn:

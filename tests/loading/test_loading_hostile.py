@@ -13,7 +13,7 @@ from foreign import D_IN, D_SAE, SOURCES, write
 
 from saelens_cosine.loading import CheckpointError, from_pretrained, reading
 from saelens_cosine.loading.reading import open_pt, open_safetensors
-from saelens_cosine.loading.tensor_file import read_json
+from saelens_cosine.loading.tensor_file import read_config
 
 
 def refused(folder, match):
@@ -369,8 +369,12 @@ def test_truncated_anywhere(source, tmp_path):
 
 def test_readers_take_only_what_they_read(tmp_path):
     write("sparsify", tmp_path)
-    for reader, name in ((open_pt, "sae.safetensors"), (open_safetensors, "cfg.json"), (read_json, "sae.safetensors")):
+    for reader, name in (
+        (open_pt, "sae.safetensors"),
+        (open_safetensors, "cfg.json"),
+        (read_config, "sae.safetensors"),
+    ):
         with pytest.raises(CheckpointError, match=name):
             reader(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"missing\.json"):
-        read_json(tmp_path / "missing.json")
+        read_config(tmp_path / "missing.json")

@@ -56,9 +56,9 @@ def measure(sources, path, d_in, d_sae):
 
 def test_peak_of_a_small_file(tmp_path, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # so that freed blocks go back to the system at once
-    found = measure(SOURCES, tmp_path, d_in=512, d_sae=16384)
+    found = measure(SOURCES, tmp_path, d_in=256, d_sae=16384)
     for source in SOURCES:
-        assert found[source]["size"] > 2 * 512 * 16384 * 4
+        assert found[source]["size"] > 2 * 256 * 16384 * 4
         assert 0.9 < found[source]["peak"] < 1.3, (source, found)
 
 

@@ -153,7 +153,7 @@ def check_start(command: Command, answer, reached: int, seen: dict[str, int]) ->
     return max(reached, answer["last"])
 
 
-@pytest.mark.parametrize(("name", "kills"), [("train", 6), ("compare", 3), ("evaluate", 3)])
+@pytest.mark.parametrize(("name", "kills"), [("train", 4), ("compare", 2), ("evaluate", 2)])
 def test_killed_runs_end_with_the_uninterrupted_bits(name, kills, runs, inputs, uninterrupted, tmp_path):
     seen = kill(runs, inputs, uninterrupted, name, tmp_path, kills, seed=0)
     assert 2 * seen["between writes"] >= kills

@@ -20,7 +20,7 @@ from saelens_cosine.activations import text as data
 from saelens_cosine.cli import main
 from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resuming.run import ResumableRun
-from saelens_cosine.training.resuming.stop import StopError, handled
+from saelens_cosine.training.resuming.stop import StopError, exit_status, handled
 from saelens_cosine.training.train import train
 
 
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(case, text, tmp_path, monke
             stop_after(patched, steps)
             with pytest.raises(StopError) as stopped:
                 run(arguments("stopped"), resume=True)
-        assert stopped.value.exit_status == 143
+        assert exit_status(stopped.value) == 143
         torch.manual_seed(0)  # another process has other numbers
         np.random.seed(0)
     run(arguments("stopped"), resume=True)

@@ -53,8 +53,6 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None, k
         CheckpointError: the file is damaged, is no such checkpoint, has an entry that is not known, no threshold yet, or no k.
     """
     weights = path / WEIGHTS if path.is_dir() else path
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist; the authors' layout has one {WEIGHTS} per folder.")
     with open_pt(weights) as file:
         said = what_it_is(file, k)
         d_sae, d_in = file.shape(f"{said.state}W_enc", 2)

@@ -16,7 +16,7 @@ import torch
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.reading import open_pt
-from saelens_cosine.loading.tensor_file import TensorFile, positive_integer, read_json
+from saelens_cosine.loading.tensor_file import TensorFile, positive_integer, read_config
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 
@@ -93,7 +93,7 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -
     Raises:
         CheckpointError: a file is damaged or missing, they disagree, or the class is not a known one.
     """
-    config = read_json(path / CONFIG)
+    config = read_config(path / CONFIG)
     trainer: Any = config.get("trainer")
     if not isinstance(trainer, dict):
         raise CheckpointError(f"{path / CONFIG} has no 'trainer'; expected a dictionary_learning config.")
@@ -106,8 +106,6 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -
         "F": positive_integer(trainer, "dict_size", path / CONFIG),
         "d": positive_integer(trainer, "activation_dim", path / CONFIG),
     }
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{path / WEIGHTS} does not exist; dictionary_learning keeps it beside {CONFIG}.")
     with open_pt(path / WEIGHTS) as file:
         if any(name.startswith("optimizer/") for name in file.plain):
             raise CheckpointError(

@@ -6,7 +6,6 @@ converter=FORMAT.huggingface_loader)` run SAELens' own loading on what a convert
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from sae_lens import __version__ as sae_lens_version
 from sae_lens.util import dtype_to_str, str_to_dtype
 
 from saelens_cosine.files.names import check_name
+from saelens_cosine.files.whole import sha256
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.hub import download
 from saelens_cosine.loading.releases import release_of
@@ -143,12 +143,8 @@ def _compare_checksum(path: Path, repo_id: str, folder: str) -> None:
     expected = known.get(folder)
     if expected is None:
         return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    if digest.hexdigest() != expected:
+    found = sha256(path)
+    if found != expected:
         raise CheckpointError(
-            f"{path} has sha256 {digest.hexdigest()}; the published file has {expected}. Download it again "
-            "(force_download=True)."
+            f"{path} has sha256 {found}; the published file has {expected}. Download it again (force_download=True)."
         )

@@ -19,7 +19,7 @@ from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.formats.saelens_config import check_config
 from saelens_cosine.loading.reading import open_safetensors
-from saelens_cosine.loading.tensor_file import read_json, refusing
+from saelens_cosine.loading.tensor_file import read_config, refusing
 
 
 def _nothing_to_convert(path: Path, device: str, dtype: torch.dtype | None) -> Converted:
@@ -36,10 +36,6 @@ def load_saelens(folder: Path, device: str = "cpu") -> SAE[Any]:
         CheckpointError: a training checkpoint, an architecture that SAELens does not know, a config that is none, or weights
             that are damaged, not finite or do not fit it.
     """
-    for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-        path = Path(folder) / file
-        if path.exists() and not path.is_file():  # a pipe would be waited for, for ever
-            raise CheckpointError(f"{path} is no file.")
     _check_architecture(folder)
     return _load(folder, device)
 
@@ -61,7 +57,7 @@ def inference_form(folder: str | Path, device: str = "cpu") -> SAE[Any]:
     scaler = ActivationScaler()
     scale = Path(folder) / ACTIVATION_SCALER_CFG_FILENAME
     if scale.exists():
-        factor = read_json(scale).get("scaling_factor")
+        factor = read_config(scale).get("scaling_factor")
         if factor is not None and not (type(factor) in (int, float) and 0 < factor < math.inf):
             raise CheckpointError(f"'scaling_factor' in {scale} is {factor!r}; expected a positive number.")
         with refusing(scale):
@@ -94,8 +90,6 @@ def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
     """SAELens' own loading, of files that were found to be what it takes them for."""
     expected = check_config(folder / SAE_CFG_FILENAME, training)
     weights = folder / SAE_WEIGHTS_FILENAME
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} does not exist, or is no file; SAELens keeps it beside {SAE_CFG_FILENAME}.")
     with open_safetensors(weights) as file:
         for name, record in file.records.items():
             if name in expected and expected[name].is_floating_point() and not record.dtype.is_floating_point:
@@ -110,7 +104,7 @@ def _load(folder: Path, device: str, training: bool = False) -> SAE[Any]:
 
 def _check_architecture(folder: Path) -> None:
     """Refuse a config of an unknown architecture, and one that is not of a saved SAE."""
-    config = read_json(folder / SAE_CFG_FILENAME)
+    config = read_config(folder / SAE_CFG_FILENAME)
     name = str(config.get("architecture", "standard"))
     if name not in SAE_CLASS_REGISTRY and name not in SAE_TRAINING_CLASS_REGISTRY:
         raise CheckpointError(

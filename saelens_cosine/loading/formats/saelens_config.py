@@ -15,7 +15,7 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.util import str_to_dtype
 
 from saelens_cosine.loading.errors import CheckpointError, listed
-from saelens_cosine.loading.tensor_file import positive_integer, read_json, refusing
+from saelens_cosine.loading.tensor_file import positive_integer, read_config, refusing
 
 _SIZES = ("d_in", "d_sae", "d_out", "k")
 
@@ -56,7 +56,7 @@ def check_config(path: Path, training: bool = False) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is no JSON object, its architecture is not known, or a field is missing or of another type.
     """
-    config = read_json(path)
+    config = read_config(path)
     registry: Any = SAE_TRAINING_CLASS_REGISTRY if training else SAE_CLASS_REGISTRY
     with refusing(path):
         config = handle_config_defaulting(config)

@@ -15,7 +15,7 @@ import torch
 from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.formats.format import Converted, Format
 from saelens_cosine.loading.reading import open_safetensors
-from saelens_cosine.loading.tensor_file import positive_integer, read_json
+from saelens_cosine.loading.tensor_file import positive_integer, read_config
 
 WEIGHTS, CONFIG, RUN_CONFIG = "sae.safetensors", "cfg.json", "config.json"
 
@@ -34,7 +34,7 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -
     Raises:
         CheckpointError: a file is damaged or missing, they disagree, or the SAE has parts that no SAE class has.
     """
-    config = read_json(path / CONFIG)
+    config = read_config(path / CONFIG)
     for name, reason in _REFUSED.items():
         if config.get(name):
             raise CheckpointError(f"{path / CONFIG} has {name}={config[name]!r}: {reason}.")
@@ -49,8 +49,6 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -
         d_sae = d_in * positive_integer(config, "expansion_factor", path / CONFIG)
     if k > d_sae:
         raise CheckpointError(f"{path / CONFIG} has k={k} for {d_sae} features.")
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{path / WEIGHTS} does not exist; sparsify keeps it beside {CONFIG}.")
     with open_safetensors(path / WEIGHTS) as file:
         file.expect(
             floats={
@@ -62,11 +60,10 @@ def convert(path: Path, device: str = "cpu", dtype: torch.dtype | None = None) -
             integers={},
             optional=set(),
         )
+        stored = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
         tensors = {
-            "W_enc": file.read("encoder.weight", dtype=dtype, device=device, transposed=True),
-            "b_enc": file.read("encoder.bias", dtype=dtype, device=device),
-            "W_dec": file.read("W_dec", dtype=dtype, device=device),
-            "b_dec": file.read("b_dec", dtype=dtype, device=device),
+            name: file.read(theirs, dtype=dtype, device=device, transposed=name == "W_enc")
+            for name, theirs in stored.items()
         }
     # before August 2024 a signed SAE kept the k largest by magnitude
     architecture = "abstopk" if config.get("signed") else "topk"
@@ -81,7 +78,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     module = re.search(r"(?:layers|blocks|h)[._](\d+)(?:[._](\w+))?$", path.name)
     if module and module[2] in _MODULES:
         metadata["hook_name"] = f"blocks.{module[1]}.{_MODULES[module[2]]}"
-    run = read_json(path.parent / RUN_CONFIG) if (path.parent / RUN_CONFIG).is_file() else {}
+    run = read_config(path.parent / RUN_CONFIG) if (path.parent / RUN_CONFIG).is_file() else {}
     for name, theirs, kind in (
         ("model_name", "model", str),
         ("dataset_path", "dataset", str),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from saelens_cosine.files.names import check_name, unused
-from saelens_cosine.files.whole import read_json, whole_folder, write_json
+from saelens_cosine.files.whole import read_json, sha256, whole_folder, write_json
 
 OWN_FOLDER = "saelens_cosine"
 """In a checkpoint of SAELens, what SAELens' own files lack."""
@@ -89,7 +88,10 @@ class Checkpoints:
         with whole_folder(target) as unfinished:
             (unfinished / OWN_FOLDER).mkdir()
             write(unfinished)
-            write_json(_checksums(unfinished), unfinished / _CHECKSUMS)
+            files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+            write_json(
+                {path.relative_to(unfinished).as_posix(): sha256(path) for path in files}, unfinished / _CHECKSUMS
+            )
         return target
 
     def set_aside(self) -> None:
@@ -123,7 +125,7 @@ def check(checkpoint: Path) -> None:
     """
     for name, content in _expected(checkpoint).items():
         try:
-            found = _sha256(checkpoint / name) if (checkpoint / name).is_file() else None
+            found = sha256(checkpoint / name) if (checkpoint / name).is_file() else None
         except OSError as error:
             raise BrokenCheckpointError(f"Checkpoint {checkpoint} is broken: {name} cannot be read.") from error
         if found is None:
@@ -168,19 +170,3 @@ def _ours(path: Path) -> bool:
     if path.is_symlink() or not path.is_dir():
         return False
     return (path / OWN_FOLDER).is_dir() or not any(path.iterdir())
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in _files(folder)}
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as content:
-        while part := content.read(1 << 24):
-            found.update(part)
-    return found.hexdigest()

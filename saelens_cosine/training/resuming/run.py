@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from saelens_cosine.files.whole import read_json, write_text
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, Checkpoints
-from saelens_cosine.training.resuming.stop import StopError, StopRequests
+from saelens_cosine.training.resuming.stop import StopError, StopRequests, handled
 from saelens_cosine.training.resuming.stream import ResumableStream, StreamState
 
 SCHEMA = "saelens-cosine-checkpoint/1"
@@ -196,7 +196,7 @@ class ResumableRun:
         final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
         if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
             restore_generators(*self._generators)
-        with self.stop.watched():
+        with handled(dict.fromkeys(self.stop.signals, self.stop)):
             result = trainer.fit()
         if final and self.checkpoints is not None:
             self.checkpoints.add_final(trainer.n_training_samples, self._save)

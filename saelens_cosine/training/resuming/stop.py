@@ -22,11 +22,6 @@ class StopError(Exception):
         super().__init__(message)
         self.signal_number = signal_number
 
-    @property
-    def exit_status(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM: 128 and the signal's number, as shells have it."""
-        return 128 + self.signal_number
-
 
 class SignalError(KeyboardInterrupt):
     """A signal has come, where there is nothing to finish first.
@@ -41,8 +36,8 @@ class SignalError(KeyboardInterrupt):
 
 
 def exit_status(stopped: BaseException) -> int:
-    """143 after SIGTERM, 130 after SIGINT, by the exception that has ended a command."""
-    return 128 + (stopped.signal_number if isinstance(stopped, SignalError) else signal.SIGINT)
+    """143 after SIGTERM, 130 after SIGINT, by the exception that has ended a command: 128 and the signal's number, as shells have it."""
+    return 128 + (stopped.signal_number if isinstance(stopped, StopError | SignalError) else signal.SIGINT)
 
 
 def raising_on_signals(further: Iterable[int] = ()) -> AbstractContextManager[None]:
@@ -72,7 +67,7 @@ def handled(handlers: Mapping[int, Any]) -> Generator[None]:
 
 
 class StopRequests:
-    """Which signal has come; the second of them ends the process at once, and so does the first where nothing has begun.
+    """A handler that notes which signal has come; the second of them ends the process at once, and so does the first where nothing has begun.
 
     Args:
         further: signals that are taken beside SIGINT and SIGTERM.
@@ -89,9 +84,3 @@ class StopRequests:
         if not self.begun():
             raise SignalError(number)
         self.received = number
-
-    @contextmanager
-    def watched(self) -> Generator[StopRequests]:
-        """Take the signals; the handlers from before come back at the end. In a thread none are taken."""
-        with handled(dict.fromkeys(self.signals, self)):
-            yield self
