@@ -75,3 +75,27 @@ def test_an_import_upwards_or_in_a_circle_is_found():
     )
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_no_file_outgrows_its_idea_and_no_room_its_door():
+    """350 lines in a file of the package, 400 in one of tests; 12 files beside each other, 18 where each selector has its own."""
+    lengths = {path: len(path.read_text().splitlines()) for path in (*FOLDER.rglob("*.py"), *TESTS.rglob("*.py"))}
+    assert {p.name: n for p, n in lengths.items() if n > (400 if TESTS in p.parents else 350)} == {}
+    folders = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in FOLDER.rglob("*.py")}}
+    assert {f.name: n for f, n in folders.items() if n > (18 if f.name == "saes" else 12)} == {}
+
+
+def test_the_largest_room_is_no_house_of_its_own():
+    lines: dict[str, int] = {}
+    for path in FOLDER.rglob("*.py"):
+        room = path.relative_to(FOLDER).parts[0]
+        lines[room] = lines.get(room, 0) + len(path.read_text().splitlines())
+    assert max(lines.values()) < 0.3 * sum(lines.values())
+
+
+def test_only_tests_mock():
+    named = [p.name for p in FOLDER.rglob("*.py") if "unittest" in p.read_text()]
+    assert named == []
