@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens import ActivationsStore
 from sae_lens.util import get_special_token_ids
+
+from saelens_cosine.progress import Progress
 
 CONTEXTS_AT_ONCE = 16
 """Contexts in one forward pass of the language model."""
@@ -138,3 +141,16 @@ def sample_contexts(store: ActivationsStore, tokens: int) -> Contexts:
         )
     every = Contexts(torch.stack(found), torch.tensor(documents))
     return every.at_even_steps(max(1, -(-tokens // store.context_size)))
+
+
+def read_contexts(store: ActivationsStore, tokens: int, progress: Progress) -> Iterator[torch.Tensor]:
+    """Contexts from the beginning of a store with about this many tokens in all, a batch at a time; fewer where the text ends before."""
+    done = 0
+    while done < tokens:
+        progress("Reading text", done, tokens)
+        try:
+            batch = store.get_batch_tokens(raise_at_epoch_end=True)
+        except StopIteration:
+            return
+        yield batch
+        done += batch.numel()

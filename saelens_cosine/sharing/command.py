@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import disable_progress_bars
-from sae_lens import ActivationsStore
 
-from saelens_cosine.activations.contexts import ContextForm
+from saelens_cosine.activations.contexts import ContextForm, read_contexts
 from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.devices import check_device
@@ -145,7 +142,7 @@ def share_on_neuronpedia(options: Any, progress: Progress) -> str:
     metadata.hook_name = model.hook_name  # as this model calls it
     form = ContextForm.of(metadata, longest=model.context_size)
     store = form.store(model.model, load_text(dataset).train, model.hook_name, model.d_in, options.device)
-    batches = _token_batches(store, options.tokens, progress)
+    batches = read_contexts(store, options.tokens, progress)
     activations = top_activations(sae, model.model, batches, options.contexts, metadata.max_norm_multiple)
     if not activations.tokens_evaluated:
         raise ValueError(
@@ -168,19 +165,6 @@ def share_on_neuronpedia(options: Any, progress: Progress) -> str:
         on_batch=lambda done: progress("Uploading features", done, sae.cfg.d_sae),
     )
     return f"{url}\n{sinks}"
-
-
-def _token_batches(store: ActivationsStore, tokens: int, progress: Progress) -> Iterator[torch.Tensor]:
-    """Contexts with about this many tokens, fewer where the corpus ends before."""
-    done = 0
-    while done < tokens:
-        progress("Reading text", done, tokens)
-        try:
-            batch = store.get_batch_tokens(raise_at_epoch_end=True)
-        except StopIteration:
-            return
-        yield batch
-        done += batch.numel()
 
 
 def _n_layers(model: Any) -> int:
