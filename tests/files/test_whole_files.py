@@ -48,7 +48,8 @@ def written_by_hand(source):
         )
         beside = name == "TemporaryDirectory" and any(keyword.arg == "dir" for keyword in call.keywords)
         moves = texts[0].endswith(".replace") and len(call.args) == 1 and not call.keywords  # two arguments: text
-        if (name in WRITERS or opened or beside or moves) and not any(
+        gives = name == "to_json" and not call.args  # a figure's, as text
+        if ((name in WRITERS and not gives) or opened or beside or moves) and not any(
             ours in text for ours in OF_OURS for text in texts
         ):
             found.append(ast.unparse(call))
