@@ -46,7 +46,7 @@ class FeaturePairs:
 
 
 @dataclass(frozen=True)
-class Matches:
+class MatchCounts:
     """
     How many features of one SAE have a counterpart in the other. `strong + weak + unmatched = alive`.
 
@@ -60,9 +60,6 @@ class Matches:
         matched_correlation (float): Mean over the matched; NaN if there are none.
         matched_decoder_cosine (float): Likewise.
         strong_decoder_cosine (float): Median over the strong, NaN if there are none. Near 0, their correlations are chance.
-        matched_features (tuple[int, ...]): Indices, ascending.
-        unique_features (tuple[int, ...]): The alive ones that are not matched, ascending. Weak ones are among them.
-        pairs (FeaturePairs): The matched with their partners; every feature that has one, if asked for.
     """
 
     alive: int
@@ -74,15 +71,28 @@ class Matches:
     matched_correlation: float
     matched_decoder_cosine: float
     strong_decoder_cosine: float
+
+
+@dataclass(frozen=True)
+class Matches(MatchCounts):
+    """
+    Which features of one SAE have a counterpart in the other.
+
+    Args:
+        matched_features (tuple[int, ...]): Indices, ascending.
+        unique_features (tuple[int, ...]): The alive ones that are not matched, ascending. Weak ones are among them.
+        pairs (FeaturePairs): The matched with their partners; every feature that has one, if asked for.
+    """
+
     matched_features: tuple[int, ...]
     unique_features: tuple[int, ...]
     pairs: FeaturePairs
 
 
 @dataclass(frozen=True)
-class FeatureMatching:
+class MatchedBy:
     """
-    Two SAEs' features matched on the same tokens, in either direction: the numbers differ, since two features may share a partner.
+    On what two SAEs' features were matched, and by which bounds.
 
     Args:
         tokens (int): Tokens that the codes are of.
@@ -91,8 +101,6 @@ class FeatureMatching:
         strong_correlation (float): Where strong begins.
         weak_correlation (float): Where weak begins.
         min_decoder_cosine (float): What matched features are above.
-        a (Matches): The first SAE's features.
-        b (Matches): The second's.
     """
 
     tokens: int
@@ -101,6 +109,18 @@ class FeatureMatching:
     strong_correlation: float
     weak_correlation: float
     min_decoder_cosine: float
+
+
+@dataclass(frozen=True)
+class FeatureMatching(MatchedBy):
+    """
+    Two SAEs' features matched on the same tokens, in either direction: the numbers differ, since two features may share a partner.
+
+    Args:
+        a (Matches): The first SAE's features.
+        b (Matches): The second's.
+    """
+
     a: Matches
     b: Matches
 

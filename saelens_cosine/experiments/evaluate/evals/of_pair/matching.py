@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import isnan
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,9 @@ from saelens_cosine.experiments.evaluate.evals.eval import (
     tokens_of,
 )
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.metrics.dictionary.matching import FeatureMatching, FeaturePairs, Matches
+from saelens_cosine.metrics.dictionary.matching import FeatureMatching, FeaturePairs, MatchCounts, MatchedBy
 from saelens_cosine.metrics.norms.norm_detectors import NormDetectors, norm_detectors
 from saelens_cosine.metrics.token_gram import firings
-from saelens_cosine.plain import OMITTED
 from saelens_cosine.report.chart import Axis, Chart, Plot
 from saelens_cosine.report.estimate import Estimate, short
 from saelens_cosine.report.table import Table
@@ -32,39 +32,24 @@ PAIRS_LISTED = 2000
 
 
 @dataclass(frozen=True)
-class MatchCounts:
-    """The numbers of `Matches`, which says what each is; `paired` is how many features have a partner at all."""
+class PairCounts(MatchCounts):
+    """
+    Counts of matches.
 
-    alive: int
-    strong: int
-    weak: int
-    unmatched: int
-    matched: int
-    mutual: int
-    matched_correlation: float
-    matched_decoder_cosine: float
-    strong_decoder_cosine: float
-    paired: int | None = field(default=None, metadata=OMITTED)
+    Args:
+        paired (int): How many features have a partner at all.
+    """
 
-    @classmethod
-    def of(cls, matches: Matches, paired: int | None = None) -> MatchCounts:
-        """Of one side of a matching."""
-        return cls(*(getattr(matches, part.name) for part in fields(cls)[:-1]), paired=paired)
+    paired: int
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(MatchedBy):
     """
     Matched features, and the norms of the tokens that they fire on.
 
     Args:
-        tokens (int): Tokens whose codes were compared.
-        min_joint_firings (int): As in `FeatureMatching`, also of the next four.
-        alive_rate (float): Likewise.
-        strong_correlation (float): Likewise.
-        weak_correlation (float): Likewise.
-        min_decoder_cosine (float): Likewise.
-        features (MatchCounts): Of the SAE.
+        features (PairCounts): Of the SAE.
         baseline_features (MatchCounts): Of the one that it is compared with.
         pairs (FeaturePairs): At most `PAIRS_LISTED` of the SAE's features that have a partner.
         top_quartile_share (tuple[float, ...]): Of each of these, the share of its firings on the top quartile of norms.
@@ -72,13 +57,7 @@ class Matching:
         unique_norms (NormDetectors): Of those that are not.
     """
 
-    tokens: int
-    min_joint_firings: int
-    alive_rate: float
-    strong_correlation: float
-    weak_correlation: float
-    min_decoder_cosine: float
-    features: MatchCounts
+    features: PairCounts
     baseline_features: MatchCounts
     pairs: FeaturePairs
     top_quartile_share: tuple[float, ...]
@@ -105,25 +84,26 @@ def _measure(subject: Subject) -> BySinks[Matching]:
         norms = subject.text.treated(subject.text.sample, name).norms
         in_top = firings(codes[(norms >= norms.quantile(0.75)).numpy()]) / np.maximum(firings(codes), 1)
         pairs = found.a.pairs
-        paired = len(pairs.features)
-        steps = np.linspace(0, paired - 1, min(paired, PAIRS_LISTED)).round().astype(int).tolist()
+        steps = (
+            np.linspace(0, len(pairs.features) - 1, min(len(pairs.features), PAIRS_LISTED)).round().astype(int).tolist()
+        )
         listed = FeaturePairs(*(tuple(getattr(pairs, part.name)[i] for i in steps) for part in fields(FeaturePairs)))
         return Matching(
-            found.tokens,
-            found.min_joint_firings,
-            found.alive_rate,
-            found.strong_correlation,
-            found.weak_correlation,
-            found.min_decoder_cosine,
-            MatchCounts.of(found.a, paired),
-            MatchCounts.of(found.b),
-            listed,
-            tuple(float(in_top[feature]) for feature in listed.features),
-            norm_detectors(codes, norms, found.a.matched_features),
-            norm_detectors(codes, norms, found.a.unique_features),
+            **_values(MatchedBy, found),
+            features=PairCounts(**_values(MatchCounts, found.a), paired=len(pairs.features)),
+            baseline_features=MatchCounts(**_values(MatchCounts, found.b)),
+            pairs=listed,
+            top_quartile_share=tuple(float(in_top[feature]) for feature in listed.features),
+            matched_norms=norm_detectors(codes, norms, found.a.matched_features),
+            unique_norms=norm_detectors(codes, norms, found.a.unique_features),
         )
 
     return BySinks(**by_sinks(subject.settings.treatments, of))
+
+
+def _values(kind: type[MatchedBy] | type[MatchCounts], found: Any) -> dict[str, Any]:
+    """The fields that a result has from one of its bases."""
+    return {part.name: getattr(found, part.name) for part in fields(kind)}
 
 
 def _figures(result: BySinks[Matching]) -> Iterator[Figure]:
