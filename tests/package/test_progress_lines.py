@@ -192,6 +192,7 @@ def test_train_tells_of_its_stages_without_a_terminal(tmp_path, capsys):
     assert main(["train", *FLAGS, "--output_path", str(tmp_path / "sae")]) == 0
     said = capsys.readouterr().err
     assert "Loading the model and the text: begun\n" in said
+    assert "\nTraining: 0 of 2,048 (0 %)\n" in said
     assert "\nTraining: 2,048 of 2,048 (100 %), done in " in said
     assert "Training SAE" not in said  # SAELens' bar
     assert main(["train", *FLAGS, "--output_path", str(tmp_path / "again"), "--quiet"]) == 0

@@ -148,7 +148,7 @@ class ResumableRun:
         parts (dict[str, HasState]): What else has a state.
         go_on (str): How to go on, told when a signal has stopped the run.
         stop (StopRequests): Signals that stop it.
-        on_step (Callable[[int, int], None] | None): Called after each step with the tokens trained on, and all there are.
+        on_step (Callable[[int, int], None] | None): Called before the first step and after each with the tokens trained on, and all there are.
     """
 
     runner: Any
@@ -198,6 +198,7 @@ class ResumableRun:
         final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
         if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
             restore_generators(*self._generators)
+        self._tell(trainer.n_training_samples, trainer.cfg.total_training_samples)
         with handled(dict.fromkeys(self.stop.signals, self.stop)):
             result = trainer.fit()
         if final and self.checkpoints is not None:
@@ -222,8 +223,7 @@ class ResumableRun:
 
     def _after_step(self) -> None:
         tokens, total = self._trainer.n_training_samples, self._trainer.cfg.total_training_samples
-        if self.on_step is not None:
-            self.on_step(min(tokens, total), total)
+        self._tell(tokens, total)
         stopped = self.stop.received is not None and tokens < total
         if not (stopped or tokens >= self._due or tokens >= total):
             return
@@ -235,6 +235,10 @@ class ResumableRun:
         if stopped:
             assert self.stop.received is not None
             raise StopError(self.stop.received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
+
+    def _tell(self, tokens: int, total: int) -> None:
+        if self.on_step is not None:
+            self.on_step(min(tokens, total), total)
 
     def _write(self, folder: Path) -> None:
         trainer = self._trainer
