@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from saelens_cosine.terminal.bar import progress_lines
 from saelens_cosine.terminal.options import Parser, add_run_options, multiple
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.resuming.stop import exit_status, raising_on_signals
@@ -21,6 +22,7 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
   --keep N               newest checkpoints that are kept (default 2)
   --stop-on SIGNAL       a signal that ends the run with a checkpoint, as SIGINT and SIGTERM do: USR1 for Slurm's --signal
   --deterministic        the same bits every time on a GPU too; slower there
+  --quiet                no progress: neither SAELens' bar nor, where there is no terminal, its lines
 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
 --checkpoint_path none writes no checkpoints.
@@ -39,12 +41,17 @@ def run_train(arguments: list[str]) -> int:
     extra = Parser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
     extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=multiple, default=10.0)
     extra.add_argument("--overwrite", action="store_true")
+    extra.add_argument("--quiet", action="store_true")
     add_run_options(extra)
     options, rest = extra.parse_known_args(arguments)
     if not rest or {"-h", "--help"} & set(rest):
         print(HELP)  # noqa: T201
     try:
-        with raising_on_signals(options.stop_on), deterministic_algorithms(options.deterministic):
+        with (
+            raising_on_signals(options.stop_on),
+            deterministic_algorithms(options.deterministic),
+            progress_lines(options.quiet) as progress,
+        ):
             norm_filter = train(
                 rest,
                 options.max_norm_multiple,
@@ -52,6 +59,7 @@ def run_train(arguments: list[str]) -> int:
                 overwrite=options.overwrite,
                 keep=options.keep,
                 stop_signals=options.stop_on,
+                on_progress=progress,
             )
     except KeyboardInterrupt as stopped:
         _say("Interrupted outside of training. Run the same command with --resume to go on.")

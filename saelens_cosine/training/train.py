@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
+from saelens_cosine.progress import Progress, shown
 from saelens_cosine.training.check import N_CHECKPOINTS, check_run, parse_flags
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.randomness import seed_everything
@@ -41,6 +43,7 @@ def train(
     overwrite: bool = False,
     keep: int = 2,
     stop_signals: Sequence[int] = (),
+    on_progress: Progress | None = None,
 ) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
 
@@ -53,6 +56,7 @@ def train(
         overwrite: replace an earlier run's SAE and checkpoints.
         keep: checkpoints that are kept, the newest.
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
+        on_progress: called with what is being done, how much of it is done, and how much there is. SAELens has its own bar.
 
     Raises:
         ValueError: `max_norm_multiple` is no bound, `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
@@ -71,7 +75,9 @@ def train(
         state = _newest(checkpoints) if checkpoints is not None and resume else None
         if output is not None:
             _begin(output, overwrite, state)
-        norm_filter = _train(cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals))
+        norm_filter = _train(
+            cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals), shown(on_progress)
+        )
         if checkpoints is not None:
             checkpoints.remove_set_aside()
     if state is not None and state.plain["tokens"] >= cfg.training_tokens:
@@ -88,7 +94,9 @@ def _train(
     checkpoints: Checkpoints | None,
     state: SavedState | None,
     stop_signals: tuple[int, ...],
+    progress: Progress,
 ) -> HighNormFilter:
+    progress("Loading the model and the text", 0, 1)
     model = _bundled(cfg) if cfg.model_name == BUNDLED else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
@@ -119,6 +127,7 @@ def _train(
         parts={"norm_filter": norm_filter},
         go_on="Run the same command with --resume to go on.",
         stop=StopRequests(stop_signals),
+        on_step=partial(progress, "Training"),
     )
     if state is not None:
         run.resume(state)

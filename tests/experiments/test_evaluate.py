@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import warnings
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.plain import fingerprint, plain, weights_sha256
 from saelens_cosine.saebench import Judge
-from saelens_cosine.terminal.bar import progress_bar
 
 pytestmark = pytest.mark.usefixtures("short_text")
 
@@ -300,17 +298,6 @@ def test_command_writes_its_files(run, tmp_path, capsys):
     assert "2 intervals leave out zero" in " ".join(out.split())
     assert (tmp_path / "evaluation.json").exists()
     assert "<!doctype html>" in (tmp_path / "report.html").read_text()[:200].lower()
-
-
-def test_warnings_stand_above_the_bar_once_and_on_one_line(capsys):
-    with progress_bar(quiet=False) as progress:
-        progress("Probing", 0, 2)
-        for _ in range(2):
-            warnings.warn("lbfgs failed to converge [status=1]:\nINCREASE the number of iterations", stacklevel=1)
-        progress("Probing", 2, 2)
-    told, bar = capsys.readouterr().err.splitlines()[:2]
-    assert told == "UserWarning: lbfgs failed to converge [status=1]:"
-    assert bar.startswith("Probing")
 
 
 def test_a_sample_knows_its_contexts_and_sinks():

@@ -28,6 +28,8 @@ COMMANDS = {
 
 def answer(command, arguments, capsys):
     """The one line on stderr, with exit status 2; what libraries say while they load the bundled model aside."""
+    if command == "train":
+        arguments = [*arguments, "--quiet"]
     try:
         status = main([command, *arguments])
     except SystemExit as stop:  # argparse's way

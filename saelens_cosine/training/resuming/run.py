@@ -10,7 +10,7 @@ Wrapped, for want of a seam, are the runner's method that calls `fit` and the tr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,6 +148,7 @@ class ResumableRun:
         parts (dict[str, HasState]): What else has a state.
         go_on (str): How to go on, told when a signal has stopped the run.
         stop (StopRequests): Signals that stop it.
+        on_step (Callable[[int, int], None] | None): Called before the first step and after each with the tokens trained on, and all there are.
     """
 
     runner: Any
@@ -157,6 +158,7 @@ class ResumableRun:
     parts: dict[str, HasState] = field(default_factory=dict[str, HasState])
     go_on: str = "Resume it."
     stop: StopRequests = field(default_factory=StopRequests)
+    on_step: Callable[[int, int], None] | None = None
     _generators: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     _trainer: Any = field(default=None, init=False, repr=False)
     _due: int = field(default=0, init=False, repr=False)
@@ -196,6 +198,7 @@ class ResumableRun:
         final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
         if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
             restore_generators(*self._generators)
+        self._tell(trainer.n_training_samples, trainer.cfg.total_training_samples)
         with handled(dict.fromkeys(self.stop.signals, self.stop)):
             result = trainer.fit()
         if final and self.checkpoints is not None:
@@ -220,6 +223,7 @@ class ResumableRun:
 
     def _after_step(self) -> None:
         tokens, total = self._trainer.n_training_samples, self._trainer.cfg.total_training_samples
+        self._tell(tokens, total)
         stopped = self.stop.received is not None and tokens < total
         if not (stopped or tokens >= self._due or tokens >= total):
             return
@@ -231,6 +235,10 @@ class ResumableRun:
         if stopped:
             assert self.stop.received is not None
             raise StopError(self.stop.received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
+
+    def _tell(self, tokens: int, total: int) -> None:
+        if self.on_step is not None:
+            self.on_step(min(tokens, total), total)
 
     def _write(self, folder: Path) -> None:
         trainer = self._trainer
