@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ from saved_evaluations import saved_sae
 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval, register_eval
+from saelens_cosine.experiments.evaluate.evals.of_text.tokens import TokenNorms
+from saelens_cosine.experiments.evaluate.results.evaluation import MeasuredText
 
 pytestmark = pytest.mark.usefixtures("short_text")
 
@@ -133,3 +136,12 @@ def test_a_figure_that_is_named_twice_is_refused(tmp_path, own, capsys):
     own.write_text(OWN.replace('yield Figure("mean", result.mean)', 'yield from [Figure("mean", 1.0)] * 2'))
     assert evaluate(tmp_path, own, "own") == 2
     assert "'own' has two figures 'mean'" in capsys.readouterr().err
+
+
+def test_a_whole_number_is_one_in_the_document():
+    norms = TokenNorms(1216, 0.5, math.nan, (), ())
+    found = MeasuredText(
+        results={"tokens": norms}, seconds={}, model="", hook="", head=None, dataset="", planted_sinks=False, form={}
+    )
+    assert json.dumps(found.document()["figures"]["tokens"]).startswith('{"tokens": 1216, "share of')
+    assert found.document()["figures"]["tokens"]["their norm over the median"] is None

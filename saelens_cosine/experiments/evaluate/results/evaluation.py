@@ -54,7 +54,7 @@ class Measured:
 
     def document(self) -> dict[str, Any]:
         """As `evaluation.json` holds it."""
-        figures = {name: {one.title: one.number for one in found} for name, found in self.figures.items()}
+        figures = {name: {one.title: one.value for one in found} for name, found in self.figures.items()}
         return plain(self) | {"figures": plain(figures)}
 
 
