@@ -288,7 +288,7 @@ def test_other_hooks_and_local_models_and_data(tmp_path):
     texts = ["\n".join(f"def function_{i}(x): return x + {row}" for i in range(60)) for row in range(400)]
     (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     heads = compare(
-        ComparisonSettings(arms=("cosine_batchtopk",), hook="blocks.1.attn.hook_z", tokens=20_000, d_sae=64, k=8),
+        ComparisonSettings(arms=("cosine_batchtopk",), hook="blocks.1.attn.hook_z", tokens=10_000, d_sae=64, k=8),
         tmp_path / "heads",
     )
     assert heads.d_in == 192
@@ -299,7 +299,7 @@ def test_other_hooks_and_local_models_and_data(tmp_path):
         dataset=str(tmp_path / "code.jsonl"),
         recipe="saelens",
         max_norm_multiple=None,
-        tokens=20_000,
+        tokens=10_000,
         d_sae=64,
         k=8,
     )

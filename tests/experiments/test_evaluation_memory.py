@@ -1,4 +1,4 @@
-"""Diagnostics hold active codes only: a tenth of 100,000 tokens x 65,536 features, where one dense matrix is 2.6 GB."""
+"""Diagnostics hold active codes only: a twentieth of 100,000 tokens x 65,536 features, where one dense matrix is 1.3 GB."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ blocks.FEWEST_TOKENS = 64  # at a time, a quarter of what it is
 torch.set_num_threads(1)
 torch.manual_seed(0)
 rng = np.random.default_rng(0)
-D_IN, D_SAE, OFTEN, TOKENS = 16, 65536, 8192, 10000
+D_IN, D_SAE, OFTEN, TOKENS = 16, 65536, 8192, 5000
 active = np.concatenate([rng.integers(OFTEN, size=(TOKENS, 64)), rng.integers(D_SAE, size=(TOKENS, 2))], axis=1)
 row = np.repeat(np.arange(TOKENS, dtype=np.int32), 66)
 codes = sparse.csr_array((rng.random(row.size, np.float32), (row, active.ravel().astype(np.int32))), shape=(TOKENS, D_SAE))

@@ -76,12 +76,12 @@ def files(folder: Path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 4 MB of its own."""
+    """A disk of 16 MB of its own: a page takes 5."""
     place = tmp_path / "disk"
     place.mkdir()
     try:
         made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)], capture_output=True, text=True
         )
     except FileNotFoundError:
         pytest.skip("needs a disk of its own, and there is no mount here")

@@ -38,6 +38,7 @@ SHRINK = {
         '    "sae_probes:158_code_C",\n    "sae_probes:57_wikidatais_alive",\n': "",
         '    "sae_probes:96_spam_is",\n    "sae_probes:105_click_bait",\n': "",
         "REAL[:3]": "REAL[:1]",
+        'saes("removed", seeds=1), settings, OUT / "evaluation" / "saebench"': 'saes("removed", seeds=1)[:1], settings, OUT / "evaluation" / "saebench"',
         '"n_eval_reconstruction_batches": 8, "n_eval_sparsity_variance_batches": 32': '"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1',
         "samples=60_000": "samples=2_048",
     },
