@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from sae_lens.saes.sae import SAE
 
@@ -31,7 +32,7 @@ def _name(part: Field[Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as what JSON holds; numbers that are not finite become None."""
+    """Dataclasses, tuples, mappings and NumPy's numbers as what JSON holds; numbers that are not finite become None."""
     if is_dataclass(value) and not isinstance(value, type):
         parts = [(part, getattr(value, part.name)) for part in fields(value)]
         return {
@@ -43,6 +44,8 @@ def plain(value: Any) -> Any:
         if value and all(type(item) is str for item in value):  # tokens, of which there are many
             return list(value)
         return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -61,33 +64,48 @@ def from_plain(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (Union, UnionType):
-        return None if value is None else from_plain(inner[0], value, where)
+        return _member_from_plain(inner, value, where)
     if kind is float and value is None:
         return math.nan
+    if origin is Literal:
+        if not any(value == one and type(value) is type(one) for one in inner):
+            raise ValueError(f"{where} is {value!r:.80}, which is none of {list(inner)}.")
+        return value
     if is_dataclass(origin or kind) and isinstance(value, Mapping):
         return _dataclass_from_plain(kind, cast("Mapping[str, Any]", value), where)
-    if origin is dict and isinstance(value, Mapping):
-        items = cast("Mapping[str, Any]", value).items()
-        return {name: from_plain(inner[1], item, f"{where}[{name!r}]") for name, item in items}
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        items, number = cast("Mapping[str, Any]", value).items(), inner[0] if inner[0] in (int, float) else None
+        named = ((name if number is None else number(name), name, item) for name, item in items)
+        return {key: from_plain(inner[1], item, f"{where}[{name!r}]") for key, name, item in named}
     if isinstance(value, list | tuple):
         items = cast("Sequence[Any]", value)
-        if origin is tuple and inner[-1] is Ellipsis:
-            if all(type(item) is inner[0] for item in items):  # tokens and codes, of which there are many
-                return tuple(items)
-            return tuple(from_plain(inner[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-        named = isinstance(kind, type) and issubclass(kind, tuple)
-        kinds = tuple(get_type_hints(kind).values()) if named else inner if origin is tuple else None
+        if origin in (list, Sequence) or (origin is tuple and inner[-1:] == (Ellipsis,)):
+            known = all(type(item) is inner[0] for item in items)  # tokens and codes, of which there are many
+            made = items if known else (from_plain(inner[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+            return list(made) if origin is list else tuple(made)
+        is_named = isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+        kinds = tuple(get_type_hints(kind).values()) if is_named else inner if origin is tuple else None
         if kinds is not None and len(kinds) == len(items):
             parts = (
                 from_plain(part, item, f"{where}[{i}]") for i, (part, item) in enumerate(zip(kinds, items, strict=True))
             )
-            return kind(*parts) if named else tuple(parts)
-    expected = str if origin is Literal else kind
-    if isinstance(expected, type) and isinstance(value, int | float if expected is float else expected):
-        if origin is Literal and value not in inner:
-            raise ValueError(f"{where} is {value!r}, which is none of {list(inner)}.")
+            return kind(*parts) if is_named else tuple(parts)
+    if isinstance(kind, type) and isinstance(value, int | float if kind is float else kind):
         return value
     raise ValueError(f"{where} is {value!r:.80}, where {kind} belongs.")
+
+
+def _member_from_plain(kinds: Sequence[Any], value: Any, where: str) -> Any:
+    """As the first of a union's types that it is of."""
+    if value is None and NoneType in kinds:
+        return None
+    first, *others = [kind for kind in kinds if kind is not NoneType]
+    try:
+        return from_plain(first, value, where)
+    except ValueError:
+        if not others:
+            raise
+    return _member_from_plain(others, value, where)
 
 
 def _dataclass_from_plain(kind: Any, value: Mapping[str, Any], where: str) -> Any:

@@ -30,7 +30,7 @@ def record_training(sae: SAE[Any], runner: Any, recipe: str | None = None) -> No
 
 
 def trained(sae: SAE[Any]) -> dict[str, Any]:
-    """What an SAE is and how it was trained; None for what neither its config nor its metadata say.
+    """What an SAE is and how it was trained; None for what neither its config nor its metadata say in a form that can be shown.
 
     Returns:
         `d_sae`; `selector`, its setting as in `{"k": 32}`; `training_architecture`; `tokens`; `lr`; `recipe`; `filtered`,
@@ -40,12 +40,20 @@ def trained(sae: SAE[Any]) -> dict[str, Any]:
     details: dict[str, Any] = {**(metadata.training_architecture_details or {}), **config}
     return {
         "d_sae": sae.cfg.d_sae,
-        "selector": {name: details[name] for name in SELECTOR_SETTINGS if details.get(name) is not None},
-        "training_architecture": metadata.training_architecture,
-        "tokens": metadata.training_tokens,
-        "lr": metadata.lr,
-        "recipe": metadata.recipe,
+        "selector": {name: details[name] for name in SELECTOR_SETTINGS if _number(details.get(name)) is not None},
+        "training_architecture": _text(metadata.training_architecture),
+        "tokens": _number(metadata.training_tokens),
+        "lr": _number(metadata.lr),
+        "recipe": _text(metadata.recipe),
         "filtered": "max_norm_multiple" in metadata,
-        "max_norm_multiple": metadata.max_norm_multiple,
-        "high_norm_share_dropped": metadata.high_norm_share_dropped,
+        "max_norm_multiple": _number(metadata.max_norm_multiple),
+        "high_norm_share_dropped": _number(metadata.high_norm_share_dropped),
     }
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

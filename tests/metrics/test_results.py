@@ -3,10 +3,13 @@
 import importlib
 import json
 import pkgutil
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+import pytest
 import torch
 from helpers import D_IN, make_activations, make_sae
 
@@ -62,3 +65,62 @@ def test_results_come_back_from_their_json():
     ]
     for kind, result in results:
         assert from_plain(kind, json.loads(json.dumps(plain(result), allow_nan=False)), "the result") == result
+
+
+class Pair(NamedTuple):
+    low: float
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    pairs: tuple[Pair, ...]
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (list[float], [1.0, 2.0]),
+        (list[Row], [Row((Pair(1.0, None),)), Row(())]),
+        (Sequence[int], (1, 2)),
+        (Mapping[str, float], {"a": 1.0}),
+        (dict[int, float], {1: 2.0, 10: 3.0}),
+        (dict[float, str], {0.5: "half"}),
+        (int | str, "x"),
+        (str | None, None),
+        (None | float, 2.0),
+        (Row | Pair, Pair(1.0, 2.0)),
+        (Literal[1, "all", None], 1),
+        (Literal[1, "all", None], None),
+        (tuple[()], ()),
+        (tuple[tuple[int, ...], ...], ((1, 2), ())),
+        (dict[str, tuple[Row | None, ...]], {"a": (None, Row(()))}),
+    ],
+)
+def test_whatever_type_a_result_is_annotated_with_comes_back(kind, value):
+    found = from_plain(kind, json.loads(json.dumps(plain(value), allow_nan=False)), "it")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"f": np.float32(0.5), "i": np.int64(3), "b": np.bool_(True), "nan": np.float32("nan")}
+    assert json.dumps(plain(given), allow_nan=False) == '{"f": 0.5, "i": 3, "b": true, "nan": null}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, 3.0),
+        (bool, 1),
+        (int | str, 1.5),
+        (Literal[1, 2], True),
+        (Literal["a"], 1),
+        (list[int], "12"),
+        (Pair, [1.0]),
+    ],
+)
+def test_what_is_of_no_such_type_is_refused(kind, value):
+    with pytest.raises(ValueError, match="it is "):
+        from_plain(kind, value, "it")

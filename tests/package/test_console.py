@@ -64,6 +64,7 @@ def test_a_line_and_a_bar_show_names_as_they_are(name, capsys):
 
 def test_a_terminal_obeys_no_name(capsys):
     assert visible("a\x1b[2Jb\r\x07\x9b\n\tc") == "a\\x1b[2Jb\\x0d\\x07\\x9b\n\tc"
+    assert visible("sae-\udcff") == "sae-\\udcff"
     assert main(["share", "no\x1b[2Jwhere", "--repo", "me/saes"]) == 2
     assert "\x1b" not in capsys.readouterr().err
 

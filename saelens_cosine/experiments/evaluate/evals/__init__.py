@@ -56,8 +56,9 @@ def register_eval(row: Eval[Any]) -> None:
     """Add an eval, for `evaluate` and the command.
 
     Raises:
-        ValueError: there is one of this name.
+        ValueError: there is one of this name, or it cannot be right, see `Eval.check`.
     """
+    row.check()
     if row.name in EVALS:
         raise ValueError(f"There is an eval {row.name!r} already: {EVALS[row.name].about}.")
     EVALS[row.name] = row

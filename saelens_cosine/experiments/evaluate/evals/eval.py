@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
+from uuid import uuid4
 
 import numpy as np
 
+from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.intervals import DocumentErrors
 from saelens_cosine.plain import OMITTED, from_plain
 from saelens_cosine.report.browser import Browser
@@ -19,6 +24,12 @@ Treatment = Literal["with_sinks", "without_sinks"]
 
 TREATMENTS: dict[Treatment, str] = {"with_sinks": "sinks in", "without_sinks": "sinks out"}
 """As results call them, and as a reader does."""
+
+Of = Literal["text", "sae", "arm", "pair"]
+"""A text alone, an SAE, the first SAE of an arm, or an SAE and its baseline."""
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Of an eval: files, places in a page and flags are called by it."""
 
 Found = TypeVar("Found")
 Result = TypeVar("Result")
@@ -163,7 +174,7 @@ class Eval(Generic[Result]):
 
     Args:
         name (str): What `--evals` and `evaluation.json` call it.
-        of (Literal["text", "sae", "arm", "pair"]): A text alone, an SAE, the first SAE of an arm, or an SAE and its baseline.
+        of (Of): A text alone, an SAE, the first SAE of an arm, or an SAE and its baseline.
         about (str): One line for `--help`.
         measure (Callable): From a `Text` or a `Subject` to its result, of the type that it is annotated with: a dataclass of plain values, `BySinks` of one, or one that adds fields to it.
         figures (Callable): The named figures of a result.
@@ -175,7 +186,7 @@ class Eval(Generic[Result]):
     """
 
     name: str
-    of: Literal["text", "sae", "arm", "pair"]
+    of: Of
     about: str
     measure: Callable[[Any], Result]
     figures: Callable[[Result], Iterator[Figure]] = _no_figures
@@ -185,12 +196,55 @@ class Eval(Generic[Result]):
     uses: tuple[str, ...] = ()
     reads: Callable[[Any], Any] = lambda _: ()
 
-    @property
+    @cached_property
     def code(self) -> str:
-        """The source of an eval from elsewhere, of which another one gives other results; of ours the version says it."""
+        """The source of an eval from elsewhere, of which another one gives other results; of ours the version says it.
+
+        Read when it is registered: who edits a file while it runs edits the next run. What has no file is of this process alone.
+        """
         if self.measure.__module__.startswith("saelens_cosine."):
             return ""
-        return inspect.getsource(inspect.getmodule(self.measure) or self.measure)
+        try:
+            return inspect.getsource(inspect.getmodule(self.measure) or self.measure)
+        except (OSError, TypeError):
+            return uuid4().hex
+
+    @cached_property
+    def kind(self) -> Any:
+        """The type of its results, by the annotation of its measure; Any without one."""
+        told = {"return": getattr(self.measure, "__annotations__", {}).get("return", Any)}
+        known = getattr(self.measure, "__globals__", {})
+        return get_type_hints(SimpleNamespace(__annotations__=told), known)["return"]
+
+    def check(self) -> None:
+        """What must be right before anything is measured.
+
+        Raises:
+            ValueError: it cannot be run, or its results not be read; names the field.
+        """
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"The name of an eval, {self.name!r:.80}, must be letters, digits, '_' and '-', at most 64."
+            )
+        if self.of not in get_args(Of):
+            raise ValueError(f"of={self.of!r} of the eval {self.name!r} is none of {', '.join(get_args(Of))}.")
+        settings = [part.name for part in fields(EvaluationSettings)]
+        if unknown := [name for name in self.uses if name not in settings]:
+            raise ValueError(
+                f"uses of the eval {self.name!r} has {unknown[0]!r}, which is no setting; there are {', '.join(settings)}."
+            )
+        if getattr(self.measure, "__annotations__", {}).get("return") is None:
+            raise ValueError(
+                f"The eval {self.name!r} has no annotation of what its measure returns, by which results are read back: "
+                "def measure(subject) -> Residual, with a dataclass of plain values."
+            )
+        try:
+            _ = self.kind, self.code
+        except NameError as error:
+            raise ValueError(
+                f"What the measure of the eval {self.name!r} returns is not to be found: {error}. Its type must be defined or "
+                "imported in the measure's module, not for the type checker alone."
+            ) from error
 
     def read(self, plain_result: Any) -> Result | NotMeasured:
         """A result, or the reason why there is none, from its plain form.
@@ -199,8 +253,7 @@ class Eval(Generic[Result]):
             ValueError: it is none.
         """
         refused = isinstance(plain_result, dict) and "not_applicable" in plain_result
-        kind: Any = NotMeasured if refused else get_type_hints(self.measure).get("return", Any)
-        return from_plain(kind, plain_result, self.name)
+        return from_plain(NotMeasured if refused else self.kind, plain_result, self.name)
 
 
 def tokens_of(result: BySinks[Found], count: Callable[[Found], int]) -> str:

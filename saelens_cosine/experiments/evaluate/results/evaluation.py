@@ -33,11 +33,17 @@ class Measured:
 
     @cached_property
     def figures(self) -> dict[str, tuple[Figure, ...]]:
-        """Named numbers by eval; none of those that did not apply."""
-        return {
+        """Named numbers by eval; none of those that did not apply.
+
+        Raises:
+            ValueError: figures that arms are compared in, or two of one eval, have one name; names it and the evals.
+        """
+        found = {
             name: () if isinstance(result, NotMeasured) else tuple(EVALS[name].figures(result))
             for name, result in self.results.items()
         }
+        _check_names(found)
+        return found
 
     @cached_property
     def compared(self) -> dict[str, Figure]:
@@ -48,8 +54,19 @@ class Measured:
 
     def document(self) -> dict[str, Any]:
         """As `evaluation.json` holds it."""
-        figures = {name: {one.title: one.number for one in found} for name, found in self.figures.items()}
+        figures = {name: {one.title: one.value for one in found} for name, found in self.figures.items()}
         return plain(self) | {"figures": plain(figures)}
+
+
+def _check_names(figures: Mapping[str, tuple[Figure, ...]]) -> None:
+    compared: dict[str, str] = {}
+    for name, found in figures.items():
+        titles = [one.title for one in found]
+        if twice := [title for title in titles if titles.count(title) > 1]:
+            raise ValueError(f"The eval {name!r} has two figures {twice[0]!r}; give each a name of its own.")
+        for title in (one.title for one in found if one.compared):
+            if (other := compared.setdefault(title, name)) != name:
+                raise ValueError(f"The evals {other!r} and {name!r} both have a figure {title!r}; rename one of them.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def _draw(shown: Shown[BrowsedFeatures]) -> Iterator[Chart | Browser]:
     powers = [log10(one.density) for features in active.values() for one in features]
     label = "density: share of tokens where it fires"
     if powers:
-        low, high = floor(min(powers)), max(0, ceil(max(powers)))
+        low, high = min(-1, floor(min(powers))), max(0, ceil(max(powers)))  # though each fires on every token
         ticks = {float(power): short(10.0**power) for power in range(low, high + 1)}
         plot = Plot(shown.arms, Axis(f"{label} (log scale)", ticks=ticks), Axis("share of features"))
         for arm, features in active.items():
