@@ -6,9 +6,12 @@ Transformers reads them and turns the quantised weights into floating-point ones
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from sae_lens.load_model import HookedProxyLM
 
 SHA256 = "gguf_sha256"
 """Entry of an SAE's `model_from_pretrained_kwargs`: the checksum of its model's file."""
@@ -125,6 +128,28 @@ def load_gguf(name: str, dtype: Any = "float32", attention: str | None = None) -
     model = AutoModelForCausalLM.from_config(config, dtype=marked.dtype, attn_implementation=attention)
     model.load_state_dict(marked.state_dict())
     return model.eval(), tokenizer
+
+
+def hooked_gguf(name: str, device: str, kwargs: Mapping[str, Any], bridge: bool) -> Any:
+    """A model as SAELens' bridge, or as its wrapper of a Hugging Face model. Raises what `load_gguf` does.
+
+    Args:
+        name: of the model.
+        device: where it goes.
+        kwargs: `dtype` (float32 if not given) and the like; entries that have no effect on a model that is loaded already are
+            left out.
+        bridge: whether it is a `TransformerBridge`, with the hook points of TransformerLens.
+    """
+    dtype = kwargs.get("dtype", "float32")
+    if not bridge:
+        source, tokenizer = load_gguf(name, dtype, kwargs.get("attn_implementation"))
+        return HookedProxyLM(source.to(device), tokenizer)
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    source, tokenizer = load_gguf(name, dtype, "eager")  # which has the scores that a bridge's hooks see
+    return SAETransformerBridge.boot_transformers(
+        name_of(name), hf_model=source.to(device), tokenizer=tokenizer, dtype=source.dtype
+    )
 
 
 def _unreadable(file: Path, why: str) -> ValueError:

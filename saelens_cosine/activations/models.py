@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.load_model import load_model
 
 from saelens_cosine.activations.bridges import name_in_bridge
-from saelens_cosine.activations.gguf import SHA256, checksum, is_gguf, load_gguf, name_of
+from saelens_cosine.activations.gguf import SHA256, checksum, hooked_gguf, is_gguf, name_of
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.hooked_transformer import hooked_transformer, official_model_name
@@ -97,7 +97,7 @@ def choose_model(
     gguf = is_gguf(name)
     if not gguf:
         given.pop(SHA256, None)  # another model is meant than the SAE's
-    elif class_name == TRANSFORMER_LENS:
+    elif class_name not in (HUGGING_FACE, BRIDGE):
         class_name = None  # it is not to be had
     lens = BRIDGE if gguf or hooked_transformer() is None else TRANSFORMER_LENS
     chosen = lens if class_name in (None, TRANSFORMER_LENS) else class_name
@@ -106,7 +106,7 @@ def choose_model(
             chosen = lens if LENS_HOOK.match(hook) else HUGGING_FACE
         if (hook is None) if gguf else not known_to_transformer_lens(name):
             chosen = HUGGING_FACE
-    refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - _BRIDGE_TAKES}.get(chosen, frozenset())
+    refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - (set() if gguf else _BRIDGE_TAKES)}.get(chosen, frozenset())
     if lost := {key: value for key, value in given.items() if key in refused}:
         raise ValueError(
             f"model_from_pretrained_kwargs={lost}: a HookedTransformer is loaded so, and {name} with the hook {hook} is loaded as "
@@ -176,9 +176,10 @@ def load_hooked_model(
     if hook_name is None:
         of = re.search(r"\.(\d+)(\.|$)", hook or "")
         block = block if of is None or int(of[1]) >= n_layers else int(of[1])
+        there = ", ".join(name for name in model.hook_dict if f".{block}." in f"{name}.")
         raise ValueError(
             f"{name}, loaded as {choice.class_name}, has no hook point {hook!r} under this or another name. "
-            f"It has {n_layers} blocks, numbered from 0. In block {block} there are: {_hooks_of(model, block)}."
+            f"It has {n_layers} blocks, numbered from 0. In block {block} there are: {there}."
         )
     return HookedModel(
         model,
@@ -255,7 +256,7 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
         bundled: Any = load_bundled_model(device)
         return bundled if dtype is None else bundled.to(dtype, print_details=False)
     if is_gguf(name):
-        return _load_gguf(name, device, class_name, kwargs)
+        return hooked_gguf(name, device, kwargs, bridge=class_name == BRIDGE)
     path = str(model_folder()) if name == BUNDLED else name
     if class_name in (HUGGING_FACE, BRIDGE) and not Path(path).exists() and known_to_transformer_lens(path):
         path = official_model_name(path)  # gpt2-small is gpt2 on the Hub
@@ -266,22 +267,6 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
 
             return SAETransformerBridge.boot_transformers(path, device=device, **loaded)
         return load_model(class_name, path, device=device, model_from_pretrained_kwargs=loaded)
-
-
-def _load_gguf(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> Any:
-    """Of a GGUF file, as SAELens' wrapper or its bridge."""
-    if class_name == BRIDGE:
-        from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-
-        source, tokenizer = load_gguf(name, kwargs.get("dtype", "float32"), "eager")  # a bridge's hooks see the scores
-        given = {key: value for key, value in kwargs.items() if key in _BRIDGE_TAKES}
-        return SAETransformerBridge.boot_transformers(
-            name_of(name), hf_model=source.to(device), tokenizer=tokenizer, dtype=source.dtype, **given
-        )
-    if class_name != HUGGING_FACE:
-        raise ValueError(f"{name} is loaded as {HUGGING_FACE} or {BRIDGE}, and not as {class_name}.")
-    source, tokenizer = load_gguf(name, kwargs.get("dtype", "float32"), kwargs.get("attn_implementation"))
-    return HookedProxyLM(source.to(device), tokenizer)
 
 
 @contextmanager
@@ -318,11 +303,6 @@ def _layer_path(model: Any, n_layers: int) -> str:
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return path
     raise ValueError(f"No list of {n_layers} blocks in {type(model).__name__}; name the hook point with hook=.")
-
-
-def _hooks_of(model: Any, layer: int) -> str:
-    names = [name for name in model.hook_dict if f".{layer}." in name or name.endswith(f".{layer}")]
-    return ", ".join(names)
 
 
 def context_size(model: Any) -> int | None:

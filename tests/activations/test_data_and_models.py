@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import model_folder
+from saelens_cosine.files.secrets import published
 
 
 def write_jsonl(path, rows):
@@ -116,6 +117,36 @@ def test_a_folder_of_text_files_gives_a_document_each(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty.*\.jsonl.*\.txt"):
         load_text(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_column_of_a_file_is_named_after_it(suffix, tmp_path):
+    data = Dataset.from_dict({"text": ["title"] * 40, "body": [f"row {i}" for i in range(40)], "n": list(range(40))})
+    file = str(tmp_path / f"data{suffix}")
+    {".jsonl": data.to_json, ".csv": data.to_csv, ".parquet": data.to_parquet}[suffix](file)
+    splits = load_text(f"{file}:body")
+    rows = [row for split in splits[:2] for row in split]
+    assert sorted(rows, key=str) == sorted(({"text": f"row {i}"} for i in range(40)), key=str)
+    data.select_columns(["body"]).rename_column("body", "text").to_json(str(tmp_path / "alone.jsonl"))
+    alone = load_text(str(tmp_path / "alone.jsonl"))
+    assert (splits.rule, splits.fingerprint) == (alone.rule, alone.fingerprint)
+    with pytest.raises(ValueError, match="no column 'corpse'; it has text, body, n"):
+        load_text(f"{file}:corpse")
+    with pytest.raises(ValueError, match="0 for a text in its column 'n', row 0"):
+        load_text(f"{file}:n")
+    with pytest.raises(FileNotFoundError, match=r"no file '.*nowhere\.jsonl'"):
+        load_text(str(tmp_path / "nowhere.jsonl:body"))
+
+
+def test_a_file_whose_own_name_has_a_colon_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", 40)
+    write_jsonl(tmp_path / "b.jsonl:body.jsonl", 20)
+    assert len(load_text("b.jsonl:body.jsonl").rows) == 19
+    assert published({"dataset_path": "a.jsonl:text"}) == {"dataset_path": "a.jsonl:text"}
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", 40)
+    assert published({"dataset_path": "data/a.jsonl:text"}) == {"dataset_path": "a.jsonl:text"}
 
 
 def test_a_folder_of_data_files_is_read_as_the_hub_would(tmp_path):
