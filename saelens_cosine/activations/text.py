@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saelens_cosine.activations.near_copies import HeldOutRuns, document_of
+from saelens_cosine.activations.sae_probes_text import SAE_PROBES_TEXT, sae_probes_rows
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 
 HELDOUT_DOCUMENTS = 1000
@@ -64,10 +65,11 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
     file, a saved dataset, a folder of data files, or a folder of text files (`.txt`, `.md`, `.py`, in its subfolders too), each of
     which is a document; the rows of a single `.txt` file are its paragraphs. `"file.jsonl:body"` reads the column `body` of a data
     file, where else the first of `tokens`, `input_ids`, `text`, `problem` is read. Of a dataset on the Hub the first 1000 documents are
-    held out.
+    held out. `"sae-probes"` is text of the data sets that come with that package (`sae_probes_text.TEXT_SETS`), held out as of local
+    data.
 
     Args:
-        name: `"bundled"`, a path, or the name of a dataset on the Hub.
+        name: `"bundled"`, `"sae-probes"`, a path, or the name of a dataset on the Hub.
         seed: of the order of the training documents.
         streaming: read a dataset on the Hub while it is used, not beforehand.
 
@@ -81,8 +83,9 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
         rows, heldout = stdlib_corpus("train"), stdlib_corpus("heldout").shuffle(seed=0)
         train = rows.shuffle(seed=seed)
         rule = "hash of the file's path, codec tables aside"
-    elif path.suffix in _LOADERS or path.exists():
-        all_rows = _of_column(_local_rows(path), column, file)
+    elif name == SAE_PROBES_TEXT or path.suffix in _LOADERS or path.exists():
+        local = name != SAE_PROBES_TEXT
+        all_rows = _of_column(_local_rows(path), column, file) if local else sae_probes_rows()
         test_size = min(HELDOUT_DOCUMENTS, max(1, len(all_rows) // 20))
         split = all_rows.train_test_split(test_size=test_size, seed=0)  # the same for every seed
         rows, heldout = split["train"], split["test"]

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from saelens_cosine.activations.models import load_hooked_model
+from saelens_cosine.activations.sae_probes_text import sae_probes_rows, tasks_trained_on
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.files.secrets import published
@@ -239,3 +240,34 @@ def test_rows_of_tokens_that_are_read_as_tensors_leave_no_copy_in_training(tmp_p
     train, heldout = ([tuple(row["input_ids"]) for row in split] for split in load_text(str(tmp_path / "tokens"))[:2])
     assert set(train) | set(heldout) == set(map(tuple, rows))
     assert not set(train) & set(heldout)
+
+
+def test_the_texts_of_sae_probes_are_distinct_fixed_and_none_of_a_task_that_is_left():
+    pytest.importorskip("sae_probes", reason="sae-probes has the texts")
+    import pandas as pd
+    from sae_probes.constants import DATA_PATH
+    from sae_probes.utils_data import get_numbered_binary_tags
+
+    rows = sae_probes_rows()
+    texts = set(rows["text"])
+    assert len(texts) == len(rows) > 15_000
+    assert 40e6 < sum(map(len, texts)) < 46e6
+    splits = load_text("sae-probes", seed=1)
+    heldout = [row["text"] for row in splits.heldout]
+    assert len(heldout) == len(rows) // 20
+    assert heldout == [row["text"] for row in load_text("sae-probes").heldout]
+    assert (len(splits.rows), set(splits.rows["text"]) & set(heldout)) == (len(rows) - len(heldout), set())
+    shared = {}
+    for tag in get_numbered_binary_tags():
+        file = DATA_PATH / "cleaned_data" / f"{tag}.csv.zst"
+        read = pd.read_csv(file, usecols=["prompt"], keep_default_na=False, nrows=300)  # with all rows it takes 10 s
+        shared[tag] = bool(texts & set(read["prompt"].astype(str).str.strip()))
+    assert {tag for tag, found in shared.items() if found} == tasks_trained_on("sae-probes")
+    assert tasks_trained_on("bundled") == set()
+
+
+def test_sae_probes_that_is_not_there_is_named_with_its_command(monkeypatch):
+    sae_probes_rows.cache_clear()
+    monkeypatch.setattr("saelens_cosine.activations.sae_probes_text.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps sae-probes"):
+        load_text("sae-probes")

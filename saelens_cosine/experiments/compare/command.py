@@ -36,7 +36,11 @@ def add_compare_command(commands: Any) -> None:
         default=default.model,
         help="'bundled', 'smollm2', a TransformerLens or Hugging Face name, or a local folder or .gguf file",
     )
-    add("--dataset", default=default.dataset, help="'bundled', a Hugging Face name, or a local file or saved dataset")
+    add(
+        "--dataset",
+        default=default.dataset,
+        help="'bundled', 'sae-probes', a Hugging Face name, or a local file (file.jsonl:column), folder of texts or saved dataset",
+    )
     add("--tokens", type=count, default=default.tokens, help="training tokens of each SAE")
     add("--k", type=int, default=default.k, help="active features per token")
     add("--d-sae", type=int, default=default.d_sae, help="number of features")
