@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from saelens_cosine.bundled import stdlib_corpus
+from saelens_cosine.experiments.evaluate.texts import tasks
 from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, windows
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
-from saelens_cosine.experiments.evaluate.texts import tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
 
 # drawing
