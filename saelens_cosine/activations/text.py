@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from saelens_cosine.activations.near_copies import HeldOutRuns, document_of
+from saelens_cosine.activations.sae_probes_text import SAE_PROBES_TEXT, sae_probes_rows
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 
 HELDOUT_DOCUMENTS = 1000
@@ -19,6 +21,9 @@ COMPARED = 20_000
 """Documents, at even steps, by which a text is told from another of the same name."""
 
 _LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+_WITH_COLUMN = re.compile(rf"(.+(?:{'|'.join(map(re.escape, _LOADERS))})):([^:/\\]+)")
+"""`file.jsonl:column`."""
 
 _TEXT_FILES = (".txt", ".md", ".py")
 """What a folder of documents holds."""
@@ -58,11 +63,13 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
 
     `"bundled"` splits Python's standard library by file. Local data gives up 5 % of its rows, at least one and at most 1000: a
     file, a saved dataset, a folder of data files, or a folder of text files (`.txt`, `.md`, `.py`, in its subfolders too), each of
-    which is a document; the rows of a single `.txt` file are its paragraphs. Of a dataset on the Hub the first 1000 documents are
-    held out.
+    which is a document; the rows of a single `.txt` file are its paragraphs. `"file.jsonl:body"` reads the column `body` of a data
+    file, where else the first of `tokens`, `input_ids`, `text`, `problem` is read. Of a dataset on the Hub the first 1000 documents are
+    held out. `"sae-probes"` is text of the data sets that come with that package (`sae_probes_text.TEXT_SETS`), held out as of local
+    data.
 
     Args:
-        name: `"bundled"`, a path, or the name of a dataset on the Hub.
+        name: `"bundled"`, `"sae-probes"`, a path, or the name of a dataset on the Hub.
         seed: of the order of the training documents.
         streaming: read a dataset on the Hub while it is used, not beforehand.
 
@@ -70,13 +77,15 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
         ValueError: the dataset has no rows, too few to hold one out, or none that is unlike the held-out ones.
         FileNotFoundError: a path that does not exist and cannot be the name of a Hub dataset.
     """
-    path, streams = Path(name), False
+    file, column = _file_and_column(name)
+    path, streams = Path(file), False
     if name == BUNDLED:
         rows, heldout = stdlib_corpus("train"), stdlib_corpus("heldout").shuffle(seed=0)
         train = rows.shuffle(seed=seed)
         rule = "hash of the file's path, codec tables aside"
-    elif path.suffix in _LOADERS or path.exists():
-        all_rows = _local_rows(path)
+    elif name == SAE_PROBES_TEXT or path.suffix in _LOADERS or path.exists():
+        local = name != SAE_PROBES_TEXT
+        all_rows = _of_column(_local_rows(path), column, file) if local else sae_probes_rows()
         test_size = min(HELDOUT_DOCUMENTS, max(1, len(all_rows) // 20))
         split = all_rows.train_test_split(test_size=test_size, seed=0)  # the same for every seed
         rows, heldout = split["train"], split["test"]
@@ -95,6 +104,27 @@ def load_text(name: str, seed: int = 0, streaming: bool = True) -> TextSplits:
     if streams:  # last, for the first document of a shuffled stream costs a buffer of them
         train = train.shuffle(seed=seed, buffer_size=SHUFFLED_AT_ONCE)
     return TextSplits(train, heldout, rule, None if streams else rows)
+
+
+def _file_and_column(name: str) -> tuple[str, str | None]:
+    """`("file.jsonl", "column")` for `file.jsonl:column`, which may also be a file's own name."""
+    found = None if Path(name).exists() else _WITH_COLUMN.fullmatch(name)
+    return (name, None) if found is None else (found[1], found[2])
+
+
+def _of_column(rows: Any, column: str | None, file: str) -> Any:
+    """Rows with the text of one column, under the name that SAELens' store reads."""
+    if column is None:
+        return rows
+    if column not in rows.column_names:
+        raise ValueError(f"{file!r} has no column {column!r}; it has {', '.join(rows.column_names)}.")
+    rows = rows.select_columns([column]).rename_column(column, "text")
+    unlike = next((i for i, row in enumerate(rows) if not isinstance(row["text"], str)), None)
+    if unlike is not None:
+        raise ValueError(
+            f"{file!r} has {rows[unlike]['text']!r} for a text in its column {column!r}, row {unlike} counted from 0."
+        )
+    return rows
 
 
 def _local_rows(path: Path) -> Any:

@@ -146,7 +146,7 @@ def _is_local(text: str) -> bool:
         return text.startswith("file://")
     if text.startswith(("/", "~", ".")) or "\\" in text or re.match(r"[A-Za-z]:", text) or text.count("/") > 1:
         return True
-    return "/" in text and Path(text).exists()
+    return "/" in text and Path(re.sub(r":[^:/]+$", "", text)).exists()  # a file's column may follow it
 
 
 def _last_name(path: str) -> str:

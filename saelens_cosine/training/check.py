@@ -18,6 +18,7 @@ from sae_lens.util import str_to_dtype
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 from saelens_cosine.activations.contexts import check_context_size
+from saelens_cosine.activations.gguf import is_gguf
 from saelens_cosine.activations.models import HUGGING_FACE, TRANSFORMER_LENS, known_to_transformer_lens
 from saelens_cosine.devices import check_device
 from saelens_cosine.files.secrets import as_typed
@@ -105,7 +106,7 @@ def check_run(cfg: Any) -> None:
 
 def _check_model(name: str, class_name: str) -> None:
     """TransformerLens answers an unknown name with all 200 that it knows."""
-    if class_name == TRANSFORMER_LENS and not known_to_transformer_lens(name):
+    if class_name == TRANSFORMER_LENS and not (is_gguf(name) or known_to_transformer_lens(name)):
         known = [*OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
         near = get_close_matches(name, known, n=1)
         meant = f" Is {near[0]!r} meant?" if near else ""

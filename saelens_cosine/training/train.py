@@ -13,6 +13,7 @@ from typing import Any
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 
+from saelens_cosine.activations.gguf import is_gguf
 from saelens_cosine.activations.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
 from saelens_cosine.activations.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.activations.text import load_text
@@ -97,7 +98,7 @@ def _train(
     progress: Progress,
 ) -> HighNormFilter:
     progress("Loading the model and the text", 0, 1)
-    model = _bundled(cfg) if cfg.model_name == BUNDLED else None
+    model = _loaded(cfg) if cfg.model_name == BUNDLED or is_gguf(cfg.model_name) else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
         with refused_kwargs(cfg.model_name, cfg.model_from_pretrained_kwargs):
@@ -237,16 +238,17 @@ def _tell(sentence: str) -> None:
     print(sentence, file=sys.stderr)  # noqa: T201
 
 
-def _bundled(cfg: Any) -> Any:
-    """The bundled model, whose class, hook and settings go into the SAE's metadata as they are."""
+def _loaded(cfg: Any) -> Any:
+    """A model that SAELens does not load, whose name, class, hook and settings go into the SAE's metadata as they are."""
     hooked = load_hooked_model(
-        BUNDLED,
+        cfg.model_name,
         cfg.llm_device or cfg.device,
         hook=cfg.hook_name,
         class_name=cfg.model_class_name,
         kwargs=cfg.model_from_pretrained_kwargs,
     )
-    cfg.model_class_name, cfg.hook_name, cfg.model_from_pretrained_kwargs = (
+    cfg.model_name, cfg.model_class_name, cfg.hook_name, cfg.model_from_pretrained_kwargs = (
+        hooked.name,
         hooked.class_name,
         hooked.hook_name,
         hooked.kwargs,

@@ -5,8 +5,10 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from saelens_cosine.activations.models import load_hooked_model
+from saelens_cosine.activations.sae_probes_text import sae_probes_rows, tasks_trained_on
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import model_folder
+from saelens_cosine.files.secrets import published
 
 
 def write_jsonl(path, rows):
@@ -118,6 +120,36 @@ def test_a_folder_of_text_files_gives_a_document_each(tmp_path):
         load_text(str(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_column_of_a_file_is_named_after_it(suffix, tmp_path):
+    data = Dataset.from_dict({"text": ["title"] * 40, "body": [f"row {i}" for i in range(40)], "n": list(range(40))})
+    file = str(tmp_path / f"data{suffix}")
+    {".jsonl": data.to_json, ".csv": data.to_csv, ".parquet": data.to_parquet}[suffix](file)
+    splits = load_text(f"{file}:body")
+    rows = [row for split in splits[:2] for row in split]
+    assert sorted(rows, key=str) == sorted(({"text": f"row {i}"} for i in range(40)), key=str)
+    data.select_columns(["body"]).rename_column("body", "text").to_json(str(tmp_path / "alone.jsonl"))
+    alone = load_text(str(tmp_path / "alone.jsonl"))
+    assert (splits.rule, splits.fingerprint) == (alone.rule, alone.fingerprint)
+    with pytest.raises(ValueError, match="no column 'corpse'; it has text, body, n"):
+        load_text(f"{file}:corpse")
+    with pytest.raises(ValueError, match="0 for a text in its column 'n', row 0"):
+        load_text(f"{file}:n")
+    with pytest.raises(FileNotFoundError, match=r"no file '.*nowhere\.jsonl'"):
+        load_text(str(tmp_path / "nowhere.jsonl:body"))
+
+
+def test_a_file_whose_own_name_has_a_colon_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", 40)
+    write_jsonl(tmp_path / "b.jsonl:body.jsonl", 20)
+    assert len(load_text("b.jsonl:body.jsonl").rows) == 19
+    assert published({"dataset_path": "a.jsonl:text"}) == {"dataset_path": "a.jsonl:text"}
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "a.jsonl", 40)
+    assert published({"dataset_path": "data/a.jsonl:text"}) == {"dataset_path": "a.jsonl:text"}
+
+
 def test_a_folder_of_data_files_is_read_as_the_hub_would(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", 40)
     (tmp_path / "README.md").write_text("about")
@@ -208,3 +240,34 @@ def test_rows_of_tokens_that_are_read_as_tensors_leave_no_copy_in_training(tmp_p
     train, heldout = ([tuple(row["input_ids"]) for row in split] for split in load_text(str(tmp_path / "tokens"))[:2])
     assert set(train) | set(heldout) == set(map(tuple, rows))
     assert not set(train) & set(heldout)
+
+
+def test_the_texts_of_sae_probes_are_distinct_fixed_and_none_of_a_task_that_is_left():
+    pytest.importorskip("sae_probes", reason="sae-probes has the texts")
+    import pandas as pd
+    from sae_probes.constants import DATA_PATH
+    from sae_probes.utils_data import get_numbered_binary_tags
+
+    rows = sae_probes_rows()
+    texts = set(rows["text"])
+    assert len(texts) == len(rows) > 15_000
+    assert 40e6 < sum(map(len, texts)) < 46e6
+    splits = load_text("sae-probes", seed=1)
+    heldout = [row["text"] for row in splits.heldout]
+    assert len(heldout) == len(rows) // 20
+    assert heldout == [row["text"] for row in load_text("sae-probes").heldout]
+    assert (len(splits.rows), set(splits.rows["text"]) & set(heldout)) == (len(rows) - len(heldout), set())
+    shared = {}
+    for tag in get_numbered_binary_tags():
+        file = DATA_PATH / "cleaned_data" / f"{tag}.csv.zst"
+        read = pd.read_csv(file, usecols=["prompt"], keep_default_na=False, nrows=300)  # with all rows it takes 10 s
+        shared[tag] = bool(texts & set(read["prompt"].astype(str).str.strip()))
+    assert {tag for tag, found in shared.items() if found} == tasks_trained_on("sae-probes")
+    assert tasks_trained_on("bundled") == set()
+
+
+def test_sae_probes_that_is_not_there_is_named_with_its_command(monkeypatch):
+    sae_probes_rows.cache_clear()
+    monkeypatch.setattr("saelens_cosine.activations.sae_probes_text.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps sae-probes"):
+        load_text("sae-probes")

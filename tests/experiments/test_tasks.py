@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from saelens_cosine.bundled import stdlib_corpus
+from saelens_cosine.experiments.evaluate.texts import tasks
 from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, windows
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
@@ -123,3 +124,16 @@ def test_data_sets_of_sae_probes():
         load_tasks(["sae_probes:glue_cole"])
     with pytest.raises(ValueError, match="among its 113: 5_hist_fig_ismale"):
         load_tasks(["sae_probes:!"])
+
+
+def test_data_sets_of_sae_probes_that_were_trained_on_are_not_probed_for():
+    pytest.importorskip("sae_probes.utils_data", reason="needs sae-probes")
+    seen = {"41_truthqa_tf"}
+    with pytest.raises(
+        ValueError, match="trained on texts of 41_truthqa_tf.*'sae_probes' for all that it has not seen"
+    ):
+        load_tasks(["sae_probes:truthqa_tf"], 100, trained_on=seen)
+    (other,) = load_tasks(["sae_probes:92_glue_sst2"], 100, trained_on=seen)
+    assert other == load_tasks(["sae_probes:92_glue_sst2"], 100)[0]
+    names = {labelled.name for labelled in tasks._find("sae_probes", seen)}
+    assert (len(names), "sae_probes:41_truthqa_tf" in names) == (112, False)

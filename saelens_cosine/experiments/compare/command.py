@@ -31,8 +31,16 @@ def add_compare_command(commands: Any) -> None:
     add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
     add("--layer", type=int, help="block whose residual output is hooked; the middle one if not given")
     add("--hook", help="a hook point by name instead of --layer")
-    add("--model", default=default.model, help="'bundled', a TransformerLens or Hugging Face name, or a local folder")
-    add("--dataset", default=default.dataset, help="'bundled', a Hugging Face name, or a local file or saved dataset")
+    add(
+        "--model",
+        default=default.model,
+        help="'bundled', 'smollm2', a TransformerLens or Hugging Face name, or a local folder or .gguf file",
+    )
+    add(
+        "--dataset",
+        default=default.dataset,
+        help="'bundled', 'sae-probes', a Hugging Face name, or a local file (file.jsonl:column), folder of texts or saved dataset",
+    )
     add("--tokens", type=count, default=default.tokens, help="training tokens of each SAE")
     add("--k", type=int, default=default.k, help="active features per token")
     add("--d-sae", type=int, default=default.d_sae, help="number of features")

@@ -20,7 +20,7 @@ class ComparisonSettings:
 
     Args:
         arms (tuple[str, ...]): Architectures registered for training; the first is what the others are compared with.
-        model (str): `bundled`, a TransformerLens or Hugging Face name, or a local folder.
+        model (str): `bundled`, `smollm2`, a TransformerLens or Hugging Face name, or a local folder or `.gguf` file.
         dataset (str): `bundled`, a Hugging Face name, or a local file or saved dataset with a text column.
         layer (int | None): Block whose residual output is hooked; the middle one if None.
         hook (str | None): A hook point by name instead of a layer.

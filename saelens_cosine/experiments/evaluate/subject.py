@@ -17,6 +17,7 @@ from scipy import sparse
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model, size_at_hook
 from saelens_cosine.activations.planted_sinks import plant_sinks
+from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
@@ -94,7 +95,8 @@ class Text:
     @cached_property
     def labelled(self) -> tuple[Task, ...]:
         """Labelled texts."""
-        return load_tasks(self.settings.tasks_for(self.dataset), self.settings.task_texts)
+        names, trained_on = self.settings.tasks_for(self.dataset), tasks_trained_on(self.dataset)
+        return load_tasks(names, self.settings.task_texts, trained_on=trained_on)
 
     @cached_property
     def tasks(self) -> tuple[tuple[Task, TokenSample], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,9 @@ class _Labelled(NamedTuple):
     labels: Sequence[bool]
 
 
-def load_tasks(names: Sequence[str], max_texts: int = 400, seed: int = 0) -> tuple[Task, ...]:
+def load_tasks(
+    names: Sequence[str], max_texts: int = 400, seed: int = 0, trained_on: Collection[str] = ()
+) -> tuple[Task, ...]:
     """Binary tasks by name, each with a balanced draw of its texts.
 
     Texts that occur twice count once; those that occur with both labels are left out.
@@ -52,15 +54,16 @@ def load_tasks(names: Sequence[str], max_texts: int = 400, seed: int = 0) -> tup
             the number that its names begin with; or a .csv, .jsonl or .parquet file with columns `text` and `label`.
         max_texts: texts of a task at most, half of them of each class.
         seed: decides which texts, and their order.
+        trained_on: data sets of sae-probes whose texts the SAE was trained on, which `"sae_probes"` leaves out.
 
     Raises:
-        ValueError: a name that stands for nothing, a file without these columns, or labels that are not of two classes.
+        ValueError: a name that stands for nothing or for a data set that was trained on, a file without these columns, or labels that are not of two classes.
         FileNotFoundError: no such file.
         ModuleNotFoundError: sae-probes is not installed.
     """
     if max_texts < 2:
         raise ValueError(f"max_texts={max_texts} must be 2 or more: half of the texts are of each class.")
-    found = (labelled for name in names for labelled in _find(name))
+    found = (labelled for name in names for labelled in _find(name, trained_on))
     return tuple({labelled.name: _draw(labelled, max_texts, seed) for labelled in found}.values())
 
 
@@ -80,12 +83,12 @@ def _draw(labelled: _Labelled, max_texts: int, seed: int) -> Task:
     return Task(labelled.name, *zip(*chosen, strict=True))
 
 
-def _find(name: str) -> Iterator[_Labelled]:
+def _find(name: str, trained_on: Collection[str]) -> Iterator[_Labelled]:
     family, _, wanted = name.partition(":")
     if family == BUNDLED:
         return _find_bundled(wanted)
     if family == SAE_PROBES:
-        return _find_sae_probes(wanted)
+        return _find_sae_probes(wanted, trained_on)
     if name.endswith(_FILES):
         return iter([_read_file(name)])
     raise ValueError(
@@ -101,7 +104,7 @@ def _find_bundled(wanted: str) -> Iterator[_Labelled]:
         yield _Labelled(f"{BUNDLED}:{name}", *windows_of_the_corpus().tasks[name])
 
 
-def _find_sae_probes(wanted: str) -> Iterator[_Labelled]:
+def _find_sae_probes(wanted: str, trained_on: Collection[str]) -> Iterator[_Labelled]:
     try:
         from sae_probes.utils_data import get_numbered_binary_tags, read_numbered_dataset_df
     except ModuleNotFoundError as error:
@@ -114,7 +117,12 @@ def _find_sae_probes(wanted: str) -> Iterator[_Labelled]:
         near = difflib.get_close_matches(wanted, [*tags, *tags.values()], n=5)
         hint = f"; near it are {', '.join(near)}" if near else f": {', '.join(tags)}"
         raise ValueError(f"sae-probes has no data set {wanted!r} among its {len(tags)}{hint}.")
-    for tag in chosen:
+    if wanted and (seen := [tag for tag in chosen if tag in trained_on]):
+        raise ValueError(
+            f"The SAE was trained on texts of {seen[0]}, so they are no test of it. Name another data set of sae-probes, or "
+            f"{SAE_PROBES!r} for all that it has not seen."
+        )
+    for tag in (tag for tag in chosen if tag not in trained_on):
         yield _labelled(f"{SAE_PROBES}:{tag}", read_numbered_dataset_df(tag), "prompt", "target")
 
 
