@@ -25,6 +25,7 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
   --quiet                no progress: neither SAELens' bar nor, where there is no terminal, its lines
 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
+--model_name smollm2 or FILE.gguf reads a model in a GGUF file, --dataset_path sae-probes real text; see the guide.
 --checkpoint_path none writes no checkpoints.
 """
 

@@ -98,14 +98,17 @@ def test_the_forward_pass_stops_at_the_hook(file, hook):
     assert (len(sample), seen) == (TOKENS.numel(), [])
 
 
-def test_compare_and_evaluate_name_the_file_and_not_its_place(file, tmp_path, capsys, monkeypatch):
+def test_compare_and_evaluate_name_the_file_and_not_its_place(file, quantised, tmp_path, capsys, monkeypatch):
     text = write_text(tmp_path / "text.jsonl")
-    out = tmp_path / "out"
-    assert main(["compare", *compare_flags(text, out, model=file, layer=1, seeds=1, tokens=4096)]) == 0
+    out, mine = tmp_path / "out", tmp_path / "place" / "tiny.gguf"
+    mine.parent.mkdir()
+    mine.write_bytes(file.read_bytes())
+    compared = ["compare", *compare_flags(text, out, model=mine, layer=1, seeds=1, tokens=4096)]
+    assert main(compared) == 0
     (first, *_) = sorted(out.glob("*/seed0"))
     saved = json.loads((first / "cfg.json").read_text())["metadata"]
     assert (saved["model_name"], saved["model_from_pretrained_kwargs"]["gguf_sha256"]) == ("tiny.gguf", sha256(file))
-    assert str(file.parent) not in (first / "cfg.json").read_text()
+    assert str(mine.parent) not in (first / "cfg.json").read_text()
     sae = SAE.load_from_disk(str(first))
     hooked = load_hooked_model(
         str(file), hook=sae.cfg.metadata.hook_name, kwargs=sae.cfg.metadata.model_from_pretrained_kwargs
@@ -127,11 +130,13 @@ def test_compare_and_evaluate_name_the_file_and_not_its_place(file, tmp_path, ca
     assert main(command) == 2
     assert "no file 'tiny.gguf'. Pass its place with --model." in capsys.readouterr().err
     assert main([*command, "--model", str(file)]) == 0
-    other = write_gguf(tmp_path / "tiny.gguf", quantised=True)
-    assert main([*command, "--overwrite"]) == 2
-    said = capsys.readouterr().err
-    assert sha256(other) in said
-    assert sha256(file) in said
+    for place in (mine, tmp_path / "tiny.gguf"):
+        place.write_bytes(quantised.read_bytes())
+    for again in ([*command, "--overwrite"], [*compared, "--resume"]):
+        assert main(again) == 2
+        said = capsys.readouterr().err
+        assert sha256(quantised) in said, again
+        assert sha256(file) in said, again
 
 
 def test_train_names_the_file_and_hooks_either_class(file, tmp_path):

@@ -15,6 +15,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
 from saelens_cosine.activations.contexts import ContextForm, sample_contexts
+from saelens_cosine.activations.gguf import SHA256
 from saelens_cosine.activations.models import HookedModel, load_hooked_model
 from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
 from saelens_cosine.activations.planted_sinks import plant_sinks
@@ -122,7 +123,7 @@ def _compare(
         afterwards.callback(plant_sinks(model.model, model.hook_name))
     progress("Gathering held-out activations", 0, 1)
     text = load_text(settings.dataset)
-    state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint}
+    state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint, SHA256: model.kwargs.get(SHA256)}
     heldout = _HeldOut(settings, model, text.heldout)
     arms: list[ArmResult] = []
     failed: list[FailedArm] = []
