@@ -53,6 +53,7 @@ class Page:
         warnings (tuple[str, ...]): Shown above everything, in red.
         arms (Arms): What is compared; boxes at the top show and hide each in all charts.
         sections (tuple[Section, ...]): In order.
+        made (Mapping[str, str]): How it was made, folded away.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Page:
     warnings: tuple[str, ...] = ()
     arms: Arms = field(default_factory=Arms)
     sections: tuple[Section, ...] = ()
+    made: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def write_page(page: Page, path: str | Path) -> Path:
@@ -91,7 +93,8 @@ def render(page: Page) -> str:
     marks = {name: _mark(i) for i, name in enumerate(page.arms.names)}
     links = "".join(f'<a href="#section-{section.id}">{public(section.heading)}</a>' for section in sections)
     body = "".join(_section(section, page.arms, marks) for section in sections)
-    facts = "".join(_fact(name, value) for name, value in page.facts.items())
+    facts, made = ("".join(_fact(*item) for item in found.items()) for found in (page.facts, page.made))
+    folded = f'<details><summary>How it was made</summary><dl class="facts">{made}</dl></details>' if made else ""
     lines = "".join(f"<li>{public(line)}</li>" for line in page.warnings)
     warnings = f'<ul class="warning" role="alert">{lines}</ul>' if lines else ""
     return (
@@ -100,7 +103,7 @@ def render(page: Page) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f'<meta name="color-scheme" content="light dark"><title>{public(page.title)}</title>'
         f"<style>{_colours()}{assets.joinpath('page.css').read_text('utf-8')}</style></head><body>"
-        f'<header><h1>{public(page.title)}</h1>{warnings}<dl class="facts">{facts}</dl></header>'
+        f'<header><h1>{public(page.title)}</h1>{warnings}<dl class="facts">{facts}</dl>{folded}</header>'
         f'<div class="top"><nav aria-label="Sections">{links}</nav>{_legend(page.arms, marks)}</div><main>{body}</main>'
         f"{''.join(f'<script>{script}</script>' for script in scripts)}</body></html>\n"
     )

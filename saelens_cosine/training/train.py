@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -101,7 +102,9 @@ def _train(
     model = _loaded(cfg) if cfg.model_name == BUNDLED or is_gguf(cfg.model_name) else None
     text = load_text(cfg.dataset_path, cfg.seed, cfg.streaming)
     try:
-        with refused_kwargs(cfg.model_name, cfg.model_from_pretrained_kwargs):
+        with refused_kwargs(cfg.model_name, cfg.model_from_pretrained_kwargs), warnings.catch_warnings():
+            # what is passed in is what the configuration names, and its run is reproducible
+            warnings.filterwarnings("ignore", message="You just passed in a (dataset|model)")
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None

@@ -71,7 +71,7 @@ def evaluation_page(found: Evaluation) -> Page:
         *browsers,
     )
     warnings = ("Not finite: figures of these are missing.", *bad) if bad else ()
-    return Page("Evaluation of sparse autoencoders", _facts(found), warnings, arms, sections)
+    return Page("Evaluation of sparse autoencoders", _facts(found), warnings, arms, sections, _made(found))
 
 
 def _evals(found: Evaluation, arms: Arms) -> Iterator[Section]:
@@ -200,7 +200,7 @@ def _facts(found: Evaluation) -> dict[str, str]:
         + ("; planted in each context" if any(text.planted_sinks for text in texts) else ""),
     }
     if settings.sinks == "both":
-        facts["charts of one of both"] = TREATMENTS[_treatment(found)]
+        facts["charts that show one of them"] = TREATMENTS[_treatment(found)]
     for name, text in zip(text_names(texts), texts, strict=True):
         of = f" of {name}" if len(texts) > 1 else ""
         if isinstance(norms := text.results.get("tokens"), TokenNorms):
@@ -215,5 +215,10 @@ def _facts(found: Evaluation) -> dict[str, str]:
         facts["dead in training"] = (
             f"unknown of {', '.join(unknown)}: not in the metadata, and no comparison.json beside"
         )
-    made = {"made": found.date, "by": found.command or "saelens_cosine.experiments.evaluate.run, from Python"}
-    return {**facts, **{f"version of {name}": version for name, version in found.versions.items()}, **made}
+    return facts
+
+
+def _made(found: Evaluation) -> dict[str, str]:
+    by = found.command or "saelens_cosine.experiments.evaluate.run, from Python"
+    versions = {f"version of {name}": version for name, version in found.versions.items()}
+    return {"made": found.date, **versions, "by": by}

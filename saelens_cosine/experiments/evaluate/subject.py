@@ -62,7 +62,7 @@ class Text:
         dataset (str): Where the text is from.
         planted (bool): Whether sinks were planted.
         form (ContextForm): What its contexts are like: as the SAE was trained.
-        rule (str): Which documents are held out, see `data.TextSplits`.
+        rule (str): Which documents are held out, see `activations.text.TextSplits`.
         contexts (Contexts): From all held-out documents.
         sample (TokenSample): Activations at the hook of those of their tokens that the SAE sees.
         settings (EvaluationSettings): What to measure.
