@@ -213,7 +213,7 @@ class Eval(Generic[Result]):
     def kind(self) -> Any:
         """The type of its results, by the annotation of its measure; Any without one."""
         told = {"return": getattr(self.measure, "__annotations__", {}).get("return", Any)}
-        known = getattr(self.measure, "__globals__", {})
+        known = getattr(inspect.unwrap(self.measure), "__globals__", {})  # also of a measure that another one wraps
         return get_type_hints(SimpleNamespace(__annotations__=told), known)["return"]
 
     def check(self) -> None:
