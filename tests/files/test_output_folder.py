@@ -242,7 +242,7 @@ def killed_at(step, run):
 
 def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finished(tmp_path, monkeypatch):
     class Nothing:
-        hook_name, d_in, dropped_share = "hook", 4, 0.0
+        hook_name, d_in, dropped_share, kwargs = "hook", 4, 0.0, {}
 
         def __init__(self, *_):
             pass
