@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from sae_lens.training._interruption import InterruptedException
 
-from saelens_cosine.console import visible
+from saelens_cosine.console import tell, visible
 from saelens_cosine.experiments.benchmark.command import add_benchmark_command
 from saelens_cosine.experiments.compare.command import add_compare_command
 from saelens_cosine.experiments.evaluate.command import add_evaluate_command
@@ -48,31 +48,27 @@ def _run(args: list[str]) -> int:
         options, unknown = parser.parse_known_args(args)
         if unknown:
             command = f"{parser.prog} {options.command}"
-            _say(f"{command}: unrecognized arguments: {as_typed(unknown)}. See {command} --help.")
+            tell(f"{command}: unrecognized arguments: {as_typed(unknown)}. See {command} --help.")
             return 2
     options.command_line = (parser.prog, *args)
     try:
         return options.run(options)
     except StopError as stopped:
-        _say(str(stopped))
+        tell(str(stopped))
         return exit_status(stopped)
     except SAEBenchError as error:  # a line for each eval
-        _say(visible(without_secrets(f"saelens-cosine {options.command}: {error}")))
+        tell(visible(without_secrets(f"saelens-cosine {options.command}: {error}")))
         return 2
     except FAULTS as error:
         line = line_of(error)
         if line is None:  # not the user's
             raise
-        _say(visible(f"saelens-cosine {options.command}: {line}"))
+        tell(visible(f"saelens-cosine {options.command}: {line}"))
         return 2
     except (KeyboardInterrupt, InterruptedException) as stopped:
         interrupted = getattr(options, "interrupted", "Nothing was written.")
-        _say(f"Interrupted. {interrupted}")
+        tell(f"Interrupted. {interrupted}")
         return exit_status(stopped)
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)  # noqa: T201
 
 
 def _parser() -> argparse.ArgumentParser:

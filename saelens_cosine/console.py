@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,11 @@ def print_tables(tables: Iterable[Table], width: int) -> Console:
     for table in tables:
         console.print(table)
     return console
+
+
+def tell(sentence: str) -> None:
+    """Say on stderr what is no result."""
+    print(sentence, file=sys.stderr)  # noqa: T201
 
 
 class PlainTable(Table):

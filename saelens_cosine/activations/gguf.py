@@ -5,13 +5,14 @@ Transformers reads them and turns the quantised weights into floating-point ones
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lens.load_model import HookedProxyLM
+
+from saelens_cosine.files.whole import sha256
 
 SHA256 = "gguf_sha256"
 """Entry of an SAE's `model_from_pretrained_kwargs`: the checksum of its model's file."""
@@ -80,11 +81,8 @@ def checksum(name: str, expected: str | None = None) -> str:
     Raises:
         ValueError: the file is another one.
     """
-    file, digest = gguf_file(name), hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 20):
-            digest.update(part)
-    found = digest.hexdigest()
+    file = gguf_file(name)
+    found = sha256(file)
     if expected not in (None, found):
         raise ValueError(
             f"{file.name} is not the file that the SAE was trained on: its SHA-256 is {found}, and the SAE's metadata say "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
+from saelens_cosine.console import tell
 from saelens_cosine.terminal.bar import progress_lines
 from saelens_cosine.terminal.options import Parser, add_run_options, multiple
 from saelens_cosine.training.randomness import deterministic_algorithms
@@ -63,11 +63,7 @@ def run_train(arguments: list[str]) -> int:
                 on_progress=progress,
             )
     except KeyboardInterrupt as stopped:
-        _say("Interrupted outside of training. Run the same command with --resume to go on.")
+        tell("Interrupted outside of training. Run the same command with --resume to go on.")
         return exit_status(stopped)
-    _say(f"High-norm tokens dropped: {norm_filter.dropped_share:.2%} of {norm_filter.tokens_seen:,}.")
+    tell(f"High-norm tokens dropped: {norm_filter.dropped_share:.2%} of {norm_filter.tokens_seen:,}.")
     return 0
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr)  # noqa: T201

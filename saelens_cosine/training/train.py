@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -19,6 +18,7 @@ from saelens_cosine.activations.models import context_size, load_hooked_model, r
 from saelens_cosine.activations.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED
+from saelens_cosine.console import tell
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
@@ -83,9 +83,9 @@ def train(
         if checkpoints is not None:
             checkpoints.remove_set_aside()
     if state is not None and state.plain["tokens"] >= cfg.training_tokens:
-        _tell(f"{state.path} is the end of the run: nothing was left to train.")
+        tell(f"{state.path} is the end of the run: nothing was left to train.")
     if output is not None:
-        _tell(f'Written: SAE.load_from_disk("{cfg.output_path}")')
+        tell(f'Written: SAE.load_from_disk("{cfg.output_path}")')
     return norm_filter
 
 
@@ -135,10 +135,10 @@ def _train(
     )
     if state is not None:
         run.resume(state)
-        _tell(f"Going on from {state.path}.")
+        tell(f"Going on from {state.path}.")
         about = state.about_budget(run.settings)
         if about:
-            _tell(about)
+            tell(about)
     if output is not None:
         vars(runner)["save_final_sae"] = _saving_to(output, runner.save_final_sae)
     if checkpoints is not None and state is None:
@@ -219,9 +219,9 @@ def _checkpoint_folder(cfg: Any) -> Path | None:
 
 
 def _newest(checkpoints: Checkpoints) -> SavedState | None:
-    newest = checkpoints.newest(_tell)
+    newest = checkpoints.newest(tell)
     if newest is None:
-        _tell(f"There is no checkpoint in {checkpoints.folder} to go on from; training from the start.")
+        tell(f"There is no checkpoint in {checkpoints.folder} to go on from; training from the start.")
         return None
     return SavedState.load(newest)
 
@@ -235,10 +235,6 @@ def _saving_to(output: Output, save: Any) -> Any:
             output.add(folder)
 
     return save_final_sae
-
-
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)  # noqa: T201
 
 
 def _loaded(cfg: Any) -> Any:

@@ -30,7 +30,7 @@ from saelens_cosine.files.whole import scratch_folder
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
 from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
 from saelens_cosine.plain import weights_sha256
-from saelens_cosine.progress import shown
+from saelens_cosine.progress import Progress, shown
 from saelens_cosine.report.model_card import model_card
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.next_norm import take_next_norms
@@ -59,7 +59,7 @@ def compare(
     resume: bool = False,
     keep: int = 2,
     stop_signals: Sequence[int] = (),
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     on_seed: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Train all arms on one stream per seed, save them, and measure the saved SAEs on held-out text.
@@ -112,7 +112,7 @@ def _compare(
     settings: ComparisonSettings,
     output: Output,
     state: ComparisonState,
-    on_progress: Callable[[str, int, int], None] | None,
+    on_progress: Progress | None,
     on_seed: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
 ) -> Comparison:
@@ -170,7 +170,7 @@ def _run_seed(
     workspace: Path,
     checkpoints: Checkpoints,
     state: ComparisonState,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> tuple[list[ArmResult], list[FailedArm], float]:
     context_size = _context_size(settings, model)
     config = multi_runner_config(

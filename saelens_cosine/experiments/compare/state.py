@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from saelens_cosine.console import tell
 from saelens_cosine.experiments.compare.results import ArmResult, FailedArm
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.files.names import below, unused
@@ -92,7 +92,7 @@ class ComparisonState:
         except (ValueError, KeyError, TypeError) as error:
             aside = unused(path.with_name(f"broken-{path.name}"))
             path.rename(aside)  # its place is needed, and what is in it is not what was written
-            _tell(
+            tell(
                 f"{path} is broken ({type(error).__name__}) and now {aside.name}; seed {seed} goes on from its newest checkpoint."
             )
             return None
@@ -121,7 +121,7 @@ class ComparisonState:
         Raises:
             ValueError: it is of another comparison.
         """
-        newest = checkpoints.newest(_tell) if self.resume else None
+        newest = checkpoints.newest(tell) if self.resume else None
         if newest is not None:
             run.resume(SavedState.load(newest))
 
@@ -146,7 +146,3 @@ def begun(output: Output) -> bool:
 def _seeds(results: Path) -> Iterator[Path]:
     """Records of seeds that are finished, and folders of those that are not."""
     yield from (path for path in (results / FOLDER).glob("seed*") if _SEED.fullmatch(path.name))
-
-
-def _tell(sentence: str) -> None:
-    print(sentence, file=sys.stderr)  # noqa: T201

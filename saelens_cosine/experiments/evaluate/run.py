@@ -9,7 +9,7 @@ gathers them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,13 +33,11 @@ from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.plain import digest, plain, versions
-from saelens_cosine.progress import shown
+from saelens_cosine.progress import Progress, shown
 from saelens_cosine.training.recorded import trained
 
 ALWAYS_USED = ("sinks", "max_norm_multiple")
 """Settings that every result depends on. What else the settings say of the tokens, the tokens themselves say."""
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(

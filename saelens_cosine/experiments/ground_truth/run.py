@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from saelens_cosine.experiments.ground_truth.planted import NormSpread, SinkDict
 from saelens_cosine.experiments.ground_truth.recovery import Recovery, f1_one_to_one
 from saelens_cosine.experiments.ground_truth.results import FailedRun, GroundTruth, GroundTruthRun
 from saelens_cosine.experiments.ground_truth.settings import GroundTruthSettings
-from saelens_cosine.progress import shown
+from saelens_cosine.progress import Progress, shown
 from saelens_cosine.training.monitor import check_finite
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
@@ -40,9 +39,7 @@ EVALUATION_SEED = 2**31
 """What a run's seed is moved by for the samples that it is scored on."""
 
 
-def ground_truth(
-    settings: GroundTruthSettings, on_progress: Callable[[str, int, int], None] | None = None
-) -> GroundTruth:
+def ground_truth(settings: GroundTruthSettings, on_progress: Progress | None = None) -> GroundTruth:
     """Train every arm at every spread with every seed, and score what was saved.
 
     Arms of one seed and spread start from the same decoder and see the same samples. The caller's random state is left alone.
