@@ -27,6 +27,7 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState, begun
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
+from saelens_cosine.metrics.norms.exponents import exponent_range
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
 from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
 from saelens_cosine.plain import weights_sha256
@@ -243,8 +244,6 @@ def _run_seed(
         saved = SAE.load_from_disk(workspace / path, device=settings.device)
         (workspace / path / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
         reconstruction, ce = heldout.evaluate(saved)
-        # as saved, of arms that learn one; the magnitude bypass has it at 0
-        exponent: Any = saved.norm_exponent if hasattr(sae, "norm_exponent") else None
         results.append(
             ArmResult(
                 architecture=arm,
@@ -252,9 +251,7 @@ def _run_seed(
                 path=path,
                 reconstruction=reconstruction,
                 ce_loss_recovered=ce,
-                norm_exponent=None
-                if exponent is None
-                else (exponent.mean().item(), exponent.min().item(), exponent.max().item()),
+                norm_exponent=exponent_range(sae, saved),
                 seconds=monitor.seconds[arm],
                 log=tuple(monitor.log[arm]),
                 weights_sha256=weights_sha256(saved),

@@ -28,6 +28,7 @@ from saelens_cosine.experiments.ground_truth.planted import NormSpread, SinkDict
 from saelens_cosine.experiments.ground_truth.recovery import Recovery, f1_one_to_one
 from saelens_cosine.experiments.ground_truth.results import FailedRun, GroundTruth, GroundTruthRun
 from saelens_cosine.experiments.ground_truth.settings import GroundTruthSettings
+from saelens_cosine.metrics.norms.exponents import exponent_range
 from saelens_cosine.progress import Progress, shown
 from saelens_cosine.training.monitor import check_finite
 from saelens_cosine.training.recipe import get_recipe, sae_config
@@ -129,8 +130,6 @@ def _run(
                 **vars(by_saelens), f1_one_to_one=f1_one_to_one(saved, dictionary, generator, samples, AT_ONCE)
             )
 
-    # as saved, of arms that learn one; the magnitude bypass has it at 0
-    exponent: Any = saved.norm_exponent if hasattr(trained, "norm_exponent") else None
     return GroundTruthRun(
         arm,
         spread,
@@ -138,7 +137,7 @@ def _run(
         k,
         score(plain),
         score(sinks) if settings.sink_share else None,
-        exponent if exponent is None else (exponent.mean().item(), exponent.min().item(), exponent.max().item()),
+        exponent_range(trained, saved),
         seconds,
     )
 

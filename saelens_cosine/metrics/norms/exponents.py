@@ -83,6 +83,14 @@ def norm_exponents(sae: SAE[Any]) -> torch.Tensor | None:
     return None
 
 
+def exponent_range(trained: SAE[Any], saved: SAE[Any]) -> tuple[float, float, float] | None:
+    """Mean, minimum and maximum of the exponents as saved, of an SAE that learns one; the magnitude bypass saves 0 and learns none."""
+    if not hasattr(trained, "norm_exponent"):
+        return None
+    exponent: Any = saved.norm_exponent
+    return exponent.mean().item(), exponent.min().item(), exponent.max().item()
+
+
 @torch.no_grad()
 def exponent_distribution(sae: SAE[Any], firing_rate: torch.Tensor | None = None) -> ExponentDistribution | None:
     """Summarise an SAE's exponents.
