@@ -15,7 +15,8 @@ from sae_lens.saes.sae import SAE
 from scipy import sparse
 
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
-from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
