@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saelens_cosine.activations.cache.identity import CacheIdentity
+from saelens_cosine.activations.contexts import CONTEXTS_AT_ONCE
 from saelens_cosine.files.output import holds_anything, open_output
 from saelens_cosine.files.whole import read_json, whole_file, write_json
 from saelens_cosine.plain import from_plain, plain
@@ -26,10 +27,10 @@ SCHEMA = "saelens-cosine/activations/1"
 FILE = "activations.json"
 
 CONTEXTS = 1024
-"""Contexts of a file, at most."""
+"""Contexts of a file, at most: what is not in one yet is lost with a process that is killed."""
 
 BYTES = 2**28
-"""Of a file, about, and at most: a cache is written when it has been filled so far, and what is not written is lost with its process."""
+"""Of a file, at most, but for one batch's: it is held in memory until it is written."""
 
 _SHARD = re.compile(r"contexts-(\d+)\.safetensors")
 
@@ -216,7 +217,9 @@ def _damaged(path: Path, why: str) -> ValueError:
 
 
 def _rows(identity: CacheIdentity) -> int:
-    return max(1, min(CONTEXTS, BYTES // identity.bytes_per_context))
+    """Contexts of a file, in whole batches: those that follow are the same whether the run went on or goes on later."""
+    rows = min(CONTEXTS, BYTES // identity.bytes_per_context)
+    return max(1, rows // CONTEXTS_AT_ONCE) * CONTEXTS_AT_ONCE
 
 
 def _keys(contexts: torch.Tensor) -> list[bytes]:

@@ -21,8 +21,8 @@ _UNDERSTOOD = {"names_filter", "stop_at_layer", "prepend_bos"}
 def standing_in(model: Any, cache: ActivationCache) -> Generator[None]:
     """Have a cache answer `model.run_with_cache` in a with block, wherever a call asks for no more than it can have.
 
-    These are the calls of SAELens' activation store and of `sample_tokens`: without gradients, tokens alone, hooks all of which the
-    cache has, contexts of its length, and a layer to stop at. Contexts that it lacks are run and added. What is found and what is
+    These are the calls of SAELens' activation store and of `sample_tokens`: tokens alone, hooks all of which the cache has, contexts
+    of its length, a layer to stop at, and the model's own precision. Contexts that it lacks are run and added. What is found and what is
     run anew are the same, rounded to bfloat16; in place of the layer's output is None. All other calls go to the model.
 
     What is hooked into the model while this is open is not seen by it: planted sinks belong to the cache's identity and are
@@ -60,7 +60,6 @@ def standing_in(model: Any, cache: ActivationCache) -> Generator[None]:
             attributes["run_with_cache"] = before
 
 
-@torch.no_grad()
 def fill(cache: ActivationCache, model: Any, contexts: torch.Tensor, progress: Progress) -> None:
     """Have a cache hold all these contexts; those that it has are not run again.
 
@@ -77,7 +76,7 @@ def fill(cache: ActivationCache, model: Any, contexts: torch.Tensor, progress: P
     cache.check_space(len(missing))
     total = contexts.numel()
     done = total - missing.numel()
-    for batch in missing.split(CONTEXTS_AT_ONCE):
+    for batch in missing.split(CONTEXTS_AT_ONCE) if len(missing) else ():
         progress("Activations", done, total)
         with cache.lock:
             _run(model.run_with_cache, batch.to(device_of(model)), cache)
@@ -87,6 +86,7 @@ def fill(cache: ActivationCache, model: Any, contexts: torch.Tensor, progress: P
     progress("Activations", total, total)
 
 
+@torch.no_grad()
 def _run(run_with_cache: Callable[..., Any], tokens: torch.Tensor, cache: ActivationCache) -> None:
     """Contexts through the model, as far as the last of the cache's hooks."""
     hooks = list(cache.identity.hooks)
@@ -106,6 +106,4 @@ def _answered(cache: ActivationCache, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.shape[1] != cache.identity.context_size:
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.device.type):
-        return None
-    return hooks
+    return None if torch.is_autocast_enabled(tokens.device.type) else hooks
