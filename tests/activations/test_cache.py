@@ -208,9 +208,9 @@ def test_a_cache_of_something_else_is_refused(name, counted, tmp_path):
     one = identity(model)
     with open_cache(tmp_path, one) as cache:
         fill(cache, model, contexts(1), lambda *_: None)
-    with pytest.raises(ValueError, match=rf"{name} (is|are) .*{shown}.* Choose another folder"):
-        with open_cache(tmp_path, replace(one, **{name: value})):
-            pass
+    other, message = replace(one, **{name: value}), rf"{name} (is|are) .*{shown}.* Choose another folder"
+    with pytest.raises(ValueError, match=message), open_cache(tmp_path, other):
+        pass
     with open_cache(tmp_path, replace(one, model="another name", dataset="moved")) as cache:
         assert len(cache) == 1
 
@@ -249,9 +249,9 @@ def test_planted_sinks_are_in_it(tmp_path):
 
 def test_two_runs_cannot_use_one(counted, tmp_path):
     model, _ = counted
-    with open_cache(tmp_path, identity(model)):
-        with pytest.raises(OutputInUseError, match="is in use"), open_cache(tmp_path, identity(model)):
-            pass
+    first, second = (open_cache(tmp_path, identity(model)) for _ in range(2))
+    with first, pytest.raises(OutputInUseError, match="is in use"), second:
+        pass
 
 
 def truncate(file):
@@ -269,9 +269,9 @@ def test_a_damaged_file_is_named_and_can_be_removed(damage, counted, tmp_path):
         fill(cache, model, contexts(3), lambda *_: None)
     file = tmp_path / "contexts-00000.safetensors"
     damage(file)
-    with pytest.raises(ValueError, match="contexts-00000.safetensors is damaged: .* Remove this file"):
-        with open_cache(tmp_path, identity(model)):
-            pass
+    message = "contexts-00000.safetensors is damaged: .* Remove this file"
+    with pytest.raises(ValueError, match=message), open_cache(tmp_path, identity(model)):
+        pass
     file.unlink()
     with open_cache(tmp_path, identity(model)) as cache:
         fill(cache, model, contexts(3), lambda *_: None)
