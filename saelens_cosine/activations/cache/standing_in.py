@@ -95,7 +95,7 @@ def _run(run_with_cache: Callable[..., Any], tokens: torch.Tensor, cache: Activa
     stop = max(known) if len(known) == len(stops) else None
     with torch.autocast(tokens.device.type, enabled=False):
         _, found = run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)
-    cache.add(tokens, {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
+    cache.add(tokens.cpu(), {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
 
 
 def _answered(cache: ActivationCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
