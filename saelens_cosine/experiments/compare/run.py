@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import ResumableRun
+from saelens_cosine.training.resuming.run import FILLING, ResumableRun
 from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 
@@ -214,12 +215,11 @@ def _run_seed(
     take_next_norms(runner)
     norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
     name_sizes_of_short_text(runner.activations_store)
-    what = "Training" if settings.seeds == 1 else f"Training, seed {seed + 1} of {settings.seeds}"
+    which = "" if settings.seeds == 1 else f", seed {seed + 1} of {settings.seeds}"
     monitor = TrainingMonitor(
         saes,
         config.hook_names_per_sae,
         every_steps=max(1, config.total_training_steps // 40),
-        on_step=lambda tokens: progress(what, min(tokens, settings.tokens), settings.tokens),
     )
     run = ResumableRun(
         runner,
@@ -229,6 +229,8 @@ def _run_seed(
         parts={"norm_filter": norm_filter, "monitor": monitor},
         go_on="Run the same command with --resume to go on.",
         stop=StopRequests(state.stop_signals),
+        on_step=partial(progress, f"Training{which}"),
+        on_fill=partial(progress, f"{FILLING}{which}"),
     )
     monitor.attach(runner)
     state.go_on(run, checkpoints)
