@@ -29,8 +29,13 @@ def add_compare_command(commands: Any) -> None:
     default = ComparisonSettings()
     add = parser.add_argument
     add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
-    add("--layer", type=int, help="block whose residual output is hooked; the middle one if not given")
-    add("--hook", help="a hook point by name instead of --layer")
+    add(
+        "--layer",
+        type=int,
+        nargs="+",
+        help="block whose residual output is hooked, or several; the middle one if not given",
+    )
+    add("--hook", nargs="+", help="hook points by name instead of --layer")
     add(
         "--model",
         default=default.model,
@@ -42,7 +47,14 @@ def add_compare_command(commands: Any) -> None:
         help="'bundled', 'sae-probes', a Hugging Face name, or a local file (file.jsonl:column), folder of texts or saved dataset",
     )
     add("--tokens", type=count, default=default.tokens, help="training tokens of each SAE")
-    add("--k", type=int, default=default.k, help="active features per token")
+    add("--k", type=int, nargs="+", default=default.k, help="active features per token, or several numbers of them")
+    add(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="learning rate; the recipe's if not given. Of several, each arm gets its best at each hook, by FVE on held-out documents set "
+        "apart for this, tried with the middle k and one seed",
+    )
     add("--d-sae", type=int, default=default.d_sae, help="number of features")
     add("--seeds", type=int, default=default.seeds, help="runs with different initialisation and data order")
     add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
@@ -59,6 +71,13 @@ def add_compare_command(commands: Any) -> None:
     )
     add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
     add("--eval-tokens", type=count, default=default.eval_tokens, help="held-out tokens that are evaluated")
+    add(
+        "--activations",
+        type=Path,
+        metavar="DIR",
+        help="folder of activations that are computed once and read by every training, by the same command again and by `evaluate`; "
+        "without one, a grid keeps its own while it runs",
+    )
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add(
         "--output",
@@ -72,7 +91,7 @@ def add_compare_command(commands: Any) -> None:
 
 
 def run_compare(options: Any) -> int:
-    """Compare, write `comparison.json` and `comparison.png` after each seed, and print the tables."""
+    """Compare, write `comparison.json` and `comparison.png` after each point of the grid, and print the tables."""
     folder: Path = options.output
     options.interrupted = f"What was finished is in {folder}; --resume goes on."
 
@@ -96,7 +115,7 @@ def run_compare(options: Any) -> int:
             keep=options.keep,
             stop_signals=options.stop_on,
             on_progress=progress,
-            on_seed=keep,
+            on_point=keep,
         )
     console = print_tables(as_tables(comparison), 110)
     if not options.quiet:

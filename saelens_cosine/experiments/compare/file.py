@@ -8,6 +8,9 @@ from typing import Any, cast
 
 from saelens_cosine.files.whole import read_json
 
+SCHEMAS = ("saelens-cosine/comparison/1", "saelens-cosine/comparison/2")
+"""Layouts that are read. The number grows when a field changes its meaning or goes."""
+
 
 class ComparisonFileError(ValueError):
     """A `comparison.json` that is not what `compare` writes; names the file, the fault and the way out."""
@@ -35,6 +38,21 @@ def read_comparison(file: Path) -> dict[str, Any]:
         if not (isinstance(arm, dict) and isinstance(cast("dict[str, Any]", arm).get("path"), str)):
             raise ComparisonFileError(file, "an arm without 'path'")
     return cast("dict[str, Any]", content)
+
+
+def as_now(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison that `compare` wrote, in the layout of this version: the first one had a single hook and k, and no list of hooks."""
+    if comparison.get("schema") != SCHEMAS[0]:
+        return comparison
+    settings, high = comparison["settings"], comparison["high_norm_tokens"]
+    hook = {
+        "hook_name": settings["hook_name"],
+        "d_in": settings["d_in"],
+        "high_norm_share_dropped": high["share_dropped_in_training"],
+        "high_norm_share_dropped_heldout": high["share_dropped_in_evaluation"],
+    }
+    arms = [{"hook_name": settings["hook_name"], "lr": None, **arm} for arm in comparison["arms"]]
+    return {**comparison, "schema": SCHEMAS[1], "hooks": [hook], "learning_rates": [], "arms": arms}
 
 
 def comparison_beside(file: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from saelens_cosine.activations.bridges import restore_hook_names
-from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.hook_points import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.hooked_transformer import is_hooked_transformer

@@ -15,7 +15,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.activations.models import device_of
+from saelens_cosine.activations.hook_points import device_of
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
