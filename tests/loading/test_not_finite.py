@@ -36,6 +36,7 @@ from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.metrics.probing.probing import probe_activations, probe_sae
 from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_points import zf_points
@@ -132,7 +133,8 @@ def test_predictions_stay_not_finite_and_are_counted(model, tmp_path, value):
     sae = save_inference(make_sae("cosine_topk", d_in=16, d_sae=24), tmp_path)
     sae.cfg.metadata.hook_name = HOOK
     tokens = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
-    sane = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    clean = clean_losses(model, HOOK, [tokens])
+    sane = loss_recovered(sae, clean, None).by_norm.all_norms.overall
     assert (sane.tokens, sane.not_finite) == (32, 0)
     assert math.isfinite(sane.ce_loss_score)
     original, calls = sae.decode, []
@@ -144,7 +146,7 @@ def test_predictions_stay_not_finite_and_are_counted(model, tmp_path, value):
         return out
 
     vars(sae)["decode"] = decode
-    found = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    found = loss_recovered(sae, clean, None).by_norm.all_norms.overall
     assert calls
     assert (found.tokens, found.not_finite) == (32, 8)
     for measure in ("ce_loss_with_sae", "ce_loss_score", "kl_div_with_sae", "kl_div_score"):

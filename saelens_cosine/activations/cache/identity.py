@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.activations.models import HookedModel, device_of
+from saelens_cosine.activations.hook_points import device_of
+from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.text import TextSplits
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.plain import digest, model_fingerprint

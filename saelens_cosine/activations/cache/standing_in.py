@@ -11,7 +11,7 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.cache.cache import ActivationCache
 from saelens_cosine.activations.contexts import CONTEXTS_AT_ONCE
-from saelens_cosine.activations.models import device_of
+from saelens_cosine.activations.hook_points import device_of
 from saelens_cosine.progress import Progress
 
 _UNDERSTOOD = {"names_filter", "stop_at_layer", "prepend_bos"}

@@ -35,6 +35,7 @@ from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
 from saelens_cosine.metrics.probing.probing import pool
+from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 
 
@@ -128,6 +129,12 @@ class Text:
         tokens = self.contexts.at_even_steps(self.settings.causal_contexts).tokens
         last = (self.form.seen(self.model, tokens) * torch.arange(1, tokens.shape[1] + 1)).amax(dim=-1) - 1
         return clean_run(self.model, self.hook, tokens, last.clamp_min(0), head=self.head)
+
+    @cached_property
+    def clean_losses(self) -> CleanLosses:
+        """The predictions that reconstructions are held against, of contexts from all documents."""
+        contexts = max(1, self.settings.loss_tokens // self.form.context_size)
+        return clean_losses(self.model, self.hook, self.contexts.at_even_steps(contexts).batches, self.head)
 
     @cached_property
     def concepts(self) -> Concepts:
