@@ -50,6 +50,7 @@ DEAD = Measure(
     "dead_fraction", "dead", "share of dead features", "{:.1%}", lambda arm: arm.reconstruction.dead_fraction
 )
 CE = Measure("ce_loss_recovered", "CE recov.", "CE loss recovered", "{:.4f}", lambda arm: arm.ce_loss_recovered)
+SECONDS = Measure("seconds", "train s", "training seconds", "{:.0f}", lambda arm: arm.seconds)
 QUARTILES = tuple(quartile(q) for q in range(4))
 
 ByK = dict[int, list[ArmResult]]

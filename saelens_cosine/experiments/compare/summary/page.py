@@ -20,6 +20,7 @@ from saelens_cosine.experiments.compare.summary.measures import (
     FVE,
     L0,
     QUARTILES,
+    SECONDS,
     ByK,
     Measure,
     at_hook,
@@ -33,8 +34,6 @@ from saelens_cosine.report.chart import Arms, Chart
 from saelens_cosine.report.estimate import Estimate
 from saelens_cosine.report.page import Page, Section
 from saelens_cosine.report.table import Cell, Table
-
-SECONDS = Measure("seconds", "training seconds", "training seconds", "{:.0f}", lambda arm: arm.seconds)
 
 TABLE = (FVE, L0, DEAD, CE, SECONDS)
 
