@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+from saelens_cosine.activations.site import Part, SinkTokens, Site
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, FailedArm, HookResult, RateTried
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
@@ -26,7 +27,7 @@ def made_comparison(
     asked = ComparisonSettings(
         arms=arms, k=ks, layer=layers, seeds=seeds, lr=rates or None, tokens=100_000, d_sae=512, **settings
     )
-    hooks = tuple(HookResult(f"blocks.{layer}.hook_resid_post", 192, 0.0078, 0.0081) for layer in layers)
+    hooks = tuple(made_hook(f"blocks.{layer}.hook_resid_post", layer) for layer in layers)
     results = tuple(
         made_result(arm, i, hook.hook_name, k, seed, noise)
         for hook in hooks
@@ -42,6 +43,14 @@ def made_comparison(
         if len(asked.rates) > 1
     )
     return Comparison(asked, hooks, results, (), tried)
+
+
+def made_hook(hook: str, layer: int) -> HookResult:
+    """Sinks from layer 2 on."""
+    at_first, separator = (Part(0, 0.98), Part(1, 0.02)), (Part(0, 1.0),)
+    sinks = SinkTokens(81, 0.0081, 4000.0, 4321.0, at_first, separator) if layer > 1 else None
+    site = Site(hook, 192, 10_000, 0, 79, 1.25, 0.75, 12.0, 20.0, 33.0, 10.0, sinks)
+    return HookResult(hook, 192, 0.0078, 0.0081, site)
 
 
 def fve(i: int, k: int) -> float:

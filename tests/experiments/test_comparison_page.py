@@ -30,7 +30,7 @@ def tables(page, section):
 
 def test_one_k_and_one_seed_make_a_page_without_empty_parts():
     page = comparison_page(made_comparison(ks=(32,), seeds=1))
-    assert shown(page) == ["results", "training", "norms"]
+    assert shown(page) == ["results", "activations", "training", "norms"]
     assert list(table(page, "results")) == ["FVE", "L0", "dead", "CE recov.", "train s"]
     assert table(page, "results")["FVE"][COSINE].bounds is None
     assert page.sections[0].about.startswith("One seed, so no intervals.")
@@ -39,12 +39,11 @@ def test_one_k_and_one_seed_make_a_page_without_empty_parts():
             if isinstance(item, Chart):
                 assert any(y is not None for trace in item.figure.data for y in trace.y), item.title
     assert page.facts["learning rate"] == "the recipe's"
-    assert page.facts["dropped"] == "0.78% in training, 0.81% in evaluation"
 
 
 def test_several_seeds_have_intervals_and_paired_differences():
     page = comparison_page(made_comparison(ks=(32,)))
-    assert shown(page) == ["results", "differences", "training", "norms"]
+    assert shown(page) == ["results", "differences", "activations", "training", "norms"]
     assert table(page, "results")["FVE"][COSINE].bounds
     row = table(page, "differences")[COSINE]
     assert row["FVE"].value == pytest.approx(-0.01, abs=0.004)
@@ -54,7 +53,7 @@ def test_several_seeds_have_intervals_and_paired_differences():
 
 def test_several_ks_are_drawn_against_l0_in_bands_and_matched():
     page = comparison_page(made_comparison())
-    assert shown(page) == ["results", "curves", "matched", "differences", "training", "norms"]
+    assert shown(page) == ["results", "curves", "matched", "differences", "activations", "training", "norms"]
     drawn = charts(page, "curves")
     assert list(drawn) == ["FVE against L0", "CE loss recovered against L0", "Share of dead features against L0"]
     traces = [trace for trace in drawn["FVE against L0"].figure.data if trace.meta["arm"] == 1]
@@ -83,7 +82,19 @@ def test_several_hooks_each_have_their_own_tables_and_charts():
     rates = charts(page, "rates")[f"FVE by learning rate at {HOOK}"]
     assert [row[0] for row in rates.table.rows] == list(ARMS)
     assert [row[-1] for row in rates.table.rows] == ["0.003"] * 3
-    assert page.facts[f"dropped at {HOOK}"] == "0.78% in training, 0.81% in evaluation"
+
+
+def test_what_activations_are_like_stands_beside_each_other_by_hook():
+    comparison = made_comparison(layers=(1, 3))
+    rows = table(comparison_page(comparison), "activations")
+    one, three = "blocks.1.hook_resid_post", HOOK
+    assert rows["gamma without sinks"][three].value == 0.75
+    assert [rows["sinks: above 10 times the median"][hook] for hook in (one, three)] == ["0.00%", "0.81%"]
+    assert [rows["their positions"][hook] for hook in (one, three)] == ["-", "0 (98%), 1 (2%)"]
+    assert rows["their largest norm"][three].value == 4321
+    assert rows["dropped in training"][one] == "0.78%"
+    old = replace(comparison, hooks=tuple(replace(hook, site=None) for hook in comparison.hooks))
+    assert list(table(comparison_page(old), "activations")) == ["size", "dropped in training", "dropped in evaluation"]
 
 
 def test_exponents_have_a_band_where_features_have_their_own():
@@ -94,7 +105,7 @@ def test_exponents_have_a_band_where_features_have_their_own():
     assert cells == {COSINE: pytest.approx([0.3, 0.3, 0.3]), PER_FEATURE: pytest.approx([0.6, 0.4, 0.8])}
     alone = comparison_page(made_comparison(ks=(32,), seeds=1, arms=(INNER,)))
     assert list(charts(alone, "training")) == ["FVE in training"]
-    assert shown(alone) == ["results", "training", "norms"]
+    assert shown(alone) == ["results", "activations", "training", "norms"]
 
 
 def test_what_failed_or_is_not_finite_stands_above_everything():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from saelens_cosine.activations.site import Site
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction
 from saelens_cosine.training.monitor import TrainingLogEntry
@@ -157,12 +158,14 @@ class HookResult:
         d_in (int): Size of the activations there.
         high_norm_share_dropped (float): Share of the training tokens that the filter dropped, mean over trainings.
         high_norm_share_dropped_heldout (float): The same for the held-out tokens.
+        site (Site | None): What the held-out activations are like, with what the filter drops.
     """
 
     hook_name: str
     d_in: int
     high_norm_share_dropped: float
     high_norm_share_dropped_heldout: float
+    site: Site | None = None
 
 
 @dataclass(frozen=True)

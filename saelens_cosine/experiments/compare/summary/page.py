@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from saelens_cosine.activations.site import Part
 from saelens_cosine.experiments.compare.grid import tuned_k
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
 from saelens_cosine.experiments.compare.summary.charts import against_l0, by_norm, exponents, learning_rates, training
 from saelens_cosine.experiments.compare.summary.matched import matched, notes
 from saelens_cosine.experiments.compare.summary.measures import (
@@ -79,6 +80,13 @@ def comparison_page(comparison: Comparison) -> Page:
             tuple(_differences(comparison)),
         ),
         Section(
+            "activations",
+            "Activations",
+            "Of held-out text, with the tokens that the filter drops. The larger gamma is, the more features of an inner-product SAE are dead "
+            "before training (arXiv 2605.31518).",
+            (_sites(comparison),),
+        ),
+        Section(
             "rates",
             "Learning rates",
             "Each arm has the rate that it does best with, by FVE on held-out documents that nothing else is measured on.",
@@ -126,14 +134,44 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "learning rate": _rate(comparison),
         "held-out tokens": "; ".join(tokens),
         "high-norm tokens (sinks)": filtered + "; planted in each context" * s.plant_sinks,
-        **dict(_dropped(comparison)),
     }
 
 
-def _dropped(comparison: Comparison) -> Iterator[tuple[str, str]]:
-    for hook in comparison.hooks if comparison.settings.max_norm_multiple is not None else ():
-        shares = hook.high_norm_share_dropped, hook.high_norm_share_dropped_heldout
-        yield f"dropped{_where(comparison, hook.hook_name)}", "{:.2%} in training, {:.2%} in evaluation".format(*shares)
+def _sites(comparison: Comparison) -> Table:
+    """A row for each figure of the activations that any hook has, a column for each hook."""
+    hooks = [dict(_site(hook)) for hook in comparison.hooks]
+    names = dict.fromkeys(name for hook in hooks for name in hook)
+    rows = [(name, *(hook.get(name, "-") for hook in hooks)) for name in names]
+    return Table("Activations", ("", *(hook.hook_name for hook in comparison.hooks)), rows)
+
+
+def _site(hook: HookResult) -> Iterator[tuple[str, Cell]]:
+    yield "size", Estimate(hook.d_in)
+    yield "dropped in training", f"{hook.high_norm_share_dropped:.2%}"
+    yield "dropped in evaluation", f"{hook.high_norm_share_dropped_heldout:.2%}"
+    if site := hook.site:
+        yield "gamma: ||mean|| / standard deviation", _or_dash(site.gamma)
+        yield "gamma without sinks", _or_dash(site.gamma_ordinary)
+        yield "median norm", Estimate(site.median_norm)
+        yield "norm that 1 % exceed", Estimate(site.p99_norm)
+        yield "largest norm that is no sink's", Estimate(site.largest_ordinary_norm)
+        yield (
+            f"sinks: above {site.max_norm_multiple:g} times the median",
+            f"{site.sinks.share if site.sinks else 0:.2%}",
+        )
+        if sinks := site.sinks:
+            yield "their median norm", Estimate(sinks.median_norm)
+            yield "their largest norm", Estimate(sinks.largest_norm)
+            yield "their positions", _parts(sinks.positions)
+            yield "their token ids", _parts(sinks.token_ids)
+
+
+def _parts(parts: Sequence[Part]) -> str:
+    return ", ".join(f"{part.value} ({part.share:.0%})" for part in parts)
+
+
+def _or_dash(value: float | None) -> Cell:
+    return "-" if value is None else Estimate(value)
 
 
 def _rate(comparison: Comparison) -> str:
