@@ -171,7 +171,7 @@ class Setting:
             model_from_pretrained_kwargs=model.kwargs,
             dataset_path=settings.dataset,
             context_size=size,
-            n_batches_in_buffer=max(1, _buffer_tokens(settings, model.d_in) // size),
+            n_batches_in_buffer=max(1, buffer_tokens(settings, model.d_in) // size),
             store_batch_size_prompts=16,
             device=settings.device,
             seed=seed,
@@ -195,7 +195,7 @@ class Setting:
         return runner, config, saes
 
 
-def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
+def buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
     """Tokens that SAELens' mixing buffer holds: many documents at once, in a quarter of a GiB of float32."""
     batch = get_recipe(settings.recipe, settings.tokens).runner["train_batch_size_tokens"]
     return max(2 * batch, min(settings.tokens, 2**26 // d_in))
