@@ -40,6 +40,7 @@ from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, be
 from saelens_cosine.experiments.compare.training import Setting, buffer_tokens
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
+from saelens_cosine.plain import digest
 from saelens_cosine.progress import Progress, shown
 
 Placed = TypeVar("Placed", ArmResult, FailedArm)
@@ -127,6 +128,7 @@ def _compare(
     comparison = None
     with _documents(settings, hooked, text, state, progress) as documents:
         progress("Gathering held-out activations", 0, 1)
+        state.begin()
         at = [
             Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
             for model in hooked
@@ -165,6 +167,7 @@ def _documents(
     buffer = max(buffer_tokens(settings, one.d_in) for one in hooked)
     with open_cache(folder, identity) as cache:
         contexts = training_contexts(model, text.train, form, settings.tokens, progress, buffer)
+        state.settings["contexts"] = digest(None, {"contexts": contexts})  # another number of them is another order
         fill(cache, model.model, contexts, progress)
         with standing_in(model.model, cache):
             yield partial(as_dataset, contexts)

@@ -82,6 +82,20 @@ class ComparisonState:
         if not resume:
             self.forget_activations()
 
+    def begin(self) -> None:
+        """Before the first training, once the settings are complete.
+
+        Raises:
+            ValueError: the comparison to go on with has others; names them with both values.
+        """
+        name = f"{FOLDER}/settings.json"
+        path = self.output.results / name
+        if self.resume and path.is_file():
+            check_same(read_json(path), self.settings, self.output.folder)
+            return
+        with self.output.file(name) as unfinished:
+            unfinished.write_text(json.dumps(self.settings))
+
     @property
     def activations(self) -> Path:
         """Folder of activations that this comparison alone reads."""

@@ -45,6 +45,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "matched": matched.as_json(comparison),
         "settings": {
             **asdict(settings),
+            "activations": None if settings.activations is None else str(settings.activations),
             "fve_definition": FVE_DEFINITION,
             "ce_definition": CE_DEFINITION,
             "dead_definition": "share of features with no activation on the dead_window_tokens held-out tokens",
