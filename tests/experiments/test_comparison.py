@@ -175,6 +175,8 @@ def test_tables_and_picture(run):
 
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > 1000
+    page = (folder / "comparison.html").read_text()
+    assert all(f'id="section-{part}"' in page for part in ("results", "differences", "training", "norms"))
     assert [path.name for path in sorted(folder.iterdir()) if path.name.startswith(".")] == [
         ".comparison-run",
         MANIFEST,

@@ -9,7 +9,9 @@ from saelens_cosine.console import print_tables, say
 from saelens_cosine.experiments.compare.results import Comparison
 from saelens_cosine.experiments.compare.run import SUMMARY, compare, open_comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.tables import as_tables, draw, write_json
+from saelens_cosine.experiments.compare.summary.page import write_page
+from saelens_cosine.experiments.compare.summary.picture import draw
+from saelens_cosine.experiments.compare.tables import as_tables, write_json
 from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
 from saelens_cosine.training.randomness import deterministic_algorithms
@@ -89,7 +91,7 @@ def add_compare_command(commands: Any) -> None:
         "--output",
         type=Path,
         default=Path("runs/compare"),
-        help="folder for the SAEs, comparison.json and comparison.png",
+        help="folder for the SAEs, comparison.json, comparison.html and comparison.png",
     )
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     add_run_options(parser)
@@ -97,13 +99,13 @@ def add_compare_command(commands: Any) -> None:
 
 
 def run_compare(options: Any) -> int:
-    """Compare, write `comparison.json` and `comparison.png` after each point of the grid, and print the tables."""
+    """Compare, write `comparison.json`, `comparison.html` and `comparison.png` after each point of the grid, and print the tables."""
     folder: Path = options.output
     options.interrupted = f"What was finished is in {folder}; --resume goes on."
 
     def keep(comparison: Comparison) -> None:
         options.interrupted = f"What was finished is in {output.results}; --resume goes on."
-        for write, name in zip((write_json, draw), SUMMARY, strict=True):
+        for write, name in zip((write_json, draw, write_page), SUMMARY, strict=True):
             with output.file(name) as path:
                 write(comparison, path)
 
@@ -125,7 +127,7 @@ def run_compare(options: Any) -> int:
         )
     console = print_tables(as_tables(comparison), 110)
     if not options.quiet:
-        say(console, f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:")
+        say(console, f"Written to {folder}: comparison.html, comparison.json, comparison.png, and a folder per SAE:")
         for arm in comparison.arms:
             say(console, f'  SAE.load_from_disk("{folder / arm.path}")')
     return 0

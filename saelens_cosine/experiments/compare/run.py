@@ -48,7 +48,7 @@ Placed = TypeVar("Placed", ArmResult, FailedArm)
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
 """What the folder of a trained SAE holds."""
 
-SUMMARY = ("comparison.json", "comparison.png")
+SUMMARY = ("comparison.json", "comparison.png", "comparison.html")
 """What the command writes beside these folders."""
 
 
@@ -283,7 +283,7 @@ def _placed(arm: Placed, point: Point, hooks: Sequence[HookResult]) -> Placed:
 
 def written_before(folder: Path) -> Iterator[str]:
     """Files of a comparison by a version that kept no list of what it wrote."""
-    yield from SUMMARY
+    yield from SUMMARY[:2]  # those that such a version wrote
     for path in folder.glob("*/*/" + SAE_CFG_FILENAME):
         arm, seed = path.parts[-3:-1]
         if arm in SAE_TRAINING_CLASS_REGISTRY and re.fullmatch(r"seed\d+", seed):

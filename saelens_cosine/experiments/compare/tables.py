@@ -1,17 +1,16 @@
-"""A comparison as JSON, as a table and as a picture."""
+"""A comparison as JSON and as tables."""
 
 from __future__ import annotations
 
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +18,8 @@ from saelens_cosine.activations.site import site_lines
 from saelens_cosine.console import literal, plain_table, shown_number
 from saelens_cosine.experiments.compare.file import SCHEMAS
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried
+from saelens_cosine.experiments.compare.summary import matched
+from saelens_cosine.experiments.compare.summary.measures import CE, DEAD, FVE, L0, SECONDS
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
@@ -41,6 +42,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "failed": [asdict(arm) for arm in comparison.failed],
         "hooks": [asdict(hook) for hook in comparison.hooks],
         "learning_rates": [asdict(one) for one in comparison.rates],
+        "matched": matched.as_json(comparison),
         "settings": {
             **asdict(settings),
             "activations": None if settings.activations is None else str(settings.activations),
@@ -91,13 +93,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
     whole.write_json(as_json(comparison), path, indent=2)
 
 
-_MEASURES: dict[str, tuple[str, str, Callable[[ArmResult], float]]] = {
-    "fve": ("FVE", "{:.4f}", lambda arm: arm.reconstruction.fve),
-    "l0": ("L0", "{:.1f}", lambda arm: arm.reconstruction.l0),
-    "dead": ("dead", "{:.1%}", lambda arm: arm.reconstruction.dead_fraction),
-    "ce": ("CE recov.", "{:.4f}", lambda arm: arm.ce_loss_recovered),
-    "seconds": ("train s", "{:.0f}", lambda arm: arm.seconds),
-}
+_MEASURES = (FVE, L0, DEAD, CE, SECONDS)
 
 _TRAINING_METRICS = {
     "norm_exponent_mean": ("a", "{:.3f}"),
@@ -111,7 +107,8 @@ _TRAINING_METRICS = {
 
 
 def as_tables(comparison: Comparison) -> list[Table]:
-    """Results, FVE by norm, the score's parameters, and with several seeds the paired differences to the first arm."""
+    """Results, FVE by norm, the score's parameters, with several seeds the paired differences to the first arm, and with several ks those at the
+    same FVE and L0."""
     tables = [
         *_failed(comparison),
         *_not_finite(comparison),
@@ -123,7 +120,7 @@ def as_tables(comparison: Comparison) -> list[Table]:
         tables.append(_learning_rates(comparison))
     if len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
         tables.append(_differences(comparison))
-    return tables
+    return [*tables, *matched.as_tables(comparison)]
 
 
 def _failed(comparison: Comparison) -> Iterator[Table]:
@@ -166,11 +163,11 @@ def _results(comparison: Comparison) -> Table:
         f"k={', '.join(map(str, s.ks))}, {s.tokens:,} tokens, recipe {s.recipe}"
         f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (dead: features that fire on none of them); {sinks}{planted}",
         ["architecture"],
-        [heading for heading, _, _ in _MEASURES.values()],
+        [measure.title for measure in _MEASURES],
     )
     for arm, results in by_arm(comparison).items():
         seeds = "" if len(results) == _n_seeds(comparison) else f" ({len(results)} of {_n_seeds(comparison)} seeds)"
-        table.add_row(arm + seeds, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
+        table.add_row(arm + seeds, *(_mean_and_spread(map(one.of, results), one.form) for one in _MEASURES))
     # the divergence costs a third of the evaluation: softmaxes over the vocabulary
     sites = [line for hook in comparison.hooks if hook.site is not None for line in site_lines(hook.site)]
     table.caption = "\n".join(
@@ -253,12 +250,12 @@ def _differences(comparison: Comparison) -> Table:
                 table.add_row(name, "-", "", "", f"seeds in common: {len(seeds)}; an interval takes 2")
                 continue
             ours, firsts = [by_seed[arm][seed] for seed in seeds], [by_seed[first][seed] for seed in seeds]
-            for measure in ("fve", "ce", "dead"):
-                heading, _, get = _MEASURES[measure]
-                if not all(math.isfinite(get(result)) for result in (*ours, *firsts)):
+            for measure in (FVE, CE, DEAD):
+                heading = measure.title
+                if not all(math.isfinite(measure.of(result)) for result in (*ours, *firsts)):
                     table.add_row(name, heading, literal("nan", "red"), "", "")
                     continue
-                d = paired_difference(list(map(get, ours)), list(map(get, firsts)))
+                d = paired_difference(list(map(measure.of, ours)), list(map(measure.of, firsts)))
                 found.append(d)
                 verdict = "" if d.seen else NO_DIFFERENCE
                 table.add_row(name, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
@@ -297,50 +294,3 @@ def _mean_and_spread(values: Iterable[float], form: str) -> str | Text:
 
 def _or_dash(value: float, form: str) -> str:
     return "-" if math.isnan(value) else form.format(value)
-
-
-def draw(comparison: Comparison, path: Path) -> None:
-    """`comparison.png`: training curves, exponents, FVE by quartile of the norm. All seeds are drawn."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    curves, exponents, quartiles = figure.subplots(1, 3)
-    arms = by_arm(comparison)
-    colours = {arm: f"C{i % 10}" for i, arm in enumerate(arms)}
-    width = 0.8 / len(arms)
-    for result in comparison.arms:
-        name = called(comparison, result.architecture, result.hook_name, result.k)
-        colour, label = colours[name], name if result == arms[name][0] else None
-        tokens = [entry.training_tokens / 1e6 for entry in result.log]
-        curves.plot(tokens, [entry.fve for entry in result.log], color=colour, label=label, alpha=0.9, lw=1.4)
-        if result.norm_exponent:
-            mean, low, high = (
-                [entry.metrics[f"norm_exponent_{what}"] for entry in result.log] for what in ("mean", "min", "max")
-            )
-            exponents.plot(tokens, mean, color=colour, label=label, lw=1.4)
-            exponents.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
-    for i, (arm, trained) in enumerate(arms.items()):
-        results = [result.reconstruction.by_norm for result in trained]
-        fves = np.array([[part.fve for part in bins] for bins in results])
-        means, spread = fves.mean(axis=0), fves.std(axis=0, ddof=1) if len(results) > 1 else None
-        places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]
-        quartiles.bar(places, means, width, yerr=spread, color=colours[arm], label=arm, capsize=3)
-    curves.set(xlabel="training tokens (millions)", ylabel="FVE of the coming batch", title="Training")
-    logs = [[entry.fve for entry in result.log if math.isfinite(entry.fve)] for result in comparison.arms]
-    if reached := [max(values) for values in logs if values]:
-        curves.set_ylim(max(0.0, min(reached) - 0.4), max(reached) + 0.02)
-    exponents.set(xlabel="training tokens (millions)", ylabel="norm exponent a", title="Exponents: mean, min to max")
-    if not exponents.lines:
-        exponents.text(0.5, 0.5, "no arm has an exponent", ha="center", va="center", transform=exponents.transAxes)
-    bins = comparison.arms[0].reconstruction.by_norm
-    quartiles.set_xticks(range(len(bins)), [f"Q{q + 1}\n{b.low:.0f} to {b.high:.0f}" for q, b in enumerate(bins)])
-    heights = [b.fve for result in comparison.arms for b in result.reconstruction.by_norm if math.isfinite(b.fve)]
-    lowest = min(heights, default=0.0)
-    quartiles.set_ylim(max(0.0, lowest - 0.15) if lowest > 0 else None, None)
-    quartiles.set(xlabel="norm of the activation, quartiles", ylabel="FVE, held out", title="By norm (axis is cut)")
-    figure.legend(*quartiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
-    for axes in (curves, exponents, quartiles):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    with whole.whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=130)
