@@ -135,6 +135,11 @@ class Text:
         run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions, head=self.head)
         return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
 
+    def forget(self) -> None:
+        """Free what can be made again, which is most of its memory: no more SAEs come that share it."""
+        for name in ("tasks", "run", "concepts"):
+            vars(self).pop(name, None)
+
     def sample_of(self, run: CleanRun) -> TokenSample:
         """The tokens of a clean run that the SAE sees."""
         sample = run.sample(self.settings.max_norm_multiple)
