@@ -27,6 +27,7 @@ from saelens_cosine.experiments.evaluate.results.kept import Kept, keep, read_ke
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source, controls, pair_seeds, parse_sources
 from saelens_cosine.experiments.evaluate.subject import Loader, Subject, Text
+from saelens_cosine.experiments.evaluate.texts.tasks import check_tasks
 from saelens_cosine.experiments.evaluate.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
@@ -66,7 +67,7 @@ def evaluate(
         What was found; its `document()` is what `evaluation.json` holds.
 
     Raises:
-        ValueError: unknown evaluations, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
+        ValueError: unknown evaluations or tasks, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
         CheckpointError, OSError: an SAE, a model or a text that cannot be loaded.
         FileExistsError: figures of an earlier evaluation would go and `overwrite` is off, or a file there is not ours.
         OutputInUseError: another run writes to the folder.
@@ -75,6 +76,7 @@ def evaluate(
     unknown = [name for name in settings.evals if name not in EVALS]
     if unknown:
         raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
+    check_tasks(settings.tasks or ())
     check_device(settings.device)
     parsed = parse_sources(sources, baseline)
     with open_evaluation(output) as opened:
@@ -98,7 +100,7 @@ def _evaluate(
     against = {source: _baseline(parsed, source) for source in parsed}
     kept: dict[Source, Subject] = {}
     order = in_turn(parsed)
-    with Loader(settings, folder.resolve()) as loader:
+    with Loader(settings, folder.resolve(), on_progress) as loader:
         for i, source in enumerate(order):
             later = order[i + 1 :]
             other = against[source]
