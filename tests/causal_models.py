@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saelens_cosine.bundled import model_folder
 
 
 class FormulaModel(HookedRootModule):
@@ -33,6 +37,14 @@ class FormulaModel(HookedRootModule):
         elif self.read_out == "sum":
             h = h.cumsum(dim=1)
         return self.unembed(h)
+
+
+def bundled_of_hugging_face():
+    """The bundled model in SAELens' wrapper."""
+    return HookedProxyLM(
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
+        AutoTokenizer.from_pretrained(model_folder()),
+    )
 
 
 def log_p(h, W_U):

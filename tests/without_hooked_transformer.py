@@ -84,10 +84,11 @@ def hide() -> None:
 
 def lost(model, tokens, sae, hook: str, head: int | None) -> list[float]:
     """KL divergence with an SAE's reconstructions and with zeros, at a hook as HookedTransformers call it."""
+    from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
     from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 
     sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_head_index = hook, head
-    found = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    found = loss_recovered(sae, clean_losses(model, hook, [tokens], head), None).by_norm.all_norms.overall
     return [found.kl_div_with_sae, found.kl_div_with_ablation]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.hook_points import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]

@@ -10,7 +10,7 @@ from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.metrics.dictionary.features import top_activations
-from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
+from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 
 
 def store_of(model, documents, **form):
@@ -134,6 +134,7 @@ class Elsewhere(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+        self.hook_dict, self.unembed = {HOOK: None}, torch.nn.Identity()
 
     def run_with_cache(self, tokens, **_):
         raise RuntimeError(f"run on {tokens.device.type}")
@@ -147,7 +148,7 @@ def test_tokens_go_to_the_models_device():
     sae.cfg.metadata.hook_name = HOOK
     for measure in (
         lambda: sample_tokens(Elsewhere(), HOOK, batches),
-        lambda: loss_recovered(sae, Elsewhere(), batches, 10.0),
+        lambda: clean_losses(Elsewhere(), HOOK, batches),
         lambda: top_activations(sae, Elsewhere(), batches),
     ):
         with pytest.raises(RuntimeError, match="run on meta"):

@@ -10,9 +10,10 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import load_hooked_model, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.evaluate.evals import EVALS, NotApplicable
+from saelens_cosine.experiments.evaluate.evals import EVALS
 from saelens_cosine.metrics.causal.forward import clean_run
 from saelens_cosine.saebench.model import how_loaded, load_for_saebench
 
@@ -125,13 +126,21 @@ def test_edits_of_one_head_leave_the_others():
     torch.testing.assert_close(found, logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_loss_that_would_replace_all_heads_is_left_out(tmp_path):
+def test_one_head_is_replaced_at_any_hook_that_has_heads(tmp_path):
     folder = save(
         tmp_path / "k", d_in=48, model_name="bundled", hook_name="blocks.1.attn.hook_rot_k", hook_head_index=1
     )
     (subject,) = subjects(tmp_path, folder)
-    with pytest.raises(NotApplicable, match="hook_z, not at blocks.1.attn.hook_rot_k"):
-        EVALS["loss"].measure(subject)
+    hook, tokens = "blocks.1.attn.hook_rot_k", subject.text.contexts.tokens
+
+    def without_the_head(k, hook):
+        k[:, :, 1] = 0
+        return k
+
+    with torch.no_grad():
+        logits = subject.text.model.run_with_hooks(tokens, fwd_hooks=[(hook, without_the_head)], prepend_bos=False)
+    found = EVALS["loss"].measure(subject).with_sinks.by_norm.all_norms.overall
+    assert found.ce_loss_with_ablation == pytest.approx(cross_entropy(logits, tokens), rel=1e-4)
     with pytest.raises(saebench.SAEBenchError, match="this SAE is of head 1"):
         saebench.run([saebench.prepare(subject.sae)], ["core"], tmp_path, model=subject.text.model)
 

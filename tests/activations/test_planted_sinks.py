@@ -16,6 +16,7 @@ from saelens_cosine.activations.planted_sinks import PlantedSinks, plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
 from saelens_cosine.metrics.causal.forward import clean_run
+from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 
 
@@ -254,7 +255,7 @@ def test_predictions_from_reconstructions_start_from_the_planted_model():
     sae = StandardSAE(config)
     sae.W_dec.data.zero_()
     sae.b_dec.data = normal(16)
-    found = loss_recovered(sae, model, [TOKENS], 10.0, compute_kl=False)
+    found = loss_recovered(sae, clean_losses(model, HOOK, [TOKENS], compute_kl=False), 10.0)
     planted = logits(model)
     expected = torch.nn.functional.cross_entropy(planted[:, :-1].flatten(0, 1).double(), TOKENS[:, 1:].flatten())
     assert found.by_norm.all_norms.overall.ce_loss_without_sae == pytest.approx(expected.item(), rel=1e-5)

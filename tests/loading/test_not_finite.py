@@ -11,9 +11,11 @@ from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.tables import as_json, draw
+from saelens_cosine.experiments.compare.summary.page import comparison_page
+from saelens_cosine.experiments.compare.summary.picture import draw
+from saelens_cosine.experiments.compare.tables import as_json
 from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
 from saelens_cosine.experiments.evaluate.command import as_tables
 from saelens_cosine.experiments.evaluate.evals import BySinks, NotMeasured
@@ -36,6 +38,7 @@ from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.metrics.probing.probing import probe_activations, probe_sae
 from saelens_cosine.metrics.reconstruction.afa import measure_afa, summarize_afa
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import loss_recovered
 from saelens_cosine.metrics.reconstruction.zf_points import zf_points
@@ -132,7 +135,8 @@ def test_predictions_stay_not_finite_and_are_counted(model, tmp_path, value):
     sae = save_inference(make_sae("cosine_topk", d_in=16, d_sae=24), tmp_path)
     sae.cfg.metadata.hook_name = HOOK
     tokens = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(0))
-    sane = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    clean = clean_losses(model, HOOK, [tokens])
+    sane = loss_recovered(sae, clean, None).by_norm.all_norms.overall
     assert (sane.tokens, sane.not_finite) == (32, 0)
     assert math.isfinite(sane.ce_loss_score)
     original, calls = sae.decode, []
@@ -144,7 +148,7 @@ def test_predictions_stay_not_finite_and_are_counted(model, tmp_path, value):
         return out
 
     vars(sae)["decode"] = decode
-    found = loss_recovered(sae, model, [tokens], None).by_norm.all_norms.overall
+    found = loss_recovered(sae, clean, None).by_norm.all_norms.overall
     assert calls
     assert (found.tokens, found.not_finite) == (32, 8)
     for measure in ("ce_loss_with_sae", "ce_loss_score", "kl_div_with_sae", "kl_div_score"):
@@ -305,9 +309,10 @@ def test_compare_says_it_in_red_and_draws_the_rest(tmp_path):
         for arm, sae in (("cosine_topk", broken(tmp_path, "decode", math.nan)), ("topk", sound(tmp_path))):
             log = tuple(TrainingLogEntry(100 * i, math.nan if arm == "cosine_topk" else 0.5, 3.0, {}) for i in range(3))
             ce = math.nan if arm == "cosine_topk" else 0.9
-            arms.append(ArmResult(arm, seed, f"{arm}/seed{seed}", evaluate_reconstruction(sae, x), ce, None, 1.0, log))
+            found = evaluate_reconstruction(sae, x)
+            arms.append(ArmResult(arm, seed, f"{arm}/seed{seed}", found, ce, None, 1.0, log, hook_name=HOOK, k=32))
     settings = ComparisonSettings(arms=("topk", "cosine_topk"), seeds=2)
-    comparison = Comparison(settings, HOOK, 7, 0.0, 0.0, tuple(arms))
+    comparison = Comparison(settings, (HookResult(HOOK, 7, 0.0, 0.0),), tuple(arms))
     found = json.loads(json.dumps(as_json(comparison), allow_nan=False))
     assert [arm["not_finite"] for arm in found["arms"]] == [3, 0, 3, 0]
     assert [arm["fve"] is None for arm in found["arms"]] == [True, False, True, False]
@@ -317,3 +322,6 @@ def test_compare_says_it_in_red_and_draws_the_rest(tmp_path):
     assert "\x1b[31mnan\x1b[0m" in text
     draw(comparison, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+    page = render(comparison_page(comparison))
+    assert f"<li>cosine_topk, seed 0: 3 of {len(x):,} tokens not finite, its figures are missing</li>" in page
+    assert not re.search(r"[\[:,]NaN", page.split("<script>")[0])

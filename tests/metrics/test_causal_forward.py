@@ -2,24 +2,14 @@ import math
 
 import pytest
 import torch
-from causal_models import FormulaModel, kl, normal, relu_sae
+from causal_models import FormulaModel, bundled_of_hugging_face, kl, normal, relu_sae
 from helpers import assert_close, tiny_model
 from sae_lens import StandardSAE, StandardSAEConfig
-from sae_lens.load_model import HookedProxyLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model, model_folder
+from saelens_cosine.bundled import load_bundled_bridge, load_bundled_model
 from saelens_cosine.metrics.causal.code_edits import decoded_change, reconstruct
 from saelens_cosine.metrics.causal.forward import clean_run, kl_divergence
 from saelens_cosine.metrics.codes import code_units
-
-
-def proxy():
-    return HookedProxyLM(
-        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
-        AutoTokenizer.from_pretrained(model_folder()),
-    )
-
 
 MODELS = [
     (tiny_model, "blocks.0.hook_resid_pre", 0),
@@ -29,7 +19,7 @@ MODELS = [
     (tiny_model, "blocks.1.attn.hook_z", None),
     (load_bundled_model, "blocks.3.hook_resid_post", 4),
     (load_bundled_bridge, "blocks.3.hook_resid_post", None),
-    (proxy, "model.layers.3", None),
+    (bundled_of_hugging_face, "model.layers.3", None),
 ]
 
 

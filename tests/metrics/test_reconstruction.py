@@ -9,6 +9,7 @@ from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 from saelens_cosine.metrics.reconstruction.dead import dead_in_training
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered, loss_recovered
@@ -291,7 +292,7 @@ def test_loss_replaces_only_tokens_that_the_sae_was_trained_to_see(model):
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[(HOOK, zero_seen)], prepend_bos=False)
     log_p = logits.double().log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])
-    found = loss_recovered(sae, model, [tokens], None, compute_kl=False)
+    found = loss_recovered(sae, clean_losses(model, HOOK, [tokens], compute_kl=False), None)
     assert found.by_norm.all_norms.overall.ce_loss_with_sae == pytest.approx(-log_p.mean().item(), rel=1e-5)
     assert found.replaced_share == 6 / 12
 
@@ -303,7 +304,7 @@ def test_loss_recovered_against_softmaxes_by_hand():
     sae.cfg.metadata.hook_name = HOOK
     sae.W_enc.data.normal_(std=0.2)
     batches = [torch.randint(0, 32, (n, CONTEXT)) for n in (30, 20)]
-    measured = loss_recovered(sae, model, batches, 1.3, bins=2)
+    measured = loss_recovered(sae, clean_losses(model, HOOK, batches), 1.3, bins=2)
 
     norms, ce, kl, replaced = [], {}, {}, []
     for tokens in batches:
@@ -352,6 +353,7 @@ def test_loss_recovered_against_softmaxes_by_hand():
         assert result.kl_div_with_ablation == pytest.approx(divergence["ablation"], rel=1e-3)
         assert result.kl_div_score == pytest.approx(1 - divergence["sae"] / divergence["ablation"], rel=1e-3, abs=1e-4)
     assert ce_loss_recovered(sae, model, batches, 1.3) == pytest.approx(by_norm.all_norms.overall.ce_loss_score)
-    assert loss_recovered(sae, model, batches, None, compute_kl=False).by_norm.all_norms.overall.kl_div_score is None
+    without_kl = loss_recovered(sae, clean_losses(model, HOOK, batches, compute_kl=False), None)
+    assert without_kl.by_norm.all_norms.overall.kl_div_score is None
     with pytest.raises(ValueError, match="no token batches"):
-        loss_recovered(sae, model, [], None)
+        clean_losses(model, HOOK, [])

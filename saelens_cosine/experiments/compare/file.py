@@ -28,9 +28,11 @@ class OtherSchemaError(ComparisonFileError):
     """One that another version of this package has written."""
 
     def __init__(self, file: Path, schema: str):
+        read = " and ".join(SCHEMAS)
         ValueError.__init__(
             self,
-            f"{file} has schema {schema!r}, this version reads {' and '.join(SCHEMAS)}. Update saelens-cosine, or move the file away to go on without what it tells.",
+            f"{file} has schema {schema!r}, this version reads {read}. Update saelens-cosine, or move the file away to go on "
+            "without what it tells.",
         )
         self.fault = f"{file} has schema {schema!r}"
 
@@ -78,6 +80,21 @@ def read_comparison(file: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ComparisonFileError(file, str(error).rstrip(".")) from error
     return cast("dict[str, Any]", content)
+
+
+def as_now(comparison: dict[str, Any]) -> dict[str, Any]:
+    """A comparison that `compare` wrote, in the layout of this version: the first one had a single hook and k, and no list of hooks."""
+    if comparison.get("schema") != SCHEMAS[0]:
+        return comparison
+    settings, high = comparison["settings"], comparison["high_norm_tokens"]
+    hook = {
+        "hook_name": settings["hook_name"],
+        "d_in": settings["d_in"],
+        "high_norm_share_dropped": high["share_dropped_in_training"],
+        "high_norm_share_dropped_heldout": high["share_dropped_in_evaluation"],
+    }
+    arms = [{"hook_name": settings["hook_name"], "lr": None, **arm} for arm in comparison["arms"]]
+    return {**comparison, "schema": SCHEMAS[1], "hooks": [hook], "learning_rates": [], "arms": arms}
 
 
 def comparison_beside(file: Path) -> dict[str, Any] | None:

@@ -123,6 +123,13 @@ def add_evaluate_command(commands: Any) -> None:
     add("--judge-model", default=default.judge.model, help="language model that autointerp asks")
     add("--judge-url", help="its OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY")
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
+    add(
+        "--activations",
+        type=Path,
+        metavar="DIR",
+        help="a cache of activations, such as that of compare --activations: held-out contexts are read there, and added where it "
+        "lacks them; rounded to bfloat16",
+    )
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder for evaluation.json and report.html")
     add(
         "--overwrite",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,16 @@ import torch
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
+from saelens_cosine.activations.cache.cache import open_cache
+from saelens_cosine.activations.cache.identity import CacheIdentity
+from saelens_cosine.activations.cache.standing_in import standing_in
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
-from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
-from saelens_cosine.activations.text import load_text
+from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
@@ -31,6 +35,7 @@ from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
 from saelens_cosine.metrics.probing.probing import pool
+from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.progress import Progress, shown
 
@@ -69,6 +74,7 @@ class Text:
         settings (EvaluationSettings): What to measure.
         head (int | None): The attention head whose activations they are; None for all of the hook.
         progress (Progress | None): Called while the model runs over labelled texts.
+        rounded (bool): Whether the sample's activations are bfloat16's, as a cache keeps them.
     """
 
     model_name: str
@@ -83,17 +89,19 @@ class Text:
     sample: TokenSample
     settings: EvaluationSettings
     head: int | None = None
+    rounded: bool = False
     progress: Progress | None = None
 
     @cached_property
     def identity(self) -> str:
         """A hash of what is read and how, not of what it is called: the tokens, their documents and places, the model."""
-        names_and_objects = ("model_name", "model", "dataset", "rule", "settings", "contexts", "sample", "progress")
-        how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names_and_objects}
+        objects = ("model", "settings", "contexts", "sample", "progress")
+        names = ("model_name", "dataset", "rule", *objects, "rounded")
+        how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names}
         sample = self.sample
         tensors = {name: getattr(sample, name) for name in ("tokens", "contexts", "documents", "positions")}
         tensors |= {f"whole {name}": tensor for name, tensor in self.contexts._asdict().items()}
-        return digest([how, sample.max_norm_multiple], tensors)
+        return digest([how, sample.max_norm_multiple, *(["bfloat16"] if self.rounded else [])], tensors)
 
     @cached_property
     def labelled(self) -> tuple[Task, ...]:
@@ -115,6 +123,12 @@ class Text:
         return clean_run(self.model, self.hook, tokens, last.clamp_min(0), head=self.head)
 
     @cached_property
+    def clean_losses(self) -> CleanLosses:
+        """The predictions that reconstructions are held against, of contexts from all documents."""
+        contexts = max(1, self.settings.loss_tokens // self.form.context_size)
+        return clean_losses(self.model, self.hook, self.contexts.at_even_steps(contexts).batches, self.head)
+
+    @cached_property
     def concepts(self) -> Concepts:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
@@ -128,7 +142,7 @@ class Text:
 
     def forget(self) -> None:
         """Free what can be made again, which is most of its memory: no more SAEs come that share it."""
-        for name in ("tasks", "run", "concepts"):
+        for name in ("tasks", "run", "clean_losses", "concepts"):
             vars(self).pop(name, None)
 
     def sample_of(self, run: CleanRun) -> TokenSample:
@@ -257,9 +271,10 @@ class Loader(ExitStack):
             store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
             contexts = sample_contexts(store, settings.tokens)
             seen = form.seen(hooked.model, contexts.tokens)
-            sample = sample_tokens(
-                hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
-            )
+            with self._cached(hooked, planted, form, dataset, splits):
+                sample = sample_tokens(
+                    hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
+                )
             if not len(sample):
                 raise ValueError(
                     f"{source.name} was trained on positions seqpos_slice={form.seqpos_slice} without the tokens "
@@ -279,9 +294,24 @@ class Loader(ExitStack):
                 sample,
                 settings,
                 head,
-                self.progress,
+                progress=self.progress,
+                rounded=settings.activations is not None,
             )
         return self._texts[key]
+
+    @contextmanager
+    def _cached(
+        self, hooked: HookedModel, planted: bool, form: ContextForm, dataset: str, splits: TextSplits
+    ) -> Generator[None]:
+        """The settings' cache of activations in the model's place, if they name one."""
+        folder, hook = self.settings.activations, hooked.hook_name
+        if folder is None:
+            yield
+            return
+        sinks, sha256 = [hook] if planted else [], self._model_sha256(hooked.model)
+        identity = CacheIdentity.of(hooked, [hook], form, dataset, splits, sinks, sha256)
+        with open_cache(folder, identity) as cache, standing_in(hooked.model, cache):
+            yield
 
     def _model(self, name: str, hook: str, planted: bool, metadata: Any) -> HookedModel:
         """The model as the SAE's metadata say that it was loaded."""

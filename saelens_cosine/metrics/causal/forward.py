@@ -1,32 +1,25 @@
 """A model's predictions after its activations at a hook are edited, against its clean ones.
 
-Clean activations and predictions are computed once. An edited forward pass starts at the hook where the model can do that
-(the residual stream of a HookedTransformer), and elsewhere replaces the activation there; only the tokens whose prediction
-is read are unembedded. The released code runs the whole model two or three times for each feature and text.
+Clean activations and predictions are computed once. An edited forward pass starts at the hook where the model can do that, and
+only the tokens whose prediction is read are unembedded. The released code runs the whole model two or three times for each feature
+and text.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from saelens_cosine.activations.bridges import restore_hook_names
-from saelens_cosine.activations.models import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.hooked_transformer import is_hooked_transformer
+from saelens_cosine.metrics.causal.resumed import LOGITS_AT_ONCE, ResumedModel
 from saelens_cosine.metrics.not_finite import NotFiniteError
 
 TOKENS_AT_ONCE = 4096
 """Tokens in one forward pass, or one context if that is longer."""
-
-LOGITS_AT_ONCE = 2**22
-"""Log-probabilities held at a time: 16 MiB. A few times as many take three times as long on a CPU, whose caches they leave."""
 
 Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`edit(hidden, rows)`: float32 activations `[rows, length, d_in]` of the edits with numbers `rows [rows]`, changed."""
@@ -43,95 +36,6 @@ def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     near = p * (d + torch.expm1(-d)).clamp_min(0)  # the same; exact for small d, but overflows for large ones
     far = torch.where(p > 0, p * d, 0) + q - p
     return torch.where(d.abs() < 1, near, far).sum(dim=-1)
-
-
-class ResumedModel:
-    """
-    A hooked model that goes on from given activations at a hook.
-
-    Args:
-        model (Any): HookedTransformer, TransformerBridge, or SAELens' wrapper of a Hugging Face model.
-        hook_name (str): A hook point of it.
-        head (int | None): The attention head whose activations are given, the others staying what they are; None for all.
-
-    Raises:
-        ValueError: no such hook point.
-    """
-
-    def __init__(self, model: Any, hook_name: str, head: int | None = None):
-        if hook_name not in model.hook_dict:
-            raise ValueError(f"{type(model).__name__} has no hook point {hook_name!r}.")
-        self.model, self.hook_name, self.head = model, hook_name, head
-        self.start_at_layer = _first_layer_after(model, hook_name)
-        self._unembedding = model.unembed if hasattr(model, "unembed") else model.model.get_output_embeddings()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        return device_of(self.model)
-
-    @torch.no_grad()
-    def run(self, tokens: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model as it is, on `tokens [n, length]`.
-
-        Returns:
-            Activations at the hook `[n, length, d_in]`, of the head or heads flattened, in the model's dtype, and log-probabilities
-            `[n, vocabulary]` after the token at position `read [n]`; on the model's device.
-        """
-        with self._reading(read):
-            logits, cache = self.model.run_with_cache(
-                tokens.to(self.device), names_filter=[self.hook_name], prepend_bos=False
-            )
-        return of_head(cache[self.hook_name], self.head), _log_softmax(logits).squeeze(1)
-
-    @torch.no_grad()
-    def log_probs(self, hidden: torch.Tensor, tokens: torch.Tensor, read: torch.Tensor | None = None) -> torch.Tensor:
-        """Log-probabilities of the next token with other activations at the hook, on the model's device.
-
-        Args:
-            hidden: `[n, length, d_in]`, in the model's dtype.
-            tokens: `[n, length]`, the contexts that they belong to.
-            read: `[n]`, the position whose prediction is wanted; None for all.
-
-        Returns:
-            `[n, vocabulary]`, or `[n, length, vocabulary]` if read is None; float32 whatever the model's dtype.
-        """
-        hidden = hidden.to(self.device)
-        with self._reading(read):
-            if self.start_at_layer is not None:
-                logits = self.model(hidden, start_at_layer=self.start_at_layer)
-            else:
-                restore_hook_names(self.model)
-                logits = self.model.run_with_hooks(
-                    tokens.to(self.device),
-                    fwd_hooks=[(self.hook_name, lambda activations, hook: self._replaced(activations, hidden))],  # noqa: ARG005
-                    prepend_bos=False,
-                )
-        return _log_softmax(logits if read is None else logits.squeeze(1))
-
-    def _replaced(self, activations: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        if self.head is None:
-            return hidden.reshape(activations.shape)
-        edited = activations.clone()
-        edited[:, :, self.head] = hidden
-        return edited
-
-    @contextmanager
-    def _reading(self, read: torch.Tensor | None) -> Generator[None]:
-        """Have only one position of each context unembedded: all logits of a large vocabulary would fill the memory."""
-        if read is None:
-            yield
-            return
-
-        def pick(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            final, *others = inputs
-            return (final[torch.arange(len(read)), read.to(final.device)].unsqueeze(1), *others)
-
-        handle = self._unembedding.register_forward_pre_hook(pick)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -288,18 +192,3 @@ def clean_run(
         hidden.append(activations.cpu())
         log_probs.append(predictions.cpu())
     return CleanRun(resumed, tokens, read, torch.cat(hidden), torch.cat(log_probs))
-
-
-def _first_layer_after(model: Any, hook_name: str) -> int | None:
-    """The layer that a HookedTransformer can start at with this hook's activations as its residual stream."""
-    found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-    if not found or not is_hooked_transformer(model):
-        return None
-    masks = getattr(model.tokenizer, "padding_side", "right") == "left"  # made from tokens, which a later start lacks
-    if masks or model.cfg.positional_embedding_type == "shortformer":
-        return None
-    return int(found[1]) + (found[2] == "post")
-
-
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return logits.log_softmax(dim=-1, dtype=torch.float32)

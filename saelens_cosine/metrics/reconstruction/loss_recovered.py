@@ -1,24 +1,25 @@
-"""How much of the language model's prediction survives reconstruction: cross-entropy and KL divergence, SAELens' measures."""
+"""How much of the language model's prediction survives reconstruction: cross-entropy and KL divergence, SAELens' measures.
+
+SAELens' own `get_recons_loss` gives the same numbers, and runs the model as it is, and with zeros, again for every SAE.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from sae_lens.evals import get_recons_loss
 from sae_lens.saes.sae import SAE
-from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_cosine.activations.bridges import name_in_bridge
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.activations.models import device_of
-from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
+from saelens_cosine.activations.norm_filter import HighNormFilter
+from saelens_cosine.metrics.causal.resumed import ResumedModel
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
+from saelens_cosine.metrics.reconstruction.clean_losses import CleanBatch, CleanLosses, TokenLosses, clean_losses
 
 CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
 
@@ -75,112 +76,41 @@ class LossRecovered:
     max_norm_multiple: float | None
 
 
-class _Replacement:
-    """Reconstructs like an SAE but passes through high-norm tokens and those it was not trained to see, as `get_recons_loss` calls an SAE; keeps the norms.
-
-    Args:
-        seen: the coming batch's, `[contexts, length]` booleans.
-    """
-
-    seen: torch.Tensor
-
-    def __init__(self, sae: SAE[Any], max_norm_multiple: float | None):
-        self.sae, self.filter = sae, HighNormFilter(max_norm_multiple)
-        self.cfg, self.device = sae.cfg, sae.device
-        self.norms: list[torch.Tensor] = []
-        self.replaced = 0
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
-        seen = self.seen.to(x.device)
-        keep = seen.clone()
-        keep[seen] = self.filter.keep(x[seen])
-        keep = keep.unsqueeze(-1)
-        self.norms.append(token_norms(x).cpu())
-        self.replaced += int(keep.sum())
-        return torch.where(keep, self.sae.decode(self.sae.encode(x)).to(x.dtype), x)
-
-
-class _FlatHooks:
-    """A bridge as `get_recons_loss` calls a model: what hooks see there is `[contexts, length, d_in]`.
-
-    That function tells by a hook point's name whether activations are split by head, and knows a HookedTransformer's names.
-    """
-
-    def __init__(self, bridge: Any, head: int | None):
-        self.bridge, self.head = bridge, head
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.bridge(*args, **kwargs)
-
-    def run_with_hooks(
-        self, tokens: torch.Tensor, fwd_hooks: list[tuple[str, Callable[..., Any]]], **kwargs: Any
-    ) -> Any:
-        hooks = [(name, partial(self._changed, change)) for name, change in fwd_hooks]
-        return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, **kwargs)
-
-    def _changed(self, change: Callable[..., torch.Tensor], x: torch.Tensor, hook: Any) -> torch.Tensor:
-        if self.head is None:
-            return change(x.flatten(2), hook).reshape(x.shape)
-        edited = x.clone()
-        edited[:, :, self.head] = change(x[:, :, self.head], hook)
-        return edited
-
-
 @torch.no_grad()
-def loss_recovered(
-    sae: SAE[Any],
-    model: Any,
-    token_batches: Iterable[torch.Tensor],
-    max_norm_multiple: float | None,
-    bins: int = 4,
-    compute_kl: bool = True,
-) -> LossRecovered:
+def loss_recovered(sae: SAE[Any], clean: CleanLosses, max_norm_multiple: float | None, bins: int = 4) -> LossRecovered:
     """Replace activations by reconstructions and see what the model predicts.
 
     `ce_loss_with_ablation` zeroes every token, high-norm ones too, which lifts all SAEs of a model that leans on its attention
     sinks; so does passing them through. Measure with and without.
 
     Args:
-        sae: an inference form, or a training form in eval mode; `cfg.metadata.hook_name` says where it goes.
-        model: the hooked model that the SAE was trained on.
-        token_batches: `[contexts, length]` tokens each.
+        sae: an inference form, or a training form in eval mode; `cfg.metadata` says where it goes.
+        clean: of the model that the SAE was trained on, at its hook; the same for every SAE there.
         max_norm_multiple: tokens above this multiple of their batch's median norm are passed through, not replaced; so are those
             that the SAE's metadata leave out (`seqpos_slice`, `exclude_special_tokens`).
         bins: number of equally filled ranges of the norm.
-        compute_kl: whether to compute KL divergences, from softmaxes in the dtype of the model's logits.
 
     Raises:
-        ValueError: there are no token batches, or an SAE that does not reconstruct single tokens.
+        ValueError: the SAE is of another hook or head, or does not reconstruct single tokens.
     """
-    batches = [tokens.to(device_of(model)) for tokens in token_batches]
-    if not batches:
-        raise ValueError("There are no token batches to predict from.")
-    replacement: Any = _Replacement(sae, max_norm_multiple)
-    form = ContextForm.of(sae.cfg.metadata)
-    hook = name_in_bridge(sae.cfg.metadata.hook_name, model)
-    hooked: Any = model if hook is None else _FlatHooks(model, sae.cfg.metadata.hook_head_index)
+    _check_place(sae, clean.resumed)
+    norm_filter, form = HighNormFilter(max_norm_multiple), ContextForm.of(sae.cfg.metadata)
     losses: list[dict[str, torch.Tensor]] = []
-    with on_flat_tokens(sae):  # SAELens' loss flattens heads itself
-        for tokens in batches:
-            replacement.seen = form.seen(model, tokens)
-            per_token = get_recons_loss(
-                replacement,
-                hooked,
-                ActivationScaler(),
-                tokens,
-                compute_kl=compute_kl,
-                compute_ce_loss=True,
-                hook_name=hook,
-            )
-            losses.append({name: values.cpu() for name, values in per_token.items()})
-    groups = group_by_norm(torch.cat([norms.flatten() for norms in replacement.norms]), bins)
+    replaced = 0
+    with on_flat_tokens(sae):
+        for batch in clean.batches:
+            x = batch.hidden.to(sae.device)
+            seen = form.seen(clean.resumed.model, batch.tokens).to(x.device)
+            keep = seen.clone()
+            keep[seen] = norm_filter.keep(x[seen])
+            replaced += int(keep.sum())
+            x_hat = torch.where(keep.unsqueeze(-1), sae.decode(sae.encode(x)).to(x.dtype), x)
+            losses.append(_by_name(batch, clean.losses(x_hat, batch)))
+    groups, lengths = group_by_norm(clean.norms, bins), [batch.tokens.shape[1] for batch in clean.batches]
 
     def joined(of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
-            name: torch.cat([_to_length(of(batch[name]), t.shape[1]) for batch, t in zip(losses, batches, strict=True)])
+            name: torch.cat([_to_length(of(batch[name]), n) for batch, n in zip(losses, lengths, strict=True)])
             for name in losses[0]
         }
 
@@ -193,15 +123,40 @@ def loss_recovered(
             {name: there[rows] for name, there in exists.items()},
         )
 
-    return LossRecovered(groups.measure(measure), replacement.replaced / len(groups.group), max_norm_multiple)
+    return LossRecovered(groups.measure(measure), replaced / len(groups.group), max_norm_multiple)
 
 
 def ce_loss_recovered(
     sae: SAE[Any], model: Any, token_batches: Iterable[torch.Tensor], max_norm_multiple: float | None
 ) -> float:
     """`ce_loss_score` of `loss_recovered` over all tokens."""
-    recovered = loss_recovered(sae, model, token_batches, max_norm_multiple, compute_kl=False)
-    return recovered.by_norm.all_norms.overall.ce_loss_score
+    metadata = sae.cfg.metadata
+    clean = clean_losses(model, metadata.hook_name, token_batches, metadata.hook_head_index, compute_kl=False)
+    return loss_recovered(sae, clean, max_norm_multiple).by_norm.all_norms.overall.ce_loss_score
+
+
+def _check_place(sae: SAE[Any], resumed: ResumedModel) -> None:
+    metadata = sae.cfg.metadata
+    hook, head = metadata.hook_name, metadata.hook_head_index
+    if hook is not None:
+        hook = name_in_bridge(hook, resumed.model) or hook
+    if (hook, head) != (resumed.hook_name, resumed.head):
+        raise ValueError(
+            f"The SAE is of hook {hook}, head {head}, and these losses are at {resumed.hook_name}, head {resumed.head}; take "
+            "clean_losses at the SAE's own hook."
+        )
+
+
+def _by_name(batch: CleanBatch, with_sae: TokenLosses) -> dict[str, torch.Tensor]:
+    """As SAELens calls them."""
+    found = {
+        "ce_loss_with_sae": with_sae.ce,
+        "ce_loss_without_sae": batch.clean.ce,
+        "ce_loss_with_ablation": batch.ablated.ce,
+    }
+    if with_sae.kl is None or batch.ablated.kl is None:
+        return found
+    return {"kl_div_with_sae": with_sae.kl, "kl_div_with_ablation": batch.ablated.kl, **found}
 
 
 def _to_length(values: torch.Tensor, length: int) -> torch.Tensor:
