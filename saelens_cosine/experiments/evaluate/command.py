@@ -14,6 +14,7 @@ from rich.table import Table
 
 from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
+from saelens_cosine.experiments.evaluate.matched_tables import matched_tables
 from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
@@ -212,6 +213,7 @@ def as_tables(found: Evaluation) -> list[Table]:
             for condition, part in found.by_condition.items()
         ),
     ]
+    tables += matched_tables(found)
     if found.differences or found.unpaired:
         tables.append(_differences(found))
     tables.append(plain_table("Left out", ["arm", "eval", "reason"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, EvalSection, NotMeasured, Shown, Treatment
 from saelens_cosine.experiments.evaluate.evals.of_text.tokens import TokenNorms
+from saelens_cosine.experiments.evaluate.matched_tables import matched_section
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE
 from saelens_cosine.experiments.evaluate.results.listing import (
     about_differences,
@@ -46,6 +47,13 @@ def evaluation_page(found: Evaluation) -> Page:
     seeds = "Means over an arm's seeds" + (", with their 95 % intervals." if several else ", of which each has one.")
     sections = (
         Section("comparison", "Comparison", " ".join([seeds, *notes(found.saes)]), tuple(_comparison(found))),
+        Section(
+            "matched",
+            "Matched",
+            "A point for each k, means over seeds in bands of their 95 % intervals. The tables: each arm, read off its own curve between "
+            f"its ks, where it has the FVE or the L0 that {found.baseline} has at one of its ks, minus {found.baseline} there.",
+            tuple(matched_section(found, arms, _treatment(found))),
+        ),
         Section(
             "differences",
             "Differences",

@@ -9,6 +9,7 @@ from typing import Any
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure, NotMeasured
 from saelens_cosine.experiments.evaluate.results.differences import ArmDifference, differences
+from saelens_cosine.experiments.evaluate.results.matched import MatchedFigure, OnCurve, matched_figures
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import controls, pair_seeds
 from saelens_cosine.metrics.intervals import ASSUMPTIONS, CONFIDENCE, Chance, by_chance
@@ -193,6 +194,16 @@ class Evaluation:
         return {arm: {entry.seed: entry.compared for entry in entries} for arm, entries in self.arms.items()}
 
     @cached_property
+    def matched(self) -> tuple[MatchedFigure, ...]:
+        """Each arm minus the baseline at the same FVE and at the same L0, where arms have several ks at a hook."""
+        return tuple(matched_figures(self.on_curves, self.baseline))
+
+    @property
+    def on_curves(self) -> list[OnCurve]:
+        """SAEs as points of their arms' curves."""
+        return [OnCurve(entry.arm, entry.seed, entry.k, entry.text, entry.compared) for entry in self.saes]
+
+    @cached_property
     def chance(self) -> Chance:
         """How many intervals leave out zero, and how many would by chance."""
         return by_chance([item.difference for item in self.differences])
@@ -251,6 +262,7 @@ class Evaluation:
             "unpaired": self.unpaired,
             "on_other_tokens": self.on_other_tokens,
             "differences": plain(self.differences),
+            "matched": [item.document(self.texts[item.text].hook) for item in self.matched],
             "intervals": {
                 "confidence": CONFIDENCE,
                 **plain(self.chance._asdict()),
