@@ -98,9 +98,10 @@ def as_json(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def as_tables(comparison: Comparison) -> Iterator[Table]:
-    """For each hook at FVE and at L0: a row for each arm and k of the control."""
-    found = matched(comparison)
+def as_tables(comparison: Comparison) -> list[Table]:
+    """For each hook at FVE and at L0, a row for each arm and k of the control; below the last what to know of them all."""
+    found = [item for item in matched(comparison) if item.measure in IN_TERMINAL]
+    tables: list[Table] = []
     several = len(comparison.hooks) > 1
     for hook, at in dict.fromkeys((item.hook_name, item.at) for item in found):
         items = [item for item in found if (item.hook_name, item.at) == (hook, at)]
@@ -113,11 +114,14 @@ def as_tables(comparison: Comparison) -> Iterator[Table]:
         )
         for arm, k in dict.fromkeys((item.architecture, item.found.k) for item in items):
             row = {i.measure: i.found for i in items if (i.architecture, i.found.k) == (arm, k)}
-            first = row[measures[0]]
-            at_x = at.form.format(first.x) if math.isfinite(first.x) else "-"
-            table.add_row(arm, f"{k:g}", at_x, *(brief(measure, row[measure]) for measure in measures))
-        table.caption = "\n".join(notes([item for item in items if item.measure in measures]))
-        yield table
+            x = next(iter(row.values())).x
+            at_x = at.form.format(x) if math.isfinite(x) else "-"
+            cells = [brief(measure, row[measure]) if measure in row else "-" for measure in measures]
+            table.add_row(arm, f"{k:g}", at_x, *cells)
+        tables.append(table)
+    if tables:
+        tables[-1].caption = "\n".join(notes(found))
+    return tables
 
 
 def notes(items: list[Matched]) -> list[str]:
