@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
-from saelens_cosine.metrics.intervals import Difference, paired_difference
+from saelens_cosine.metrics.intervals import Difference, about, by_chance, paired_difference
 
 OUTSIDE = "outside the range"
 
@@ -119,6 +119,45 @@ class MatchedDifference:
             return str(self.difference)
         of = f" ({self.inside} of {len(self.seeds)} seeds inside)" if len(self.seeds) > 1 else ""
         return f"{OUTSIDE}{of}; {'; '.join(map(str, self.outside))}"
+
+    def brief(self, form: str) -> str:
+        """What fits a column: `+0.0123 ±0.0040`."""
+        if self.refused:
+            return "not matched"
+        if self.difference is None:
+            return "outside" if len(self.seeds) == 1 else f"outside ({self.inside}/{len(self.seeds)} in)"
+        shown, low, high = (
+            form.replace("{:", "{:+").format(self.difference.mean),
+            self.difference.low,
+            self.difference.high,
+        )
+        if low is None or high is None:
+            return shown
+        half = f"±{form.format((high - low) / 2)}"
+        return f"{shown} {half}" if self.difference.seen else f"none seen {half}"
+
+
+def about_matched(found: Sequence[tuple[str, MatchedDifference]], axes: Iterable[str] = ("seeds",)) -> list[str]:
+    """What a reader of matched differences has to know.
+
+    Args:
+        found: with the arms that they are of.
+        axes: what their intervals are over.
+    """
+    differences = [item.difference for _, item in found if item.difference]
+    intervals = [difference for difference in differences if difference.low is not None]
+    missing = dict.fromkeys(d.no_interval for d in differences if d.no_interval)
+    refused = dict.fromkeys(f"{arm}: {item.refused}" for arm, item in found if item.refused)
+    lines = [f"No intervals: {'; '.join(filter(None, missing))}."] if missing else []
+    if refused:
+        lines.append(f"Not matched: {'; '.join(refused)}.")
+    if any(item.outside for _, item in found):
+        lines.append(
+            f"{OUTSIDE.capitalize()}: what the control has there is beyond an arm's own points; nothing is extrapolated."
+        )
+    if intervals:
+        lines.append("Intervals hold the interpolation's error between an arm's ks.")
+    return lines + about(axes if intervals else [], by_chance(differences))
 
 
 class _Refused(ValueError):
@@ -211,6 +250,8 @@ def _mean_error(errors: Sequence[float | None]) -> float | None:
 
 def _widened(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any], error: float | None) -> Difference:
     """The paired difference `[seeds, ...]`, its interval wider by `error` on either side."""
+    if len(ours) == 1 and ours.ndim > 1:  # what is left varies
+        ours, theirs = ours[0], theirs[0]
     mean = float((ours - theirs).mean())
     if ours.size < 2 or error is None:
         return Difference(mean, None, None, False, ours.shape, ONE_SEED if ours.size < 2 else TWO_KS)

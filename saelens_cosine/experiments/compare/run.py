@@ -191,10 +191,10 @@ def load_at_hooks(settings: ComparisonSettings) -> list[HookedModel]:
 
 
 def _called(point: Point, number: int, settings: ComparisonSettings) -> str:
-    """What progress calls the training of a point."""
+    """What tells the training of a point from the others, after the name of a stage."""
     if settings.is_grid:
-        return f"Training {' '.join(point.parts)}"
-    return "Training" if settings.seeds == 1 else f"Training, seed {number + 1} of {settings.seeds}"
+        return f", {' '.join(point.parts)}"
+    return "" if settings.seeds == 1 else f", seed {number + 1} of {settings.seeds}"
 
 
 def _run_point(
@@ -203,7 +203,7 @@ def _run_point(
     found: Mapping[Point, PointResult],
     output: Output,
     progress: Progress,
-    what: str,
+    which: str,
 ) -> PointResult:
     """Train what a point takes, choose learning rates if it is the one for that, and put SAEs and record in their places.
 
@@ -222,7 +222,7 @@ def _run_point(
             folder = workspace / run.name
             if done is None:
                 folder.mkdir()
-                called = what if run.lr is None or len(settings.rates) < 2 else f"{what}, lr {run.lr:g}"
+                called = which if run.lr is None or len(settings.rates) < 2 else f"{which} lr {run.lr:g}"
                 with ExitStack() as until_kept:
                     checkpoints = until_kept.enter_context(state.checkpoints(run))
                     done = at.train(run, folder, checkpoints, progress, called)

@@ -22,8 +22,7 @@ from saelens_cosine.experiments.compare.summary.measures import (
     at_hook,
     ks_of,
 )
-from saelens_cosine.metrics.intervals import about, by_chance
-from saelens_cosine.metrics.matched import OUTSIDE, MatchedDifference, Point, matched_differences
+from saelens_cosine.metrics.matched import MatchedDifference, Point, about_matched, matched_differences
 
 MEASURES = (FVE, CE, DEAD, L0, *QUARTILES)
 
@@ -114,9 +113,8 @@ def as_tables(comparison: Comparison) -> list[Table]:
         )
         for arm, k in dict.fromkeys((item.architecture, item.found.k) for item in items):
             row = {i.measure: i.found for i in items if (i.architecture, i.found.k) == (arm, k)}
-            x = next(iter(row.values())).x
-            at_x = at.form.format(x) if math.isfinite(x) else "-"
-            cells = [brief(measure, row[measure]) if measure in row else "-" for measure in measures]
+            at_x = next((at.form.format(of.x) for of in row.values() if math.isfinite(of.x)), "-")
+            cells = [row[measure].brief(measure.form) if measure in row else "-" for measure in measures]
             table.add_row(arm, f"{k:g}", at_x, *cells)
         tables.append(table)
     if tables:
@@ -126,31 +124,4 @@ def as_tables(comparison: Comparison) -> list[Table]:
 
 def notes(items: list[Matched]) -> list[str]:
     """What a reader of matched differences has to know."""
-    differences = [item.found.difference for item in items if item.found.difference]
-    intervals = [difference for difference in differences if difference.low is not None]
-    missing = dict.fromkeys(d.no_interval for d in differences if d.no_interval)
-    refused = dict.fromkeys(f"{i.architecture}: {i.found.refused}" for i in items if i.found.refused)
-    found = [f"No intervals: {'; '.join(filter(None, missing))}."] if missing else []
-    if refused:
-        found.append(f"Not matched: {'; '.join(refused)}.")
-    if any(item.found.outside for item in items):
-        found.append(
-            f"{OUTSIDE.capitalize()}: what the control has there is beyond an arm's own points; nothing is extrapolated."
-        )
-    if intervals:
-        found.append("Intervals hold the interpolation's error between an arm's ks.")
-    return found + about(["seeds"] if intervals else [], by_chance(differences))
-
-
-def brief(measure: Measure, found: MatchedDifference) -> str:
-    """Of a difference, what fits a column: `+0.0123 ±0.0040`."""
-    if found.refused:
-        return "not matched"
-    if found.difference is None:
-        return "outside" if len(found.seeds) == 1 else f"outside ({found.inside}/{len(found.seeds)} in)"
-    mean, low, high = found.difference.mean, found.difference.low, found.difference.high
-    shown = measure.form.replace("{:", "{:+").format(mean)
-    if low is None or high is None:
-        return shown
-    half = f"±{measure.form.format((high - low) / 2)}"
-    return f"{shown} {half}" if found.difference.seen else f"none seen {half}"
+    return about_matched([(item.architecture, item.found) for item in items])

@@ -277,7 +277,7 @@ def _matched(comparison: Comparison) -> Iterator[Table | str]:
             rows.append(
                 [
                     arm,
-                    _place(at, next(iter(cells.values()))),
+                    _place(at, max(cells.values(), key=lambda of: math.isfinite(of.x))),
                     *(_cell(cells[m]) if m in cells else "-" for m in measures),
                 ]
             )
