@@ -314,3 +314,19 @@ def test_a_sample_knows_its_contexts_and_sinks():
     sample = dataclasses.replace(sample, activations=planted, ordinary=ordinary, max_norm_multiple=10.0)
     assert (len(sample), len(sample.without_sinks())) == (64, 63)
     assert sample.high_norm_share == pytest.approx(1 / 64)
+
+
+def test_every_eval_that_is_done_counts(run, tmp_path):
+    _, sources, _ = run
+    told = []
+    evals = with_evals("tokens", "reconstruction", "matching")
+    evaluate(sources[:2], evals, tmp_path, on_progress=lambda *progress: told.append(progress))
+    first, second = map(str, sources[:2])
+    assert [(what.split(": ")[-1], done, total) for what, done, total in told] == [
+        ("tokens", 0, 6),
+        ("reconstruction", 1, 6),  # with the text's, two of the first SAE's three; there is nothing to match it with
+        ("reconstruction", 3, 6),
+        ("matching", 4, 6),
+        ("Evaluated", 6, 6),
+    ]
+    assert [what.split(": ")[0] for what, *_ in told[1:4]] == [first, second, second]
