@@ -96,7 +96,7 @@ def _evaluate(
     saes: list[MeasuredSAE] = []
     found = Evaluation(settings, began, typed, versions(), (), ())
     partner: Subject | None = None
-    with Loader(settings, folder.resolve()) as loader:
+    with Loader(settings, folder.resolve(), measured.progress) as loader:
         for i, source in enumerate(parsed):
             against = _baseline(parsed, source)
             if against is None:

@@ -14,7 +14,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
-from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
+from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
 from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model, size_at_hook
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
@@ -33,6 +33,7 @@ from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_co
 from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
+from saelens_cosine.progress import Progress, shown
 
 
 class Concepts(NamedTuple):
@@ -230,9 +231,9 @@ class Subject:
 class Loader(ExitStack):
     """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end."""
 
-    def __init__(self, settings: EvaluationSettings, folder: Path):
+    def __init__(self, settings: EvaluationSettings, folder: Path, on_progress: Progress | None = None):
         super().__init__()
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self._progress = settings, folder, shown(on_progress)
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[Any, ...], HookedModel] = {}
         self._hashes: dict[int, str] = {}
@@ -265,12 +266,14 @@ class Loader(ExitStack):
         form = ContextForm.of(metadata, settings.context_size, hooked.context_size)
         key = (id(hooked.model), hook, head, dataset, planted, form)
         if key not in self._texts:
+            self._progress("Reading held-out text", 0, 1)
             splits = load_text(dataset)
             store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
             contexts = sample_contexts(store, settings.tokens)
             seen = form.seen(hooked.model, contexts.tokens)
+            batches = told(contexts.batches, self._progress, "Gathering held-out activations")
             sample = sample_tokens(
-                hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
+                hooked.model, hook, batches, settings.max_norm_multiple, contexts.documents, seen, head
             )
             if not len(sample):
                 raise ValueError(
@@ -300,6 +303,7 @@ class Loader(ExitStack):
         choice = choose_model(name, hook, class_name, kwargs)
         key = (name, hook, planted, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
         if key not in self._models:
+            self._progress("Loading the model", 0, 1)
             hooked = load_hooked_model(name, self.settings.device, None, hook, class_name, kwargs)
             if planted:
                 self.callback(plant_sinks(hooked.model, hooked.hook_name))
