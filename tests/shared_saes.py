@@ -8,7 +8,7 @@ from helpers import D_IN, make_sae
 from sae_lens import SAE
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.tables import write_json
 from saelens_cosine.metrics.reconstruction.by_norm import NormBin, Reconstruction
@@ -45,9 +45,9 @@ def save_comparison(path: Path) -> None:
         save_sae(path / name / "seed0", name, seed=i + 1)
         by_norm = tuple(NormBin(float(q), q + 1.0, 25, 0.5 + q / 10 + i / 100) for q in range(4))
         measured = Reconstruction(tokens=100, fve=0.75 + i / 100, l0=3.25, dead_fraction=0.125, by_norm=by_norm)
-        arms.append(ArmResult(name, 0, f"{name}/seed0", measured, 0.9 + i / 100, None, 1.0, ()))
+        arms.append(ArmResult(name, 0, f"{name}/seed0", measured, 0.9 + i / 100, None, 1.0, (), "", HOOK, 3, 1e-3))
     settings = ComparisonSettings(arms=("inner_product_batchtopk", "cosine_batchtopk"), k=3, d_sae=13)
-    write_json(Comparison(settings, HOOK, D_IN, 0.0125, 0.02, tuple(arms)), path / "comparison.json")
+    write_json(Comparison(settings, (HookResult(HOOK, D_IN, 0.0125, 0.02),), tuple(arms)), path / "comparison.json")
     (path / "comparison.png").write_bytes(b"\x89PNG a picture")
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.hook_points import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
@@ -62,6 +62,17 @@ class TokenSample:
         return self.where(self.ordinary)
 
 
+def hook_activations(model: Any, hook_name: str, tokens: torch.Tensor, head: int | None = None) -> torch.Tensor:
+    """Activations of `tokens [contexts, length]` at a hook, `[contexts, length, d_in]` float32 on the CPU; arguments as in `sample_tokens`."""
+    _, cache = model.run_with_cache(
+        tokens.to(device_of(model)),
+        names_filter=[hook_name],
+        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
+        prepend_bos=False,
+    )
+    return of_head(cache[hook_name], head).float().cpu()
+
+
 @torch.no_grad()
 def sample_tokens(
     model: Any,
@@ -92,13 +103,7 @@ def sample_tokens(
     positions: list[torch.Tensor] = []
     n_contexts = 0
     for batch in token_batches:
-        _, cache = model.run_with_cache(
-            batch.to(device_of(model)),
-            names_filter=[hook_name],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
-            prepend_bos=False,
-        )
-        activations.append(of_head(cache[hook_name], head).flatten(0, 1).float().cpu())
+        activations.append(hook_activations(model, hook_name, batch, head).flatten(0, 1))
         tokens.append(batch.flatten().cpu())
         rows = torch.arange(n_contexts, n_contexts + len(batch)).unsqueeze(-1)
         contexts.append(rows.expand(batch.shape).flatten())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,23 +60,47 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
         NotFiniteError: a code is NaN or infinite.
     """
     check_eval_mode(sae)
+    counts = np.zeros(len(activations), np.int64)
+    # filled as they come: small arrays that are kept between dense codes that go would hold the room of those
+    features, values = np.empty(0, np.int32), np.empty(0, np.float32)
+    done = entries = bad = 0
     with flat_heads(sae):
-        parts = [_entries(sae, x) for x in activations.split(tokens_at_once(sae))]
-    if bad := sum(bad for *_, bad in parts):
+        for x in activations.split(tokens_at_once(sae)):
+            found = _entries(sae, x)
+            end = entries + len(found.features)
+            if end > len(features):
+                room = max(end, math.ceil(1.1 * end * len(activations) / (done + len(x))))
+                features, values = (_longer(array, room) for array in (features, values))
+            features[entries:end], values[entries:end] = found.features, found.values
+            counts[done : done + len(x)] = found.counts
+            done, entries, bad = done + len(x), end, bad + found.bad
+    if bad:
         raise NotFiniteError(f"Codes of {type(sae).__name__}", bad, len(activations))
-    counts = np.concatenate([counts for counts, *_ in parts])
     # scipy widens the indices of the entries to the type of this one
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(get_index_dtype(maxval=int(counts.sum())))
-    features = np.concatenate([features for _, features, _, _ in parts])
-    values = np.concatenate([values for _, _, values, _ in parts])
-    return sparse.csr_array((values, features, indptr), shape=(len(activations), sae.cfg.d_sae))
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(get_index_dtype(maxval=entries))
+    shape = (len(activations), sae.cfg.d_sae)
+    return sparse.csr_array((values[:entries].copy(), features[:entries].copy(), indptr), shape=shape)
 
 
-def _entries(sae: SAE[Any], x: torch.Tensor) -> tuple[Any, Any, Any, int]:
+def _longer(array: Any, length: int) -> Any:
+    """The same entries at the beginning of a longer array."""
+    longer = np.empty(length, array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+class _Entries(NamedTuple):
+    counts: Any
+    features: Any
+    values: Any
+    bad: int
+
+
+def _entries(sae: SAE[Any], x: torch.Tensor) -> _Entries:
     """Codes of each token, their features, themselves, and the tokens where one is not finite."""
     codes = sae.encode(x.to(sae.device)).to_dense()
     tokens, features = codes.nonzero(as_tuple=True)
     counts = torch.bincount(tokens, minlength=len(x))
     values = codes[tokens, features].float()
     bad = len(tokens[~values.isfinite()].unique())
-    return counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), values.cpu().numpy(), bad
+    return _Entries(counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), values.cpu().numpy(), bad)

@@ -292,16 +292,18 @@ class Plot:
         line = {"color": "#808890", "dash": "dash", "width": 1}
         self.figure.add_scatter(x=_rounded(x), y=_rounded(y), mode="lines", line=line, hoverinfo="skip")
 
-    def band(self, x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> None:
-        """A pale area between two lines."""
+    def band(self, x: Sequence[float], low: Sequence[float], high: Sequence[float], arm: str | None = None) -> None:
+        """A pale area between two lines, of an arm or of none."""
+        own = {} if arm is None else {"meta": {"arm": self.arms.number(arm)}}
         self.figure.add_scatter(
             x=_rounded([*x, *reversed(x)]),
             y=_rounded([*low, *reversed(high)]),
             mode="lines",
             fill="toself",
-            fillcolor="rgba(86, 180, 233, 0.13)",
+            fillcolor="#56b4e921" if arm is None else self.arms.style(arm).colour + "21",
             line={"width": 0},
             hoverinfo="skip",
+            **own,
         )
 
     def _add(self, arm: str, tips: Iterable[str], **trace: Any) -> None:

@@ -22,6 +22,7 @@
       for (const part of [trace.line, trace.marker, trace.error_x, trace.error_y]) {
         if (typeof part?.color === "string" && part.color !== "#999999") part.color = own;
       }
+      if (trace.fillcolor) trace.fillcolor = `${own}21`; // as pale as in the figure
     }
     const axis = {
       gridcolor: colour("--grid"), zeroline: false, linecolor: colour("--rule"), tickcolor: colour("--rule"), automargin: true,

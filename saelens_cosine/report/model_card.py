@@ -147,10 +147,23 @@ def _comparison_section(comparison: Mapping[str, Any], picture: str | None) -> s
     settings, high = comparison["settings"], comparison["high_norm_tokens"]
     arms = comparison["arms"]
     quartiles = range(len(arms[0]["fve_by_norm_quartile"]))
-    head = ("architecture", "seed", "FVE", "L0", "dead", "CE recovered", *(f"FVE Q{q + 1}" for q in quartiles))
+    hooks: list[dict[str, Any]] = comparison["hooks"]
+    several = {"hook_name": len(hooks) > 1, "k": len({arm["k"] for arm in arms}) > 1}
+    differing = [name for name, differs in several.items() if differs]
+    head = (
+        "architecture",
+        *differing,
+        "seed",
+        "FVE",
+        "L0",
+        "dead",
+        "CE recovered",
+        *(f"FVE Q{q + 1}" for q in quartiles),
+    )
     rows = [
         (
             f"`{arm['architecture']}`",
+            *(str(arm[name]) for name in differing),
             str(arm["seed"]),
             f"{arm['fve']:.4f}",
             f"{arm['l0']:.1f}",
@@ -164,13 +177,18 @@ def _comparison_section(comparison: Mapping[str, Any], picture: str | None) -> s
     sinks = (
         "kept in training and evaluation"
         if multiple is None
-        else f"above {multiple:g} times the median norm dropped, {high['share_dropped_in_training']:.2%} of the tokens in "
-        f"training and {high['share_dropped_in_evaluation']:.2%} in evaluation"
+        else f"above {multiple:g} times the median norm dropped, "
+        + "; ".join(
+            f"{hook['high_norm_share_dropped']:.2%} of the tokens in training and "
+            f"{hook['high_norm_share_dropped_heldout']:.2%} in evaluation"
+            + (f" at {hook['hook_name']}" if several["hook_name"] else "")
+            for hook in hooks
+        )
     )
     sinks += "; a sink planted in each context" if high.get("planted") else ""
     image = f"\n![training curves, exponents, and FVE by quartile of the norm]({picture})\n" if picture else ""
     return (
-        f"## Comparison\n\nAll arms on one stream of activations; measured: {settings['evaluated']}, "
+        f"## Comparison\n\nAll arms on the same activations; measured: {settings['evaluated']}, "
         f"{arms[0]['dead_window_tokens']:,} tokens. High-norm tokens: {sinks}.\n\n"
         f"{_table(head, rows)}{image}\n"
         f"FVE: {settings['fve_definition']}; Q1 to Q4: by quartile of the norm, each about its own mean. "

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from saelens_cosine.activations.models import size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.hooked_transformer import WAY_OUT, hooked_transformer
 from saelens_cosine.plain import digest, files_fingerprint

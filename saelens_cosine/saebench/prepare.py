@@ -17,7 +17,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import nn
 from typing_extensions import override
 
-from saelens_cosine.activations.models import BLOCK_OUTPUT
+from saelens_cosine.activations.hook_points import BLOCK_OUTPUT
 from saelens_cosine.files.names import check_name
 from saelens_cosine.loading.formats.saelens import inference_copy
 from saelens_cosine.metrics.codes import code_units

@@ -22,8 +22,7 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAEConfig
 
-from saelens_cosine.experiments.compare.file import ComparisonFileError, read_comparison
-from saelens_cosine.experiments.compare.tables import SCHEMA
+from saelens_cosine.experiments.compare.file import SCHEMAS, ComparisonFileError, as_now, read_comparison
 from saelens_cosine.files.names import below, check_name
 from saelens_cosine.files.secrets import published, without_secrets
 from saelens_cosine.files.whole import read_json, whole_folder
@@ -263,9 +262,9 @@ def _find_comparison(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def _read_comparison(file: Path) -> dict[str, Any]:
     comparison = read_comparison(file)
-    if comparison.get("schema") != SCHEMA:
+    if comparison.get("schema") not in SCHEMAS:
         raise ValueError(
-            f"{file} has schema {comparison.get('schema')!r}, this version reads {SCHEMA!r}. Run the comparison again, or "
+            f"{file} has schema {comparison.get('schema')!r}, this version reads {' and '.join(SCHEMAS)}. Run the comparison again, or "
             "move the file away to share the SAEs without it."
         )
-    return comparison
+    return as_now(comparison)

@@ -14,7 +14,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 
 from saelens_cosine.activations.gguf import is_gguf
-from saelens_cosine.activations.models import context_size, load_hooked_model, refused_kwargs, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import context_size, load_hooked_model, refused_kwargs
 from saelens_cosine.activations.norm_filter import HighNormFilter, check_max_norm_multiple, filter_high_norm_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED

@@ -16,7 +16,8 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import GPT2LMHeadModel
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import block_of, choose_model, load_hooked_model
+from saelens_cosine.activations.hook_points import block_of
+from saelens_cosine.activations.models import choose_model, load_hooked_model
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.run import compare
 from saelens_cosine.experiments.compare.settings import ComparisonSettings

@@ -10,7 +10,8 @@ from sae_lens import SAE
 from transformer_lens import HookedTransformer
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import load_hooked_model, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate.evals import EVALS
 from saelens_cosine.metrics.causal.forward import clean_run

@@ -70,7 +70,7 @@ def test_one_entry_per_arm_and_seed_with_every_field(run):
         else:
             assert exponent["min"] <= exponent["mean"] <= exponent["max"]
             assert exponent["mean"] != 0
-    assert result["settings"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert [hook["hook_name"] for hook in result["hooks"]] == ["blocks.3.hook_resid_post"]
     assert result["high_norm_tokens"]["in_evaluation"] is False
     assert set(result["versions"]) >= {"python", "sae-lens", "torch", "saelens-cosine"}
 
@@ -175,6 +175,8 @@ def test_tables_and_picture(run):
 
     with Image.open(folder / "comparison.png") as picture:
         assert picture.width > 1000
+    page = (folder / "comparison.html").read_text()
+    assert all(f'id="section-{part}"' in page for part in ("results", "differences", "training", "norms"))
     assert [path.name for path in sorted(folder.iterdir()) if path.name.startswith(".")] == [
         ".comparison-run",
         MANIFEST,
@@ -291,7 +293,7 @@ def test_other_hooks_and_local_models_and_data(tmp_path):
         ComparisonSettings(arms=("cosine_batchtopk",), hook="blocks.1.attn.hook_z", tokens=10_000, d_sae=64, k=8),
         tmp_path / "heads",
     )
-    assert heads.d_in == 192
+    assert heads.hooks[0].d_in == 192
     assert SAE.load_from_disk(tmp_path / "heads" / heads.arms[0].path).cfg.reshape_activations == "hook_z"
     settings = ComparisonSettings(
         arms=("batchtopk", "cosine_topk"),  # SAELens' own arm beside ours
@@ -304,7 +306,7 @@ def test_other_hooks_and_local_models_and_data(tmp_path):
         k=8,
     )
     local = compare(settings, tmp_path / "local")
-    assert local.hook_name == "model.layers.3"
+    assert local.hooks[0].hook_name == "model.layers.3"
     assert [arm.norm_exponent is None for arm in local.arms] == [True, False]
     assert all(math.isfinite(arm.reconstruction.fve) for arm in local.arms)
 
@@ -322,11 +324,11 @@ def test_planted_sinks_are_dropped_by_default_and_trained_on_if_asked(run, tmp_p
         assert results[multiple]["high_norm_tokens"]["planted"] is True
         sae = SAE.load_from_disk(folder / results[multiple]["arms"][0]["path"])
         assert sae.cfg.metadata.planted_sinks is True
-    dropped = results["10"]["high_norm_tokens"]
+    dropped = results["10"]["hooks"][0]
     # one token of each context of 128, and nothing else: no token of this model is 10 times as long as the median
-    assert dropped["share_dropped_in_training"] == pytest.approx(1 / 128, rel=1e-6)
-    assert dropped["share_dropped_in_evaluation"] == pytest.approx(1 / 128, rel=0.05)
-    assert results["none"]["high_norm_tokens"]["share_dropped_in_training"] == 0
+    assert dropped["high_norm_share_dropped"] == pytest.approx(1 / 128, rel=1e-6)
+    assert dropped["high_norm_share_dropped_heldout"] == pytest.approx(1 / 128, rel=0.05)
+    assert results["none"]["hooks"][0]["high_norm_share_dropped"] == 0
     longest = {multiple: result["arms"][0]["fve_by_norm_quartile"][-1]["high"] for multiple, result in results.items()}
     assert longest["none"] > 5 * longest["10"]  # 300 times the median, at most 10 times
     assert not module._global_module_registration_hooks

@@ -9,7 +9,7 @@ import pytest
 from small_runs import compare_flags, small_batches, stop_after, write_text
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare import run as comparison_module
+from saelens_cosine.experiments.compare.training import Setting
 from saelens_cosine.training.recipe import RECIPES
 
 
@@ -62,14 +62,18 @@ def test_stopped_in_each_seed_and_resumed(whole, text, tmp_path, monkeypatch, ca
     assert main([*command(text, tmp_path), "--resume"]) == 0
     assert result(tmp_path) == result(whole)
     assert weights(tmp_path) == weights(whole)
-    assert sorted(path.name for path in (tmp_path / ".comparison-run").iterdir()) == ["seed0.json", "seed1.json"]
+    assert sorted(path.name for path in (tmp_path / ".comparison-run").iterdir()) == [
+        "seed0.json",
+        "seed1.json",
+        "settings.json",
+    ]
 
 
 def test_finished_seeds_are_not_trained_again(whole, text, tmp_path, monkeypatch):
     assert main(command(text, tmp_path, seeds=1)) == 0
     trained = []
-    run_seed = comparison_module._run_seed
-    monkeypatch.setattr(comparison_module, "_run_seed", lambda *args: (trained.append(args[3]), run_seed(*args))[1])
+    train = Setting.train
+    monkeypatch.setattr(Setting, "train", lambda *args: (trained.append(args[1].point.seed), train(*args))[1])
     assert main([*command(text, tmp_path), "--resume"]) == 0  # one seed more
     assert main([*command(text, tmp_path), "--resume"]) == 0  # nothing left
     assert trained == [1]

@@ -76,8 +76,8 @@ def test_seeds_are_paired_by_number_and_those_without_a_partner_named():
     assert l0.difference.mean == 0
     both = found_in([*inner, *cosine])
     assert both.unpaired == [
-        {"arm": "cos", "seed": 3, "without": "ip"},
-        {"arm": "ip", "seed": 1, "without": "cos"},
+        {"arm": "cos", "condition": "", "seed": 3, "without": "ip"},
+        {"arm": "ip", "condition": "", "seed": 1, "without": "cos"},
     ]
     assert "seed 3 of cos (ip has none), seed 1 of ip (cos has none)" in about_differences(both)[-1]
 

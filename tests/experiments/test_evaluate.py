@@ -18,7 +18,7 @@ from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval
 from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA
-from saelens_cosine.experiments.evaluate.results.listing import about_differences, by_column, text_is
+from saelens_cosine.experiments.evaluate.results.listing import about_differences, of_texts, text_is
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.subject import Subject
 from saelens_cosine.plain import fingerprint, plain, weights_sha256
@@ -247,7 +247,7 @@ def test_texts_of_one_name_and_two_forms_are_told_apart(run, tmp_path):
     document = found.document()
     assert [text["form"]["prepend_bos"] for text in document["texts"]] == [True, False]
     assert [entry["text"] for entry in document["saes"]] == [0, 0, 1]
-    texts, _ = by_column(found)
+    texts = of_texts(found)
     assert list(texts) == [f"bundled at {HOOK}, bundled, prepend_bos={has}" for has in (True, False)]
     for (name, figures), text in zip(texts.items(), document["texts"], strict=True):
         assert plain(figures) == text["figures"]

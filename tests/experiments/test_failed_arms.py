@@ -12,7 +12,8 @@ from small_runs import stop_after, write_text
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.run import compare
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.tables import as_tables, draw
+from saelens_cosine.experiments.compare.summary.picture import draw
+from saelens_cosine.experiments.compare.tables import as_tables
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.recipe import RECIPES, paper
 

@@ -10,7 +10,7 @@ from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.bundled import model_folder
 from saelens_cosine.experiments.evaluate.texts import contexts
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
-from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
+from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import Task
 from saelens_cosine.metrics.causal.ablation import ablation_precision
 
@@ -25,6 +25,10 @@ def model():
 TEXTS = ("import os", "x = 1", "for name in names:\n    print(name)", "def f", "y = 2")
 
 TASK = Task("five", TEXTS, (True, False, True, False, True))
+
+
+def sample_task(model, hook, task, *settings, **more):
+    return sample_tasks(model, hook, [task], *settings, **more).of(0)
 
 
 def token_ids(text):
@@ -147,3 +151,32 @@ def test_a_text_has_no_more_tokens_than_the_contexts_that_the_sae_was_trained_on
     form = ContextForm(3)
     assert sample_task(model, HOOK, TASK, form=form).positions.max() == 2
     assert concept_run(model, HOOK, TEXTS, form=form).tokens.shape[1] == 3
+
+
+def test_a_text_of_several_tasks_is_run_once(model):
+    """A task's tokens, and which of them are ordinary, are those that it has alone."""
+    long = Task("long", (TEXTS[2], TEXTS[4], "z = [1, 2, 3]"), (True, False, True))
+    seen, told = [], []
+    with model.hooks([(HOOK, lambda activations, hook: seen.append(activations.shape[:2].numel()))]):
+        both = sample_tasks(
+            model, HOOK, [TASK, long], max_norm_multiple=1.2, progress=lambda *progress: told.append(progress)
+        )
+    total = sum(len(token_ids(text)) + 1 for text in {*TASK.texts, *long.texts})
+    assert sum(seen) == total == len(both.sample)
+    assert told[0] == ("Labelled texts, tokens", 0, total)
+    for i, task in enumerate((TASK, long)):
+        alone, own = sample_task(model, HOOK, task, max_norm_multiple=1.2), both.of(i)
+        for name in ("tokens", "contexts", "positions", "ordinary"):
+            assert torch.equal(getattr(own, name), getattr(alone, name)), name
+        torch.testing.assert_close(own.activations, alone.activations, rtol=1e-4, atol=1e-3)
+        assert not own.ordinary.all()
+        rows, contexts = both.tokens[i].treated("without_sinks")
+        assert torch.equal(both.sample.tokens[rows], own.without_sinks().tokens)
+        assert torch.equal(contexts, own.without_sinks().contexts)
+
+
+def test_tokens_that_the_sae_does_not_see_are_left_out_of_tasks(model):
+    form = ContextForm(8, seqpos_slice=(1, None))
+    sample = sample_task(model, HOOK, TASK, form=form)
+    assert sample.positions.min() == 1
+    assert sample.tokens.tolist() == [token for text in TEXTS for token in token_ids(text)[-7:]]

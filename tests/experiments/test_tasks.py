@@ -1,5 +1,7 @@
 """Tasks by name: of the bundled corpus, of files, and of sae-probes."""
 
+import sys
+
 import pandas as pd
 import pytest
 
@@ -7,7 +9,7 @@ from saelens_cosine.bundled import stdlib_corpus
 from saelens_cosine.experiments.evaluate.texts import tasks
 from saelens_cosine.experiments.evaluate.texts.code_concepts import CONCEPTS, NEXT_TOKENS, windows
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts
-from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
+from saelens_cosine.experiments.evaluate.texts.tasks import check_tasks, load_tasks
 
 # drawing
 
@@ -87,7 +89,7 @@ def write_csv(path, **columns):
 
 def test_what_is_no_task_is_refused_with_its_name(tmp_path):
     for name, error, message in [
-        ("bundle", ValueError, "no task 'bundle'. There are 'bundled' and 'sae_probes'"),
+        ("bundle", ValueError, "no task 'bundle'. There are 'bundled', .*'all' of sae-probes"),
         ("bundled:methods", ValueError, "no task 'methods'; it has method, special_method"),
         (str(tmp_path / "absent.csv"), FileNotFoundError, "absent.csv"),
         (write_csv(tmp_path / "a.csv", text=["a"], target=[1]), ValueError, "columns text, target"),
@@ -129,11 +131,32 @@ def test_data_sets_of_sae_probes():
 def test_data_sets_of_sae_probes_that_were_trained_on_are_not_probed_for():
     pytest.importorskip("sae_probes.utils_data", reason="needs sae-probes")
     seen = {"41_truthqa_tf"}
-    with pytest.raises(
-        ValueError, match="trained on texts of 41_truthqa_tf.*'sae_probes' for all that it has not seen"
-    ):
+    with pytest.raises(ValueError, match="trained on texts of 41_truthqa_tf.*'all' for all that it has not seen"):
         load_tasks(["sae_probes:truthqa_tf"], 100, trained_on=seen)
     (other,) = load_tasks(["sae_probes:92_glue_sst2"], 100, trained_on=seen)
     assert other == load_tasks(["sae_probes:92_glue_sst2"], 100)[0]
-    names = {labelled.name for labelled in tasks._find("sae_probes", seen)}
-    assert (len(names), "sae_probes:41_truthqa_tf" in names) == (112, False)
+    for name in ("sae_probes", "all"):
+        names = tasks._find(name, seen)
+        assert (len(set(names)), ("sae_probes", "41_truthqa_tf") in names) == (112, False)
+
+
+def test_data_sets_of_sae_probes_by_bare_name():
+    pytest.importorskip("sae_probes.utils_data", reason="needs sae-probes")
+    names = ["87_glue_cola", "bundled:loop", "glue_sst2", "sae_probes:glue_cola"]
+    found = load_tasks(names, 20)
+    assert [task.name for task in found] == ["sae_probes:87_glue_cola", "bundled:loop", "sae_probes:92_glue_sst2"]
+    check_tasks(names)
+    with pytest.raises(ValueError, match="no task 'glue_cole'.*near it are glue_cola"):
+        check_tasks(["bundled", "glue_cole"])
+    with pytest.raises(ValueError, match="no task 'bundled.loop'.*near it are bundled:loop"):
+        check_tasks(["bundled.loop"])
+    with pytest.raises(ValueError, match="trained on texts of 87_glue_cola"):
+        load_tasks(["glue_cola"], trained_on={"87_glue_cola"})
+
+
+def test_without_sae_probes_a_bare_name_is_no_task(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sae_probes.utils_data", None)
+    with pytest.raises(ValueError, match="no task 'glue_cola'.*sae-probes is not installed"):
+        check_tasks(["glue_cola"])
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'saelens-cosine\[probes\]'"):
+        check_tasks(["all"])

@@ -16,7 +16,7 @@ from saelens_cosine.training.recipe import RECIPES, paper
 ARMS = ("cosine_batchtopk", "inner_product_topk")
 
 MIDWAY = {
-    "compare": "saelens_cosine.experiments.compare.run.weights_sha256",
+    "compare": "saelens_cosine.experiments.compare.training.weights_sha256",
     "train": "saelens_cosine.training.train.record_training",
     "evaluate": "saelens_cosine.experiments.evaluate.run._measure",
     "ground-truth": "saelens_cosine.experiments.ground_truth.command.ground_truth",

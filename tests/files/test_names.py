@@ -8,7 +8,8 @@ import pytest
 from helpers import make_sae
 
 from saelens_cosine.cli import main
-from saelens_cosine.experiments.compare.results import ArmResult
+from saelens_cosine.experiments.compare.grid import points
+from saelens_cosine.experiments.compare.results import ArmResult, PointResult
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import ComparisonState
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
@@ -238,12 +239,13 @@ def test_a_record_of_saebench_names_files_beside_it(tmp_path):
 def test_a_record_of_a_seed_names_saes_below_the_comparison(tmp_path, capsys):
     (tmp_path / "elsewhere").mkdir()
     measured = Reconstruction(100, 0.5, 3.0, 0.1, (NormBin(0.0, 1.0, 25, 0.5),))
-    arms = [ArmResult("cosine_topk", 0, "../elsewhere", measured, 0.9, None, 1.0, ())]
+    arm = ArmResult("cosine_topk", 0, "../elsewhere", measured, 0.9, None, 1.0, ())
     with open_output(tmp_path / "out", "comparison") as output:
         output.begin(before=(), places=(), overwrite=False)
         state = ComparisonState(ComparisonSettings(), output, resume=True, overwrite=False, keep=1)
-        state.note(0, arms, [], 0.0)
-        assert state.finished(0) is None
+        (point,) = points(ComparisonSettings())
+        state.note(point, PointResult((arm,), (), 0.0))
+        assert state.finished(point) is None
     assert "is broken" in capsys.readouterr().err
 
 

@@ -12,8 +12,10 @@ from foreign import write as write_foreign
 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare import run as comparison
-from saelens_cosine.experiments.compare.run import compare, open_comparison
+from saelens_cosine.experiments.compare.results import Trained, TrainedArm
+from saelens_cosine.experiments.compare.run import SAE_FILES, compare, open_comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
+from saelens_cosine.experiments.compare.training import Setting
 from saelens_cosine.files import lock, output
 from saelens_cosine.files.lock import LOCK, OutputInUseError, locked
 from saelens_cosine.files.manifest import MANIFEST
@@ -241,6 +243,9 @@ def killed_at(step, run):
 
 
 def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finished(tmp_path, monkeypatch):
+    def sae(folder, content):
+        return {f"{folder}/{file}": content for file in SAE_FILES}
+
     class Nothing:
         hook_name, d_in, dropped_share, kwargs = "hook", 4, 0.0, {}
 
@@ -249,27 +254,31 @@ def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finish
 
     written = "old"
 
-    def run_seed(_settings, _model, _heldout, seed, workspace, *_):
-        if written == "new" and seed == 1:
+    def train(_, training, folder, *_args):
+        if written == "new" and training.point.seed == 1:
             raise RuntimeError("midway")
-        put(workspace, {f"cosine_topk/seed{seed}/cfg.json": f"{written} {seed}"})
-        return [], [], 0.0
+        put(folder, sae("cosine_topk", f"{written} {training.point.seed}"))
+        return Trained((TrainedArm("cosine_topk", None, 0.0, (), None),), (), 0.0, 1e-3)
+
+    def measure(_, point, *_args):
+        return ()
 
     monkeypatch.setattr(comparison, "load_hooked_model", Nothing)
-    monkeypatch.setattr(comparison, "_HeldOut", Nothing)
-    monkeypatch.setattr(comparison, "_run_seed", run_seed)
+    monkeypatch.setattr(comparison, "HeldOut", Nothing)
+    monkeypatch.setattr(Setting, "train", train)
+    monkeypatch.setattr(Setting, "measure", measure)
     settings = ComparisonSettings(arms=("cosine_topk",), seeds=2)
     compare(settings, tmp_path)
     old = contents(tmp_path)
-    assert old == {"cosine_topk/seed0/cfg.json": "old 0", "cosine_topk/seed1/cfg.json": "old 1"}
+    assert old == {**sae("cosine_topk/seed0", "old 0"), **sae("cosine_topk/seed1", "old 1")}
     with pytest.raises(FileExistsError, match="earlier comparison"):
         compare(settings, tmp_path)
     written = "new"
     with pytest.raises(RuntimeError, match="midway"):
         compare(settings, tmp_path, overwrite=True)
-    assert contents(tmp_path) == {**old, ".comparison-new/cosine_topk/seed0/cfg.json": "new 0"}
+    assert contents(tmp_path) == {**old, **sae(".comparison-new/cosine_topk/seed0", "new 0")}
     with open_comparison(tmp_path) as opened:
         opened.begin(before=(), places=(), overwrite=False, resume=True)
         assert (opened.results / "cosine_topk" / "seed0" / "cfg.json").read_text() == "new 0"
-        opened.add(put(tmp_path / "made", {"cosine_topk/seed1/cfg.json": "new 1"}))
-    assert contents(tmp_path) == {"cosine_topk/seed0/cfg.json": "new 0", "cosine_topk/seed1/cfg.json": "new 1"}
+        opened.add(put(tmp_path / "made", sae("cosine_topk/seed1", "new 1")))
+    assert contents(tmp_path) == {**sae("cosine_topk/seed0", "new 0"), **sae("cosine_topk/seed1", "new 1")}

@@ -11,9 +11,11 @@ from helpers import HOOK, make_activations, make_sae, save_inference
 from rich.console import Console
 
 from saelens_cosine.activations.sample import TokenSample
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.tables import as_json, draw
+from saelens_cosine.experiments.compare.summary.page import comparison_page
+from saelens_cosine.experiments.compare.summary.picture import draw
+from saelens_cosine.experiments.compare.tables import as_json
 from saelens_cosine.experiments.compare.tables import as_tables as comparison_tables
 from saelens_cosine.experiments.evaluate.command import as_tables
 from saelens_cosine.experiments.evaluate.evals import BySinks, NotMeasured
@@ -307,9 +309,10 @@ def test_compare_says_it_in_red_and_draws_the_rest(tmp_path):
         for arm, sae in (("cosine_topk", broken(tmp_path, "decode", math.nan)), ("topk", sound(tmp_path))):
             log = tuple(TrainingLogEntry(100 * i, math.nan if arm == "cosine_topk" else 0.5, 3.0, {}) for i in range(3))
             ce = math.nan if arm == "cosine_topk" else 0.9
-            arms.append(ArmResult(arm, seed, f"{arm}/seed{seed}", evaluate_reconstruction(sae, x), ce, None, 1.0, log))
+            found = evaluate_reconstruction(sae, x)
+            arms.append(ArmResult(arm, seed, f"{arm}/seed{seed}", found, ce, None, 1.0, log, hook_name=HOOK, k=32))
     settings = ComparisonSettings(arms=("topk", "cosine_topk"), seeds=2)
-    comparison = Comparison(settings, HOOK, 7, 0.0, 0.0, tuple(arms))
+    comparison = Comparison(settings, (HookResult(HOOK, 7, 0.0, 0.0),), tuple(arms))
     found = json.loads(json.dumps(as_json(comparison), allow_nan=False))
     assert [arm["not_finite"] for arm in found["arms"]] == [3, 0, 3, 0]
     assert [arm["fve"] is None for arm in found["arms"]] == [True, False, True, False]
@@ -319,3 +322,6 @@ def test_compare_says_it_in_red_and_draws_the_rest(tmp_path):
     assert "\x1b[31mnan\x1b[0m" in text
     draw(comparison, tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+    page = render(comparison_page(comparison))
+    assert f"<li>cosine_topk, seed 0: 3 of {len(x):,} tokens not finite, its figures are missing</li>" in page
+    assert not re.search(r"[\[:,]NaN", page.split("<script>")[0])

@@ -118,14 +118,14 @@ def test_several_saes_share_what_they_have_in_common():
 
 def comparison(max_norm_multiple):
     arm = {"architecture": "cosine_batchtopk", "seed": 1, "fve": 0.75, "l0": 31.96, "dead_fraction": 0.0625,
-           "ce_loss_recovered": 0.5, "dead_window_tokens": 1000,
+           "ce_loss_recovered": 0.5, "dead_window_tokens": 1000, "hook_name": "hook", "k": 32,
            "fve_by_norm_quartile": [{"fve": 0.1}, {"fve": 0.2}, {"fve": 0.3}, {"fve": 0.4}]}  # fmt: skip
     return {
         "arms": [arm],
         "settings": {"recipe": "paper", "tokens": 500_000, "fve_definition": "how FVE is defined",
                      "ce_definition": "how CE is", "dead_definition": "how dead is", "evaluated": "saved form"},
-        "high_norm_tokens": {"max_norm_multiple": max_norm_multiple, "share_dropped_in_training": 0.0125,
-                             "share_dropped_in_evaluation": 0.02},
+        "high_norm_tokens": {"max_norm_multiple": max_norm_multiple},
+        "hooks": [{"hook_name": "hook", "high_norm_share_dropped": 0.0125, "high_norm_share_dropped_heldout": 0.02}],
     }  # fmt: skip
 
 

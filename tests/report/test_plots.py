@@ -93,3 +93,13 @@ def test_plotly_is_imported_where_something_is_drawn_and_not_with_a_module():
     imports = {name: [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)] for name, body in top.items()}
     assert not [name for name, nodes in imports.items() if any("plotly" in ast.unparse(node) for node in nodes)]
     assert "plotly" in ast.unparse(ast.parse(Path(chart_module.__file__).read_text()))
+
+
+def test_a_band_of_an_arm_has_its_colour_and_is_shown_and_hidden_with_it():
+    drawn = plot()
+    drawn.band([1, 2], [0.1, 0.2], [0.3, math.nan], "two")
+    drawn.band([1, 2], [0.1, 0.2], [0.3, 0.4])
+    own, none = drawn.figure.data
+    assert (list(own.x), list(own.y)) == ([1, 2, 2, 1], [0.1, 0.2, None, 0.3])
+    assert (own.meta, own.fillcolor) == ({"arm": 1}, STYLES[1].colour + "21")
+    assert (none.meta, none.fillcolor) == (None, "#56b4e921")

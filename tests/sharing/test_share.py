@@ -261,5 +261,7 @@ def test_options_that_make_no_sense_are_refused_before_anything_happens(
 def test_a_comparison_of_another_version_is_not_misread(tmp_path):
     save_comparison(tmp_path)
     _edit(tmp_path / "comparison.json", schema="saelens-cosine/comparison/99")
-    with pytest.raises(ValueError, match="comparison/99.*reads 'saelens-cosine/comparison/1'"):
+    with pytest.raises(
+        ValueError, match="comparison/99.*reads saelens-cosine/comparison/1 and saelens-cosine/comparison/2"
+    ):
         gather(tmp_path, "me/saes")

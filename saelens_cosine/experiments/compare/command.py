@@ -9,7 +9,9 @@ from saelens_cosine.console import print_tables, say
 from saelens_cosine.experiments.compare.results import Comparison
 from saelens_cosine.experiments.compare.run import SUMMARY, compare, open_comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.tables import as_tables, draw, write_json
+from saelens_cosine.experiments.compare.summary.page import write_page
+from saelens_cosine.experiments.compare.summary.picture import draw
+from saelens_cosine.experiments.compare.tables import as_tables, write_json
 from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
 from saelens_cosine.training.randomness import deterministic_algorithms
@@ -29,8 +31,13 @@ def add_compare_command(commands: Any) -> None:
     default = ComparisonSettings()
     add = parser.add_argument
     add("--arms", nargs="+", default=default.arms, metavar="ARCHITECTURE", help="the first is the one to compare with")
-    add("--layer", type=int, help="block whose residual output is hooked; the middle one if not given")
-    add("--hook", help="a hook point by name instead of --layer")
+    add(
+        "--layer",
+        type=int,
+        nargs="+",
+        help="block whose residual output is hooked, or several; the middle one if not given",
+    )
+    add("--hook", nargs="+", help="hook points by name instead of --layer")
     add(
         "--model",
         default=default.model,
@@ -42,7 +49,14 @@ def add_compare_command(commands: Any) -> None:
         help="'bundled', 'sae-probes', a Hugging Face name, or a local file (file.jsonl:column), folder of texts or saved dataset",
     )
     add("--tokens", type=count, default=default.tokens, help="training tokens of each SAE")
-    add("--k", type=int, default=default.k, help="active features per token")
+    add("--k", type=int, nargs="+", default=default.k, help="active features per token, or several numbers of them")
+    add(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="learning rate; the recipe's if not given. Of several, each arm gets its best at each hook, by FVE on held-out documents set "
+        "apart for this, tried with the middle k and one seed",
+    )
     add("--d-sae", type=int, default=default.d_sae, help="number of features")
     add("--seeds", type=int, default=default.seeds, help="runs with different initialisation and data order")
     add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
@@ -59,12 +73,25 @@ def add_compare_command(commands: Any) -> None:
     )
     add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
     add("--eval-tokens", type=count, default=default.eval_tokens, help="held-out tokens that are evaluated")
+    add(
+        "--eval-prompts",
+        type=count,
+        default=default.eval_prompts,
+        help="of their contexts, those for the cross-entropy",
+    )
+    add(
+        "--activations",
+        type=Path,
+        metavar="DIR",
+        help="folder of activations that are computed once and read by every training, by the same command again and by `evaluate`; "
+        "without one, a grid keeps its own while it runs",
+    )
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add(
         "--output",
         type=Path,
         default=Path("runs/compare"),
-        help="folder for the SAEs, comparison.json and comparison.png",
+        help="folder for the SAEs, comparison.json, comparison.html and comparison.png",
     )
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     add_run_options(parser)
@@ -72,13 +99,13 @@ def add_compare_command(commands: Any) -> None:
 
 
 def run_compare(options: Any) -> int:
-    """Compare, write `comparison.json` and `comparison.png` after each seed, and print the tables."""
+    """Compare, write `comparison.json`, `comparison.html` and `comparison.png` after each point of the grid, and print the tables."""
     folder: Path = options.output
     options.interrupted = f"What was finished is in {folder}; --resume goes on."
 
     def keep(comparison: Comparison) -> None:
         options.interrupted = f"What was finished is in {output.results}; --resume goes on."
-        for write, name in zip((write_json, draw), SUMMARY, strict=True):
+        for write, name in zip((write_json, draw, write_page), SUMMARY, strict=True):
             with output.file(name) as path:
                 write(comparison, path)
 
@@ -96,11 +123,11 @@ def run_compare(options: Any) -> int:
             keep=options.keep,
             stop_signals=options.stop_on,
             on_progress=progress,
-            on_seed=keep,
+            on_point=keep,
         )
     console = print_tables(as_tables(comparison), 110)
     if not options.quiet:
-        say(console, f"Written to {folder}: comparison.json, comparison.png, and a folder per SAE:")
+        say(console, f"Written to {folder}: comparison.html, comparison.json, comparison.png, and a folder per SAE:")
         for arm in comparison.arms:
             say(console, f'  SAE.load_from_disk("{folder / arm.path}")')
     return 0

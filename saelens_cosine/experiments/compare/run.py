@@ -1,55 +1,54 @@
-"""Train several architectures on one activation stream and compare them on held-out text."""
+"""Train several architectures on the same activations and compare them on held-out text, at one point or over a grid."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
-from saelens_cosine.activations.contexts import ContextForm, sample_contexts
+from saelens_cosine.activations.cache.cache import open_cache
+from saelens_cosine.activations.cache.contexts import as_dataset, training_contexts
+from saelens_cosine.activations.cache.identity import CacheIdentity
+from saelens_cosine.activations.cache.standing_in import fill, standing_in
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.gguf import SHA256
 from saelens_cosine.activations.models import HookedModel, load_hooked_model
-from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
 from saelens_cosine.activations.planted_sinks import plant_sinks
-from saelens_cosine.activations.sample import sample_tokens
-from saelens_cosine.activations.text import load_text
+from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison, FailedArm
+from saelens_cosine.experiments.compare.grid import Point, is_tuned, points, trainings
+from saelens_cosine.experiments.compare.heldout import HeldOut, context_size
+from saelens_cosine.experiments.compare.rates import chosen_rates, rates_tried
+from saelens_cosine.experiments.compare.results import (
+    ArmResult,
+    Comparison,
+    FailedArm,
+    HookResult,
+    PointResult,
+    Trained,
+)
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.state import ComparisonState, begun
+from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, begun
+from saelens_cosine.experiments.compare.training import Setting, buffer_tokens
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
-from saelens_cosine.metrics.norms.exponents import exponent_range
-from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
-from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
-from saelens_cosine.plain import weights_sha256
+from saelens_cosine.plain import digest
 from saelens_cosine.progress import Progress, shown
-from saelens_cosine.report.model_card import model_card
-from saelens_cosine.training.monitor import TrainingMonitor
-from saelens_cosine.training.next_norm import take_next_norms
-from saelens_cosine.training.recipe import get_recipe, multi_runner_config
-from saelens_cosine.training.recorded import record_training
-from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import FILLING, ResumableRun
-from saelens_cosine.training.resuming.stop import StopRequests
-from saelens_cosine.training.short_text import name_sizes_of_short_text
 
-N_CHECKPOINTS = 5
-"""In the course of a seed's training, beside the one at its end."""
+Placed = TypeVar("Placed", ArmResult, FailedArm)
 
 SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
 """What the folder of a trained SAE holds."""
 
-SUMMARY = ("comparison.json", "comparison.png")
+SUMMARY = ("comparison.json", "comparison.png", "comparison.html")
 """What the command writes beside these folders."""
 
 
@@ -62,12 +61,12 @@ def compare(
     keep: int = 2,
     stop_signals: Sequence[int] = (),
     on_progress: Progress | None = None,
-    on_seed: Callable[[Comparison], None] | None = None,
+    on_point: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Train all arms on one stream per seed, save them, and measure the saved SAEs on held-out text.
 
-    Each SAE lands in `output/<architecture>/seed<seed>`, complete or not at all. On the CPU, the
-    same settings, machine and thread count give the same numbers every time.
+    Each SAE lands in `output/<architecture>/seed<seed>`, with `layer<n>` and `k<k>` in between where there are several, complete or
+    not at all. On the CPU, the same settings, machine and thread count give the same numbers every time.
 
     Args:
         settings: what to compare.
@@ -80,7 +79,7 @@ def compare(
         keep: checkpoints that are kept while a seed is trained, the newest.
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it, and out of how much.
-        on_seed: called with everything measured so far after each seed.
+        on_point: called with everything measured so far after each point of the grid.
 
     Raises:
         FileExistsError: the folder holds an earlier comparison and `overwrite` is off, or somebody's file in the place of ours.
@@ -92,7 +91,7 @@ def compare(
     """
     check_device(settings.device)
     with ExitStack() as afterwards, open_comparison(output) as opened:
-        saes = [f"{arm}/seed{seed}" for arm in settings.arms for seed in range(settings.seeds)]
+        saes = [point.path(arm) for point in points(settings) for arm in settings.arms]
         opened.begin(
             before=written_before(opened.folder),
             places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
@@ -102,12 +101,12 @@ def compare(
         state = ComparisonState(
             settings, opened, resume=resume, overwrite=overwrite, keep=keep, stop_signals=stop_signals
         )
-        return _compare(settings, opened, state, on_progress, on_seed, afterwards)
+        return _compare(settings, opened, state, on_progress, on_point, afterwards)
 
 
 def open_comparison(output: str | Path | Output) -> AbstractContextManager[Output]:
     """The output folder of a comparison, locked; see `open_output`."""
-    return open_output(output, "comparison", parts=SAE_TRAINING_CLASS_REGISTRY, keep_empty=False)
+    return open_output(output, "comparison", parts=[*SAE_TRAINING_CLASS_REGISTRY, FOLDER], keep_empty=False)
 
 
 def _compare(
@@ -115,182 +114,177 @@ def _compare(
     output: Output,
     state: ComparisonState,
     on_progress: Progress | None,
-    on_seed: Callable[[Comparison], None] | None,
+    on_point: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
 ) -> Comparison:
     progress = shown(on_progress)
     progress("Loading the model", 0, 1)
-    model = load_hooked_model(settings.model, settings.device, settings.layer, settings.hook)
+    hooked = load_at_hooks(settings)
     if settings.plant_sinks:
-        afterwards.callback(plant_sinks(model.model, model.hook_name))
-    progress("Gathering held-out activations", 0, 1)
+        afterwards.callback(plant_sinks(hooked[0].model, hooked[0].hook_name))
     text = load_text(settings.dataset)
-    state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint, SHA256: model.kwargs.get(SHA256)}
-    heldout = _HeldOut(settings, model, text.heldout)
-    arms: list[ArmResult] = []
-    failed: list[FailedArm] = []
-    dropped: list[float] = []
-    for seed in range(settings.seeds):
-        finished = state.finished(seed)
-        if finished is None:
-            with scratch_folder(output.folder) as workspace, state.checkpoints(seed) as checkpoints:
-                finished = _run_seed(settings, model, heldout, seed, workspace, checkpoints, state, progress)
-                output.add(workspace)
-                state.note(seed, *finished)
-        results, failures, share = finished
-        arms.extend(results)
-        failed.extend(failures)
-        dropped.append(share)
-        comparison = Comparison(
-            settings,
-            model.hook_name,
-            model.d_in,
-            sum(dropped) / len(dropped),
-            heldout.dropped_share,
-            tuple(arms),
-            tuple(failed),
-        )
-        if on_seed is not None:
-            on_seed(comparison)
-    return comparison  # pyright: ignore[reportPossiblyUnboundVariable]  (there is at least one seed)
+    state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint, SHA256: hooked[0].kwargs.get(SHA256)}
+    found: dict[Point, PointResult] = {}
+    comparison = None
+    with _documents(settings, hooked, text, state, progress) as documents:
+        progress("Gathering held-out activations", 0, 1)
+        state.begin()
+        at = [
+            Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
+            for model in hooked
+        ]
+        for i, point in enumerate(points(settings)):
+            found[point] = state.finished(point) or _run_point(
+                point, at[point.hook], found, output, progress, _called(point, i, settings)
+            )
+            comparison = _gathered(settings, at, found)
+            if on_point is not None:
+                on_point(comparison)
+    state.forget_activations()
+    assert comparison is not None  # there is at least one seed
+    return comparison
+
+
+@contextmanager
+def _documents(
+    settings: ComparisonSettings,
+    hooked: Sequence[HookedModel],
+    text: TextSplits,
+    state: ComparisonState,
+    progress: Progress,
+) -> Generator[Callable[[int], Any]]:
+    """The training text of a seed, as SAELens' store takes it: documents, or where activations are kept, contexts that have been run.
+
+    Where they are kept, the model answers from there while this is open.
+    """
+    folder = settings.activations or (state.activations if settings.is_grid else None)
+    if folder is None:
+        yield lambda seed: load_text(settings.dataset, seed).train
+        return
+    model, form = hooked[0], ContextForm(context_size(settings, hooked[0]))
+    planted = [model.hook_name] if settings.plant_sinks else []
+    identity = CacheIdentity.of(model, [one.hook_name for one in hooked], form, settings.dataset, text, planted)
+    buffer = max(buffer_tokens(settings, one.d_in) for one in hooked)
+    with open_cache(folder, identity) as cache:
+        contexts = training_contexts(model, text.train, form, settings.tokens, progress, buffer)
+        state.settings["contexts"] = digest(None, {"contexts": contexts})  # another number of them is another order
+        fill(cache, model.model, contexts, progress)
+        with standing_in(model.model, cache):
+            yield partial(as_dataset, contexts)
+
+
+def load_at_hooks(settings: ComparisonSettings) -> list[HookedModel]:
+    """The model at each of the settings' hooks, loaded once.
+
+    Raises:
+        ValueError: no such hook, one hook twice, or a sink planted at several.
+    """
+    places = [(layer, None) for layer in settings.layers] + [(None, hook) for hook in settings.hooks] or [(None, None)]
+    if settings.plant_sinks and len(places) > 1:
+        raise ValueError("plant_sinks plants them at one hook, and others would have them from there; name one.")
+    first = load_hooked_model(settings.model, settings.device, *places[0])
+    hooked = [first, *(first.at(*place) for place in places[1:])]
+    names = [model.hook_name for model in hooked]
+    if len(set(names)) < len(names):
+        raise ValueError(f"hooks {', '.join(settings.hooks)} name one twice: this model has {', '.join(names)}.")
+    return hooked
+
+
+def _called(point: Point, number: int, settings: ComparisonSettings) -> str:
+    """What tells the training of a point from the others, after the name of a stage."""
+    if settings.is_grid:
+        return f", {' '.join(point.parts)}"
+    return "" if settings.seeds == 1 else f", seed {number + 1} of {settings.seeds}"
+
+
+def _run_point(
+    point: Point,
+    at: Setting,
+    found: Mapping[Point, PointResult],
+    output: Output,
+    progress: Progress,
+    which: str,
+) -> PointResult:
+    """Train what a point takes, choose learning rates if it is the one for that, and put SAEs and record in their places.
+
+    Raises:
+        FloatingPointError: no arm was trained to its end, at any rate.
+    """
+    settings, state, hook_name = at.settings, at.state, at.model.hook_name
+    tuned = is_tuned(point, settings)
+    tried = [one for result in found.values() for one in result.rates]
+    runs = trainings(point, settings, None if tuned else chosen_rates(tried, hook_name))
+    with ExitStack() as until_noted, scratch_folder(output.folder) as workspace:
+        trained: list[Trained] = []
+        folders: list[Path] = []
+        for run in runs:
+            done = state.trained(run) if len(runs) > 1 else None
+            folder = workspace / run.name
+            if done is None:
+                folder.mkdir()
+                called = which if run.lr is None or len(settings.rates) < 2 else f"{which} lr {run.lr:g}"
+                with ExitStack() as until_kept:
+                    checkpoints = until_kept.enter_context(state.checkpoints(run))
+                    done = at.train(run, folder, checkpoints, progress, called)
+                    if len(runs) > 1:
+                        state.keep_trained(run, done, folder)
+                    else:
+                        until_noted.push(until_kept.pop_all())
+            trained.append(done)
+            folders.append(state.saes(run) if len(runs) > 1 else folder)
+        rates = rates_tried(trained, settings.arms, hook_name, point.k) if tuned else ()
+        best = chosen_rates(rates, hook_name)
+        good = {
+            arm.architecture: (arm, run.lr, folder / arm.architecture)
+            for run, folder in zip(trained, folders, strict=True)
+            for arm in run.arms
+            if not tuned or best.get(arm.architecture) == run.lr
+        }
+        failed = {arm.architecture: arm for run in trained for arm in run.failed if arm.architecture not in good}
+        if not good:
+            raise FloatingPointError("; ".join(f"{arm.architecture}: {arm.reason}" for arm in failed.values()))
+        arms = at.measure(point, [good[arm] for arm in settings.arms if arm in good], progress)
+        made = workspace / "made"
+        for arm, (_, _, folder) in good.items():
+            place = made / point.path(arm)
+            place.mkdir(parents=True)
+            for file in SAE_FILES:
+                shutil.copy2(folder / file, place / file)
+        output.add(made)
+        share = sum(run.dropped_share for run in trained) / len(trained)
+        result = PointResult(arms, tuple(failed[arm] for arm in settings.arms if arm in failed), share, rates)
+        state.note(point, result)
+        for run in runs:
+            state.forget(run)
+    return result
+
+
+def _gathered(settings: ComparisonSettings, at: Sequence[Setting], found: Mapping[Point, PointResult]) -> Comparison:
+    """Everything so far, hook by hook, k by k and seed by seed."""
+    ordered = sorted(found, key=lambda point: (point.hook, point.k, point.seed))
+    hooks: list[HookResult] = []
+    for number, one in enumerate(at):
+        shares = [result.dropped_share for point, result in found.items() if point.hook == number]
+        mean = sum(shares) / len(shares) if shares else 0.0
+        hooks.append(HookResult(one.model.hook_name, one.model.d_in, mean, one.heldout.dropped_share, one.heldout.site))
+    return Comparison(
+        settings,
+        tuple(hooks),
+        tuple(_placed(arm, point, hooks) for point in ordered for arm in found[point].arms),
+        tuple(_placed(arm, point, hooks) for point in ordered for arm in found[point].failed),
+        tuple(one for point in ordered for one in found[point].rates),
+    )
+
+
+def _placed(arm: Placed, point: Point, hooks: Sequence[HookResult]) -> Placed:
+    """Records of earlier versions don't say where on the grid they belong."""
+    return replace(arm, hook_name=hooks[point.hook].hook_name, k=point.k)
 
 
 def written_before(folder: Path) -> Iterator[str]:
     """Files of a comparison by a version that kept no list of what it wrote."""
-    yield from SUMMARY
+    yield from SUMMARY[:2]  # those that such a version wrote
     for path in folder.glob("*/*/" + SAE_CFG_FILENAME):
         arm, seed = path.parts[-3:-1]
         if arm in SAE_TRAINING_CLASS_REGISTRY and re.fullmatch(r"seed\d+", seed):
             yield from (f"{arm}/{seed}/{file}" for file in SAE_FILES)
-
-
-def _run_seed(
-    settings: ComparisonSettings,
-    model: HookedModel,
-    heldout: _HeldOut,
-    seed: int,
-    workspace: Path,
-    checkpoints: Checkpoints,
-    state: ComparisonState,
-    progress: Progress,
-) -> tuple[list[ArmResult], list[FailedArm], float]:
-    context_size = _context_size(settings, model)
-    config = multi_runner_config(
-        {arm: arm for arm in settings.arms},
-        d_in=model.d_in,
-        d_sae=settings.d_sae,
-        k=settings.k,
-        training_tokens=settings.tokens,
-        recipe=settings.recipe,
-        sae={"device": settings.device, "reshape_activations": _reshape(model.hook_name)},
-        hook_names=model.hook_name,
-        model_name=model.name,
-        model_class_name=model.class_name,
-        model_from_pretrained_kwargs=model.kwargs,
-        dataset_path=settings.dataset,
-        context_size=context_size,
-        n_batches_in_buffer=max(1, _buffer_tokens(settings, model.d_in) // context_size),
-        store_batch_size_prompts=16,
-        device=settings.device,
-        seed=seed,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=None,
-    )
-    text = load_text(settings.dataset, seed)
-    saes: dict[str, Any] = {}
-    for name, sae in config.saes.items():
-        torch.manual_seed(seed)  # every arm starts from the same decoder
-        saes[name] = get_sae_training_class(sae.architecture())[0](sae)
-        if settings.plant_sinks:
-            saes[name].cfg.metadata.planted_sinks = True
-        saes[name].cfg.metadata.heldout_rule = text.rule
-        record_training(saes[name], config, settings.recipe)
-    runner = MultiSAETrainingRunner(
-        config,
-        override_dataset=text.train,
-        override_model=model.model,
-        override_saes=saes,
-    )
-    take_next_norms(runner)
-    norm_filter = filter_high_norm_tokens(runner, settings.max_norm_multiple)
-    name_sizes_of_short_text(runner.activations_store)
-    which = "" if settings.seeds == 1 else f", seed {seed + 1} of {settings.seeds}"
-    monitor = TrainingMonitor(
-        saes,
-        config.hook_names_per_sae,
-        every_steps=max(1, config.total_training_steps // 40),
-    )
-    run = ResumableRun(
-        runner,
-        checkpoints,
-        every=-(-settings.tokens // (N_CHECKPOINTS + 1)),
-        settings=state.settings,
-        parts={"norm_filter": norm_filter, "monitor": monitor},
-        go_on="Run the same command with --resume to go on.",
-        stop=StopRequests(state.stop_signals),
-        on_step=partial(progress, f"Training{which}"),
-        on_fill=partial(progress, f"{FILLING}{which}"),
-    )
-    monitor.attach(runner)
-    state.go_on(run, checkpoints)
-    torch.manual_seed(seed)
-    runner.run()
-    monitor.finish()
-    results: list[ArmResult] = []
-    trained = {arm: sae for arm, sae in saes.items() if arm not in monitor.failed}
-    for i, (arm, sae) in enumerate(trained.items()):
-        progress("Evaluating on held-out text", i, len(trained))
-        path = f"{arm}/seed{seed}"
-        sae.save_inference_model(workspace / path)
-        saved = SAE.load_from_disk(workspace / path, device=settings.device)
-        (workspace / path / "README.md").write_text(model_card(saved.cfg, 'SAE.load_from_disk("this folder")'))
-        reconstruction, ce = heldout.evaluate(saved)
-        results.append(
-            ArmResult(
-                architecture=arm,
-                seed=seed,
-                path=path,
-                reconstruction=reconstruction,
-                ce_loss_recovered=ce,
-                norm_exponent=exponent_range(sae, saved),
-                seconds=monitor.seconds[arm],
-                log=tuple(monitor.log[arm]),
-                weights_sha256=weights_sha256(saved),
-            )
-        )
-    progress("Evaluating on held-out text", len(trained), len(trained))
-    failures = [FailedArm(arm, seed, **asdict(failure)) for arm, failure in monitor.failed.items()]
-    return results, failures, norm_filter.dropped_share
-
-
-def _context_size(settings: ComparisonSettings, model: HookedModel) -> int:
-    return min(settings.context_size, model.context_size or settings.context_size)
-
-
-def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
-    """Tokens that SAELens' mixing buffer holds: many documents at once, in a quarter of a GiB of float32."""
-    batch = get_recipe(settings.recipe, settings.tokens).runner["train_batch_size_tokens"]
-    return max(2 * batch, min(settings.tokens, 2**26 // d_in))
-
-
-class _HeldOut:
-    """Held-out activations and prompts, the same for every arm and seed."""
-
-    def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any):
-        self.settings, self.model = settings, model
-        form = ContextForm(_context_size(settings, model))
-        contexts = sample_contexts(
-            form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens
-        )
-        sample = sample_tokens(model.model, model.hook_name, contexts.batches, settings.max_norm_multiple)
-        self.activations, self.dropped_share = sample.without_sinks().activations, sample.high_norm_share
-        self.prompts = contexts.at_even_steps(settings.eval_prompts).batches
-
-    def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
-        reconstruction = evaluate_reconstruction(sae, self.activations)
-        return reconstruction, ce_loss_recovered(sae, self.model.model, self.prompts, self.settings.max_norm_multiple)
-
-
-def _reshape(hook_name: str) -> str:
-    return "hook_z" if hook_name.endswith("hook_z") else "none"

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from saelens_cosine.console import tell
-from saelens_cosine.experiments.compare.results import ArmResult, FailedArm
+from saelens_cosine.experiments.compare.grid import Point, Training
+from saelens_cosine.experiments.compare.results import PointResult, Trained
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.files.names import below, unused
 from saelens_cosine.files.output import Output, open_output
-from saelens_cosine.files.whole import read_json
+from saelens_cosine.files.whole import read_json, whole_folder
 from saelens_cosine.plain import from_plain
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
 
+Found = TypeVar("Found")
+
 FOLDER = ".comparison-run"
 """In the folder of the results."""
 
-_SEED = re.compile(r"seed\d+(\.json)?")
+_SEED = re.compile(r"(?!broken-)(?:.+-)?seed(\d+)(?:-lr[^/]+?)?(?:\.json|-saes)?")
+"""Names of records, of checkpoints and of SAEs among which a learning rate will be chosen."""
 
-MAY_DIFFER = frozenset({"seeds", "device"})
-"""Settings that change nothing of a seed that is finished or begun."""
+_RECORD = "record.json"
+
+MAY_DIFFER = frozenset({"seeds", "device", "activations"})
+"""Settings that change nothing of a seed that is finished or begun; that activations are kept does, and where does not."""
 
 
 class ComparisonState:
@@ -57,54 +64,105 @@ class ComparisonState:
     ):
         self.settings = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
         self.settings |= {"arms": list(settings.arms), "training_tokens": settings.tokens}
+        if settings.activations is not None or settings.is_grid:
+            self.settings["activations_kept"] = True
         self.output, self.resume, self.keep, self.stop_signals = output, resume, keep, stop_signals
-        seeds = [int(path.name.removeprefix("seed").removesuffix(".json")) for path in _seeds(output.results)]
+        seeds = [seed for _, seed in _seeds(output.results)]
         if resume and not overwrite and max(seeds, default=0) >= settings.seeds:
             raise ValueError(
                 f"Cannot go on with {output.folder}: seeds is {max(seeds) + 1} there and {settings.seeds} here; they can grow, not shrink."
             )
         if not (resume or overwrite):
-            for path in sorted((output.folder / FOLDER).glob("seed*")):
-                if Checkpoints(path).all():
+            for path in sorted(path for path, _ in _seeds(output.folder)):
+                if path.is_dir() and Checkpoints(path).all():
                     raise FileExistsError(
                         f"{output.folder} holds a comparison that is not finished ({path}). Pass --resume to go on with it, "
                         "--overwrite to replace it, or choose another folder."
                     )
+        if not resume:
+            self.forget_activations()
 
-    def finished(self, seed: int) -> tuple[list[ArmResult], list[FailedArm], float] | None:
-        """A seed's results, the arms that failed, and the share that its filter dropped; None if it has to be trained.
+    def begin(self) -> None:
+        """Before the first training, once the settings are complete.
+
+        Raises:
+            ValueError: the comparison to go on with has others; names them with both values.
+        """
+        name = f"{FOLDER}/settings.json"
+        path = self.output.results / name
+        if self.resume and path.is_file():
+            check_same(read_json(path), self.settings, self.output.folder)
+            return
+        with self.output.file(name) as unfinished:
+            unfinished.write_text(json.dumps(self.settings))
+
+    @property
+    def activations(self) -> Path:
+        """Folder of activations that this comparison alone reads."""
+        return self.output.results / FOLDER / "activations"
+
+    def forget_activations(self) -> None:
+        """Those that nobody else reads; also what an earlier comparison has left."""
+        shutil.rmtree(self.activations, ignore_errors=True)
+
+    def finished(self, point: Point) -> PointResult | None:
+        """What is known of a point; None if it has to be trained.
 
         Raises:
             ValueError: it was trained with other settings; names them with both values.
         """
-        path = self.output.results / FOLDER / f"seed{seed}.json"
+        path = self.output.results / FOLDER / f"{point.name}.json"
+        found = self._read(path, PointResult, f"{point.name} goes on from its newest checkpoint")
+        if found is None or not all((self.output.results / arm.path).is_dir() for arm in found.arms):
+            return None
+        return found
+
+    def trained(self, training: Training) -> Trained | None:
+        """What is known of one of several trainings of a point, whose SAEs are in `saes(training)`; None if it has to be run."""
+        return self._read(self.saes(training) / _RECORD, Trained, f"{training.name} is trained again")
+
+    def saes(self, training: Training) -> Path:
+        """Folder of the SAEs of one of several trainings of a point, until some of them are chosen."""
+        return self.output.results / FOLDER / f"{training.name}-saes"
+
+    def keep_trained(self, training: Training, trained: Trained, folder: Path) -> None:
+        """One of several trainings of a point has ended, and its SAEs are in `folder`."""
+        (folder / _RECORD).write_text(json.dumps(self._record(trained)))
+        target = self.saes(training)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(target) as unfinished:
+            for path in folder.iterdir():
+                path.replace(unfinished / path.name)
+
+    def _read(self, path: Path, kind: type[Found], then: str) -> Found | None:
+        """A record of these settings; None if there is none, or, with a word and out of the way, if it is broken."""
         if not self.resume or not path.is_file():
             return None
         try:
-            found: Any = read_json(path)
-            settings, arms, share = (
-                found["settings"],
-                [from_plain(ArmResult, arm, "an arm") for arm in found["arms"]],
-                found["share"],
-            )
-            failed = [FailedArm(**arm) for arm in found["failed"]]
-            places = [below(self.output.results, arm.path, "path of an SAE") for arm in arms]
-        except (ValueError, KeyError, TypeError) as error:
+            content: Any = read_json(path)
+            settings = content.pop("settings")
+            if "share" in content:  # as earlier versions called it
+                content["dropped_share"] = content.pop("share")
+            found: Found = from_plain(kind, content, "a record")
+            if isinstance(found, PointResult):
+                for arm in found.arms:
+                    below(self.output.results, arm.path, "path of an SAE")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             aside = unused(path.with_name(f"broken-{path.name}"))
             path.rename(aside)  # its place is needed, and what is in it is not what was written
-            tell(
-                f"{path} is broken ({type(error).__name__}) and now {aside.name}; seed {seed} goes on from its newest checkpoint."
-            )
+            tell(f"{path} is broken ({type(error).__name__}) and now {aside.name}; {then}.")
             return None
         check_same(settings, self.settings, path)
-        if not all(place.is_dir() for place in places):
-            return None
-        return arms, failed, share
+        return found
+
+    def _record(self, found: PointResult | Trained) -> dict[str, Any]:
+        return {"settings": self.settings, **asdict(found)}
 
     @contextmanager
-    def checkpoints(self, seed: int) -> Generator[Checkpoints]:
-        """Those of a seed, which go when it is finished."""
-        folder = self.output.results / FOLDER / f"seed{seed}"
+    def checkpoints(self, training: Training) -> Generator[Checkpoints]:
+        """Those of a training, which go when the block has ended."""
+        folder = self.output.results / FOLDER / training.name
         with open_output(folder, "checkpoints", keep_empty=False):
             checkpoints = Checkpoints(folder, self.keep)
             if not self.resume:
@@ -125,17 +183,15 @@ class ComparisonState:
         if newest is not None:
             run.resume(SavedState.load(newest))
 
-    def note(self, seed: int, arms: list[ArmResult], failed: list[FailedArm], share: float) -> None:
-        """A seed is finished, and its SAEs are in their places."""
-        content = {
-            "settings": self.settings,
-            "arms": [asdict(arm) for arm in arms],
-            "failed": [asdict(arm) for arm in failed],
-            "share": share,
-        }
-        with self.output.file(f"{FOLDER}/seed{seed}.json") as unfinished:
+    def note(self, point: Point, found: PointResult) -> None:
+        """A point is finished, and its SAEs are in their places."""
+        with self.output.file(f"{FOLDER}/{point.name}.json") as unfinished:
             # NaN as Python has it, for `comparison.json` is what others read
-            unfinished.write_text(json.dumps(content))
+            unfinished.write_text(json.dumps(self._record(found)))
+
+    def forget(self, training: Training) -> None:
+        """The SAEs of one of several trainings of a point, once the point is finished."""
+        shutil.rmtree(self.saes(training), ignore_errors=True)
 
 
 def begun(output: Output) -> bool:
@@ -143,6 +199,8 @@ def begun(output: Output) -> bool:
     return any(True for _ in _seeds(output.unfinished))
 
 
-def _seeds(results: Path) -> Iterator[Path]:
-    """Records of seeds that are finished, and folders of those that are not."""
-    yield from (path for path in (results / FOLDER).glob("seed*") if _SEED.fullmatch(path.name))
+def _seeds(results: Path) -> Iterator[tuple[Path, int]]:
+    """Records of seeds that are finished, and folders of those that are not, with the seed."""
+    for path in (results / FOLDER).glob("*seed*"):
+        if found := _SEED.fullmatch(path.name):
+            yield path, int(found[1])

@@ -1,22 +1,25 @@
-"""A comparison as JSON, as a table and as a picture."""
+"""A comparison as JSON and as tables."""
 
 from __future__ import annotations
 
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from saelens_cosine.activations.site import site_lines
 from saelens_cosine.console import literal, plain_table, shown_number
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison
+from saelens_cosine.experiments.compare.file import SCHEMAS
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried
+from saelens_cosine.experiments.compare.summary import matched
+from saelens_cosine.experiments.compare.summary.measures import CE, DEAD, FVE, L0, SECONDS
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
 from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
@@ -24,8 +27,8 @@ from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION
 from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION
 from saelens_cosine.plain import plain
 
-SCHEMA = "saelens-cosine/comparison/1"
-"""Name and version of the layout of `comparison.json`; the number grows when a field changes its meaning or goes."""
+SCHEMA = SCHEMAS[-1]
+"""Name and version of the layout of `comparison.json`."""
 
 PACKAGES = ("saelens-cosine", "sae-lens", "transformer-lens", "torch", "transformers", "datasets", "numpy")
 
@@ -37,10 +40,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "schema": SCHEMA,
         "arms": [_arm_as_json(arm, comparison) for arm in comparison.arms],
         "failed": [asdict(arm) for arm in comparison.failed],
+        "hooks": [asdict(hook) for hook in comparison.hooks],
+        "learning_rates": [asdict(one) for one in comparison.rates],
+        "matched": matched.as_json(comparison),
         "settings": {
             **asdict(settings),
-            "hook_name": comparison.hook_name,
-            "d_in": comparison.d_in,
+            "activations": None if settings.activations is None else str(settings.activations),
             "fve_definition": FVE_DEFINITION,
             "ce_definition": CE_DEFINITION,
             "dead_definition": "share of features with no activation on the dead_window_tokens held-out tokens",
@@ -51,8 +56,6 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             "in_training": settings.max_norm_multiple is None,
             "in_evaluation": settings.max_norm_multiple is None,
             "max_norm_multiple": settings.max_norm_multiple,
-            "share_dropped_in_training": comparison.high_norm_share_dropped,
-            "share_dropped_in_evaluation": comparison.high_norm_share_dropped_heldout,
         },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -67,7 +70,9 @@ def _arm_as_json(arm: ArmResult, comparison: Comparison) -> dict[str, Any]:
         "seed": arm.seed,
         "path": arm.path,
         "weights_sha256": arm.weights_sha256,
-        "k": comparison.settings.k,
+        "hook_name": arm.hook_name,
+        "k": arm.k,
+        "lr": arm.lr,
         "d_sae": comparison.settings.d_sae,
         "tokens": comparison.settings.tokens,
         "not_finite": measured.not_finite,
@@ -88,13 +93,7 @@ def write_json(comparison: Comparison, path: Path) -> None:
     whole.write_json(as_json(comparison), path, indent=2)
 
 
-_MEASURES: dict[str, tuple[str, str, Callable[[ArmResult], float]]] = {
-    "fve": ("FVE", "{:.4f}", lambda arm: arm.reconstruction.fve),
-    "l0": ("L0", "{:.1f}", lambda arm: arm.reconstruction.l0),
-    "dead": ("dead", "{:.1%}", lambda arm: arm.reconstruction.dead_fraction),
-    "ce": ("CE recov.", "{:.4f}", lambda arm: arm.ce_loss_recovered),
-    "seconds": ("train s", "{:.0f}", lambda arm: arm.seconds),
-}
+_MEASURES = (FVE, L0, DEAD, CE, SECONDS)
 
 _TRAINING_METRICS = {
     "norm_exponent_mean": ("a", "{:.3f}"),
@@ -108,7 +107,8 @@ _TRAINING_METRICS = {
 
 
 def as_tables(comparison: Comparison) -> list[Table]:
-    """Results, FVE by norm, the score's parameters, and with several seeds the paired differences to the first arm."""
+    """Results, FVE by norm, the score's parameters, with several seeds the paired differences to the first arm, and with several ks those at the
+    same FVE and L0."""
     tables = [
         *_failed(comparison),
         *_not_finite(comparison),
@@ -116,9 +116,11 @@ def as_tables(comparison: Comparison) -> list[Table]:
         _by_norm(comparison),
         _score_parameters(comparison),
     ]
+    if comparison.rates:
+        tables.append(_learning_rates(comparison))
     if len(comparison.settings.arms) > 1 and _n_seeds(comparison) > 1:
         tables.append(_differences(comparison))
-    return tables
+    return [*tables, *matched.as_tables(comparison)]
 
 
 def _failed(comparison: Comparison) -> Iterator[Table]:
@@ -146,26 +148,31 @@ def _not_finite(comparison: Comparison) -> Iterator[Table]:
 
 def _results(comparison: Comparison) -> Table:
     s, first = comparison.settings, comparison.arms[0].reconstruction
-    sinks = (
-        "high-norm tokens kept in training and evaluation"
-        if s.max_norm_multiple is None
-        else f"tokens above {s.max_norm_multiple:g} times the median norm dropped: "
-        f"{comparison.high_norm_share_dropped:.2%} in training, {comparison.high_norm_share_dropped_heldout:.2%} in "
-        "evaluation"
-    )
+    sinks = "high-norm tokens kept in training and evaluation"
+    if s.max_norm_multiple is not None:
+        dropped = "; ".join(
+            f"{hook.high_norm_share_dropped:.2%} in training, {hook.high_norm_share_dropped_heldout:.2%} in evaluation"
+            + (f" at {hook.hook_name}" if len(comparison.hooks) > 1 else "")
+            for hook in comparison.hooks
+        )
+        sinks = f"tokens above {s.max_norm_multiple:g} times the median norm dropped: {dropped}"
     planted = "; a sink planted at the start of each context" if s.plant_sinks else ""
     spread = f", mean ± sd over {_n_seeds(comparison)} seeds" if _n_seeds(comparison) > 1 else ""
     table = plain_table(
-        f"{s.model} at {comparison.hook_name}: {s.d_sae} features, k={s.k}, {s.tokens:,} tokens, recipe {s.recipe}"
+        f"{s.model} at {', '.join(hook.hook_name for hook in comparison.hooks)}: {s.d_sae} features, "
+        f"k={', '.join(map(str, s.ks))}, {s.tokens:,} tokens, recipe {s.recipe}"
         f"{spread}\nSaved SAEs on {first.tokens:,} held-out tokens (dead: features that fire on none of them); {sinks}{planted}",
         ["architecture"],
-        [heading for heading, _, _ in _MEASURES.values()],
+        [measure.title for measure in _MEASURES],
     )
-    for arm, results in _by_arm(comparison).items():
+    for arm, results in by_arm(comparison).items():
         seeds = "" if len(results) == _n_seeds(comparison) else f" ({len(results)} of {_n_seeds(comparison)} seeds)"
-        table.add_row(arm + seeds, *(_mean_and_spread(map(get, results), form) for _, form, get in _MEASURES.values()))
+        table.add_row(arm + seeds, *(_mean_and_spread(map(one.of, results), one.form) for one in _MEASURES))
     # the divergence costs a third of the evaluation: softmaxes over the vocabulary
-    table.caption = "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."
+    sites = [line for hook in comparison.hooks if hook.site is not None for line in site_lines(hook.site)]
+    table.caption = "\n".join(
+        [*sites, "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."]
+    )
     return table
 
 
@@ -174,7 +181,7 @@ def _by_norm(comparison: Comparison) -> Table:
     table = plain_table(
         "FVE by quartile of the norm, smallest norms first", ["architecture"], [f"Q{q + 1}" for q in bins]
     )
-    for arm, results in _by_arm(comparison).items():
+    for arm, results in by_arm(comparison).items():
         cells = [_mean_and_spread((r.reconstruction.by_norm[q].fve for r in results), "{:.4f}") for q in bins]
         table.add_row(arm, *cells)
     return table
@@ -188,7 +195,7 @@ def _score_parameters(comparison: Comparison) -> Table:
         ["architecture"],
         [heading for heading, _ in _TRAINING_METRICS.values()],
     )
-    for arm, results in _by_arm(comparison).items():
+    for arm, results in by_arm(comparison).items():
         logs = [result.log[-1].metrics for result in results]
         cells = [
             _or_dash(statistics.mean(log.get(name, math.nan) for log in logs), form)
@@ -198,8 +205,34 @@ def _score_parameters(comparison: Comparison) -> Table:
     return table
 
 
+def _learning_rates(comparison: Comparison) -> Table:
+    rates = sorted({one.lr for one in comparison.rates})
+    k = comparison.rates[0].k
+    table = plain_table(
+        f"FVE by learning rate, k={k}, seed 0, on held-out documents that nothing else is measured on; each arm's best is its rate",
+        ["architecture"],
+        [f"{rate:g}" for rate in rates],
+    )
+    for hook in comparison.hooks:
+        for arm in comparison.settings.arms:
+            tried = {
+                one.lr: one for one in comparison.rates if (one.architecture, one.hook_name) == (arm, hook.hook_name)
+            }
+            if tried:
+                at = f", {hook.hook_name}" if len(comparison.hooks) > 1 else ""
+                table.add_row(arm + at, *(_rate(tried.get(rate)) for rate in rates))
+    return table
+
+
+def _rate(tried: RateTried | None) -> Text | str:
+    if tried is None:
+        return "-"
+    if tried.fve is None:
+        return literal("failed", "red")
+    return literal(f"{tried.fve:.4f}", "bold") if tried.chosen else f"{tried.fve:.4f}"
+
+
 def _differences(comparison: Comparison) -> Table:
-    by_seed = {arm: {r.seed: r for r in comparison.arms if r.architecture == arm} for arm in comparison.settings.arms}
     first = comparison.settings.arms[0]
     table = plain_table(
         f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds",
@@ -207,29 +240,44 @@ def _differences(comparison: Comparison) -> Table:
         ["measure", "mean", "95 % interval", ""],
     )
     found: list[Difference] = []
-    for arm in comparison.settings.arms[1:]:
-        seeds = [seed for seed in by_seed[first] if seed in by_seed[arm]]
-        if len(seeds) < 2:
-            table.add_row(arm, "-", "", "", f"seeds in common: {len(seeds)}; an interval takes 2")
-            continue
-        ours, firsts = [by_seed[arm][seed] for seed in seeds], [by_seed[first][seed] for seed in seeds]
-        for measure in ("fve", "ce", "dead"):
-            heading, _, get = _MEASURES[measure]
-            if not all(math.isfinite(get(result)) for result in (*ours, *firsts)):
-                table.add_row(arm, heading, literal("nan", "red"), "", "")
+    for hook_name, k in dict.fromkeys((arm.hook_name, arm.k) for arm in comparison.arms):
+        here = [arm for arm in comparison.arms if (arm.hook_name, arm.k) == (hook_name, k)]
+        by_seed = {arm: {r.seed: r for r in here if r.architecture == arm} for arm in comparison.settings.arms}
+        for arm in comparison.settings.arms[1:]:
+            name = called(comparison, arm, hook_name, k)
+            seeds = [seed for seed in by_seed[first] if seed in by_seed[arm]]
+            if len(seeds) < 2:
+                table.add_row(name, "-", "", "", f"seeds in common: {len(seeds)}; an interval takes 2")
                 continue
-            d = paired_difference(list(map(get, ours)), list(map(get, firsts)))
-            found.append(d)
-            verdict = "" if d.seen else NO_DIFFERENCE
-            table.add_row(arm, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
+            ours, firsts = [by_seed[arm][seed] for seed in seeds], [by_seed[first][seed] for seed in seeds]
+            for measure in (FVE, CE, DEAD):
+                heading = measure.title
+                if not all(math.isfinite(measure.of(result)) for result in (*ours, *firsts)):
+                    table.add_row(name, heading, literal("nan", "red"), "", "")
+                    continue
+                d = paired_difference(list(map(measure.of, ours)), list(map(measure.of, firsts)))
+                found.append(d)
+                verdict = "" if d.seen else NO_DIFFERENCE
+                table.add_row(name, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
     table.caption = "\n".join(about(["seeds"], by_chance(found)))
     return table
 
 
-def _by_arm(comparison: Comparison) -> dict[str, list[ArmResult]]:
-    """Results by arm, without arms that have none."""
-    found = {arm: [r for r in comparison.arms if r.architecture == arm] for arm in comparison.settings.arms}
-    return {arm: results for arm, results in found.items() if results}
+def by_arm(comparison: Comparison) -> dict[str, list[ArmResult]]:
+    """Results by arm, k and hook, without those that have none: what differs within the comparison is part of the name."""
+    found: dict[str, list[ArmResult]] = {}
+    rank = {arm: number for number, arm in enumerate(comparison.settings.arms)}
+    hooks = [hook.hook_name for hook in comparison.hooks]
+    for arm in sorted(comparison.arms, key=lambda arm: (hooks.index(arm.hook_name), arm.k, rank[arm.architecture])):
+        found.setdefault(called(comparison, arm.architecture, arm.hook_name, arm.k), []).append(arm)
+    return found
+
+
+def called(comparison: Comparison, architecture: str, hook_name: str, k: int) -> str:
+    """What a row of a table is about: `cosine_batchtopk, model.layers.15, k=32`."""
+    at = hook_name if len(comparison.hooks) > 1 else ""
+    active = f"k={k}" if len(comparison.settings.ks) > 1 else ""
+    return ", ".join(filter(None, [architecture, at, active]))
 
 
 def _n_seeds(comparison: Comparison) -> int:
@@ -246,50 +294,3 @@ def _mean_and_spread(values: Iterable[float], form: str) -> str | Text:
 
 def _or_dash(value: float, form: str) -> str:
     return "-" if math.isnan(value) else form.format(value)
-
-
-def draw(comparison: Comparison, path: Path) -> None:
-    """`comparison.png`: training curves, exponents, FVE by quartile of the norm. All seeds are drawn."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    curves, exponents, quartiles = figure.subplots(1, 3)
-    arms = _by_arm(comparison)
-    colours = {arm: f"C{i}" for i, arm in enumerate(arms)}
-    width = 0.8 / len(arms)
-    for result in comparison.arms:
-        colour, first = colours[result.architecture], result == arms[result.architecture][0]
-        label = result.architecture if first else None
-        tokens = [entry.training_tokens / 1e6 for entry in result.log]
-        curves.plot(tokens, [entry.fve for entry in result.log], color=colour, label=label, alpha=0.9, lw=1.4)
-        if result.norm_exponent:
-            mean, low, high = (
-                [entry.metrics[f"norm_exponent_{what}"] for entry in result.log] for what in ("mean", "min", "max")
-            )
-            exponents.plot(tokens, mean, color=colour, label=label, lw=1.4)
-            exponents.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0)
-    for i, (arm, trained) in enumerate(arms.items()):
-        results = [result.reconstruction.by_norm for result in trained]
-        fves = np.array([[part.fve for part in bins] for bins in results])
-        means, spread = fves.mean(axis=0), fves.std(axis=0, ddof=1) if len(results) > 1 else None
-        places = [q + (i - (len(arms) - 1) / 2) * width for q in range(len(means))]
-        quartiles.bar(places, means, width, yerr=spread, color=colours[arm], label=arm, capsize=3)
-    curves.set(xlabel="training tokens (millions)", ylabel="FVE of the coming batch", title="Training")
-    logs = [[entry.fve for entry in result.log if math.isfinite(entry.fve)] for result in comparison.arms]
-    if reached := [max(values) for values in logs if values]:
-        curves.set_ylim(max(0.0, min(reached) - 0.4), max(reached) + 0.02)
-    exponents.set(xlabel="training tokens (millions)", ylabel="norm exponent a", title="Exponents: mean, min to max")
-    if not exponents.lines:
-        exponents.text(0.5, 0.5, "no arm has an exponent", ha="center", va="center", transform=exponents.transAxes)
-    bins = comparison.arms[0].reconstruction.by_norm
-    quartiles.set_xticks(range(len(bins)), [f"Q{q + 1}\n{b.low:.0f} to {b.high:.0f}" for q, b in enumerate(bins)])
-    heights = [b.fve for result in comparison.arms for b in result.reconstruction.by_norm if math.isfinite(b.fve)]
-    lowest = min(heights, default=0.0)
-    quartiles.set_ylim(max(0.0, lowest - 0.15) if lowest > 0 else None, None)
-    quartiles.set(xlabel="norm of the activation, quartiles", ylabel="FVE, held out", title="By norm (axis is cut)")
-    figure.legend(*quartiles.get_legend_handles_labels(), loc="outside lower center", ncols=len(arms))
-    for axes in (curves, exponents, quartiles):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-    with whole.whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=130)

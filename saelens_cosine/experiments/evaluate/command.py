@@ -14,17 +14,20 @@ from rich.table import Table
 
 from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
+from saelens_cosine.experiments.evaluate.matched_tables import matched_tables
 from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
 from saelens_cosine.experiments.evaluate.results.listing import (
     Figures,
     about_differences,
-    by_column,
     columns,
+    in_condition,
     left_out,
     not_finite,
     notes,
+    of_arms,
+    of_texts,
     rows,
     summary,
     text_is,
@@ -110,7 +113,9 @@ def add_evaluate_command(commands: Any) -> None:
     add(
         "--tasks",
         nargs="+",
-        help="what probing probes for: bundled, sae_probes, sae_probes:NAME, or a file with columns text and label",
+        metavar="TASK",
+        help="what probing probes for: bundled, bundled:NAME, data sets of sae-probes by name (glue_cola), all of sae-probes that the "
+        "SAE was not trained on (all), or files with columns text and label",
     )
     add("--task-texts", type=int, default=default.task_texts, help="texts of each task, at most")
     add("--causal-contexts", type=int, default=default.causal_contexts, help="contexts that causal and patching edit")
@@ -119,6 +124,13 @@ def add_evaluate_command(commands: Any) -> None:
     add("--judge-model", default=default.judge.model, help="language model that autointerp asks")
     add("--judge-url", help="its OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY")
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
+    add(
+        "--activations",
+        type=Path,
+        metavar="DIR",
+        help="a cache of activations, such as that of compare --activations: held-out contexts are read there, and added where it "
+        "lacks them; rounded to bfloat16",
+    )
     add("--output", type=Path, default=Path("runs/evaluate"), help="folder for evaluation.json and report.html")
     add(
         "--overwrite",
@@ -191,14 +203,17 @@ def _saebench_settings(file: Path | None) -> dict[str, dict[str, Any]]:
 
 def as_tables(found: Evaluation) -> list[Table]:
     """The figures that one looks at first, sinks in and out side by side; all others by eval; differences; what did not apply."""
-    texts, arms = by_column(found)
     first = {title: one for title, one in columns(found.saes).items() if one.sinks is not None}
     tables = [
         *_not_finite(found),
         _results(found, first),
-        _listed("Figures of the text", texts, found, first),
-        _listed("Other figures, mean over seeds", arms, found, first),
+        _listed("Figures of the text", of_texts(found), found, first),
+        *(
+            _listed(in_condition("Other figures, mean over seeds", condition), of_arms(part), found, first)
+            for condition, part in found.by_condition.items()
+        ),
     ]
+    tables += matched_tables(found)
     if found.differences or found.unpaired:
         tables.append(_differences(found))
     tables.append(plain_table("Left out", ["arm", "eval", "reason"]))
@@ -237,22 +252,25 @@ def _results(found: Evaluation, first: Mapping[str, Figure]) -> Table:
     tokens = f"\nTokens: {', '.join(f'{name} {count}' for name, count in measured.items())}" if measured else ""
     forms = {one.name: one.column or "" for one in first.values()}
     title = f"{text_is(found.saes)}; mean over seeds; {bound}{planted}{tokens}"
-    table = plain_table(title, ["arm", "seeds", ""], list(forms))
+    conditions = found.by_condition
+    table = plain_table(title, ["condition"] * (len(conditions) > 1) + ["arm", "seeds", ""], list(forms))
     table.caption = "\n".join(notes(found.saes)) or None
-    for arm, entries in found.arms.items():
-        figures = summary(entries)
-        for sinks in TREATMENTS.values():
-            cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in forms.items()]
-            if any(cell for _, cell in cells):
-                values = ["-" if cell is None else shown_number(cell.value, form) for form, cell in cells]
-                table.add_row(arm, str(len(entries)), sinks, *values)
+    for condition, part in conditions.items():
+        for arm, entries in part.arms.items():
+            figures = summary(entries)
+            for sinks in TREATMENTS.values():
+                cells = [(form, figures.get(f"{name}, {sinks}")) for name, form in forms.items()]
+                if any(cell for _, cell in cells):
+                    values = ["-" if cell is None else shown_number(cell.value, form) for form, cell in cells]
+                    table.add_row(*[condition] * (len(conditions) > 1), arm, str(len(entries)), sinks, *values)
     return table
 
 
 def _differences(found: Evaluation) -> Table:
     title = f"Difference to {found.baseline}, paired, 95 % interval"
-    table = plain_table(title, ["arm", "measure", "over", "difference"])
+    several = len(found.by_condition) > 1
+    table = plain_table(title, ["condition"] * several + ["arm", "measure", "over", "difference"])
     for item in found.differences:
-        table.add_row(item.arm, item.measure, item.counted, str(item.difference))
+        table.add_row(*[item.condition] * several, item.arm, item.measure, item.counted, str(item.difference))
     table.caption = "\n".join(about_differences(found))
     return table

@@ -25,8 +25,9 @@ from saelens_cosine.experiments.evaluate.results.earlier import begin, open_eval
 from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA, Evaluation, MeasuredSAE, MeasuredText
 from saelens_cosine.experiments.evaluate.results.kept import Kept, keep, read_kept
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.experiments.evaluate.sources import Source, pair_seeds, parse_sources
+from saelens_cosine.experiments.evaluate.sources import Source, controls, pair_seeds, parse_sources
 from saelens_cosine.experiments.evaluate.subject import Loader, Subject, Text
+from saelens_cosine.experiments.evaluate.texts.tasks import check_tasks
 from saelens_cosine.experiments.evaluate.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.secrets import as_typed, scrubbed, without_secrets
@@ -66,7 +67,7 @@ def evaluate(
         What was found; its `document()` is what `evaluation.json` holds.
 
     Raises:
-        ValueError: unknown evaluations, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
+        ValueError: unknown evaluations or tasks, a baseline that is no arm, or an SAE whose model, hook or text nobody has named.
         CheckpointError, OSError: an SAE, a model or a text that cannot be loaded.
         FileExistsError: figures of an earlier evaluation would go and `overwrite` is off, or a file there is not ours.
         OutputInUseError: another run writes to the folder.
@@ -75,6 +76,7 @@ def evaluate(
     unknown = [name for name in settings.evals if name not in EVALS]
     if unknown:
         raise ValueError(f"Unknown evaluation {unknown[0]!r}; there are {', '.join(EVALS)}.")
+    check_tasks(settings.tasks or ())
     check_device(settings.device)
     parsed = parse_sources(sources, baseline)
     with open_evaluation(output) as opened:
@@ -93,35 +95,48 @@ def _evaluate(
     measured = _Measured(folder, settings, shown(on_progress), parsed)
     began, typed = datetime.now(timezone.utc).isoformat(timespec="seconds"), as_typed(command) or None
     texts: dict[Text, MeasuredText] = {}
-    saes: list[MeasuredSAE] = []
-    found = Evaluation(settings, began, typed, versions(), (), ())
-    partner: Subject | None = None
+    saes: dict[Source, MeasuredSAE] = {}
+    found = Evaluation(settings, began, typed, versions(), (), (), parsed[0].arm)
+    against = {source: _baseline(parsed, source) for source in parsed}
+    kept: dict[Source, Subject] = {}
+    order = in_turn(parsed)
     with Loader(settings, folder.resolve(), measured.progress) as loader:
-        for i, source in enumerate(parsed):
-            against = _baseline(parsed, source)
-            if against is None:
-                partner = None
-            elif partner is None or partner.source != against:
-                partner = loader.subject(against)
+        for i, source in enumerate(order):
+            later = order[i + 1 :]
+            other = against[source]
+            partner = (kept.get(other) or loader.subject(other)) if other else None
             subject = loader.subject(source, partner)
             if i == 0:
                 _check_saebench(subject)
             if subject.text not in texts:
                 texts[subject.text] = measured.text(subject.text)
-            saes.append(measured.sae(subject, list(texts).index(subject.text)))
-            found = replace(found, texts=tuple(texts.values()), saes=tuple(saes))
+            saes[source] = measured.sae(subject, list(texts).index(subject.text))
+            found = replace(
+                found, texts=tuple(texts.values()), saes=tuple(saes[source] for source in parsed if source in saes)
+            )
+            needed = {against[one] for one in later}
+            kept = {one.source: one for one in (*kept.values(), subject) if one.source in needed}
+            if not any(one.hook in (None, source.hook) for one in later):
+                subject.text.forget()
             with output.file("evaluation.json") as path:  # after each SAE
                 write_json(found.document(), path)
     measured.end()
     return found
 
 
+def in_turn(sources: Sequence[Source]) -> list[Source]:
+    """The order in which SAEs are measured: hook by hook, so that what is kept of one text goes before the next; then seed by
+    seed within a condition, so that the baseline's SAE is loaded once for all that are compared with it."""
+    hooks, conditions = (list(dict.fromkeys(of)) for of in zip(*((s.hook, s.condition) for s in sources), strict=True))
+    return sorted(sources, key=lambda s: (hooks.index(s.hook), conditions.index(s.condition), s.seed))
+
+
 def _baseline(sources: Sequence[Source], source: Source) -> Source | None:
-    """The first arm's SAE that is paired with this one, None if there is none; of the first arm's own seeds, the first."""
-    first = [other for other in sources if other.arm == sources[0].arm]
-    if source.arm == first[0].arm:
+    """The first arm's SAE of its condition that is paired with this one, None if there is none; of the first arm's own seeds, the first."""
+    first = controls(sources, sources[0].arm, source.condition)
+    if source in first:
         return None if source == first[0] else first[0]
-    seeds = [other.seed for other in sources if other.arm == source.arm]
+    seeds = [other.seed for other in sources if (other.arm, other.condition) == (source.arm, source.condition)]
     partner = pair_seeds(seeds, [other.seed for other in first]).get(source.seed)
     return next((other for other in first if other.seed == partner), None)
 
@@ -132,7 +147,7 @@ class _Measured:
     def __init__(self, folder: Path, settings: EvaluationSettings, progress: Progress, sources: Sequence[Source]):
         self.folder, self.settings, self.progress = folder, settings, progress
         self.saes, self.done, self.total = 0, 0, len(sources) * len(settings.evals)
-        self.firsts = {source.arm: source for source in reversed(sources)}
+        self.firsts = {(source.arm, source.condition): source for source in reversed(sources)}
 
     def text(self, text: Text) -> MeasuredText:
         """What is true of the text, whatever the SAE."""
@@ -150,7 +165,7 @@ class _Measured:
         """One SAE, measured on one of the texts."""
         source, identity = subject.source, subject.identity
         found = self._results(subject, "sae", source.name, identity)
-        if source == self.firsts[source.arm]:
+        if source == self.firsts[source.arm, source.condition]:
             found = found.and_of(self._results(subject, "arm", source.name, identity))
         if (baseline := subject.baseline) is not None:
             found = found.and_of(self._results(subject, "pair", source.name, identity + baseline.identity))
@@ -160,6 +175,8 @@ class _Measured:
             **found._asdict(),
             arm=source.arm,
             seed=source.seed,
+            condition=source.condition,
+            k=source.k,
             place=source.name,
             sha256=subject.sha256,
             architecture=subject.sae.cfg.architecture(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from saelens_cosine.activations.contexts import check_context_size
@@ -31,6 +32,7 @@ class EvaluationSettings:
         dataset (str | None): Text; None for what each SAE's metadata name.
         context_size (int | None): Tokens per context; None for the SAE's own, or 128.
         device (str): Where everything runs.
+        activations (Path | None): Folder of a cache of activations (see `activations.cache`): held-out contexts are read from there, and added where it lacks them. They are rounded to bfloat16. None: no cache.
         loss_tokens (int): Tokens that `loss` takes, at most: the model runs on each twice, and from the hook on again for every SAE.
         tasks (tuple[str, ...] | None): What `probing` and `decomposition` probe for, see `tasks.load_tasks`; None: the bundled corpus' tasks on the bundled corpus, sae-probes' data sets on any other text.
         task_texts (int): Texts of each task, at most.
@@ -52,6 +54,7 @@ class EvaluationSettings:
     dataset: str | None = None
     context_size: int | None = None
     device: str = "cpu"
+    activations: Path | None = None
     loss_tokens: int = 20_000
     tasks: tuple[str, ...] | None = None
     task_texts: int = 400
@@ -89,7 +92,9 @@ class EvaluationSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values of all fields, for files: without secrets."""
         url = self.judge.base_url and without_secrets(self.judge.base_url)
-        return scrubbed(plain({**vars(self), "judge": {"model": self.judge.model, "base_url": url}}))
+        activations = None if self.activations is None else str(self.activations)
+        judge = {"model": self.judge.model, "base_url": url}
+        return scrubbed(plain({**vars(self), "activations": activations, "judge": judge}))
 
     def tasks_for(self, dataset: str) -> tuple[str, ...]:
         """Names of tasks for an SAE of this text."""

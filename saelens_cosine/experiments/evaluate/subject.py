@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 
+from saelens_cosine.activations.cache.cache import open_cache
+from saelens_cosine.activations.cache.identity import CacheIdentity
+from saelens_cosine.activations.cache.standing_in import standing_in
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
-from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model, size_at_hook
+from saelens_cosine.activations.hook_points import size_at_hook
+from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
-from saelens_cosine.activations.text import load_text
+from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
-from saelens_cosine.experiments.evaluate.texts.contexts import concept_run, sample_task
+from saelens_cosine.experiments.evaluate.texts.contexts import LabelledSample, concept_run, sample_tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
@@ -69,6 +73,8 @@ class Text:
         sample (TokenSample): Activations at the hook of those of their tokens that the SAE sees.
         settings (EvaluationSettings): What to measure.
         head (int | None): The attention head whose activations they are; None for all of the hook.
+        progress (Progress | None): Called while the model runs over labelled texts.
+        rounded (bool): Whether the sample's activations are bfloat16's, as a cache keeps them.
     """
 
     model_name: str
@@ -83,16 +89,19 @@ class Text:
     sample: TokenSample
     settings: EvaluationSettings
     head: int | None = None
+    rounded: bool = False
+    progress: Progress | None = None
 
     @cached_property
     def identity(self) -> str:
         """A hash of what is read and how, not of what it is called: the tokens, their documents and places, the model."""
-        names_and_objects = ("model_name", "model", "dataset", "rule", "settings", "contexts", "sample")
-        how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names_and_objects}
+        objects = ("model", "settings", "contexts", "sample", "progress")
+        names = ("model_name", "dataset", "rule", *objects, "rounded")
+        how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names}
         sample = self.sample
         tensors = {name: getattr(sample, name) for name in ("tokens", "contexts", "documents", "positions")}
         tensors |= {f"whole {name}": tensor for name, tensor in self.contexts._asdict().items()}
-        return digest([how, sample.max_norm_multiple], tensors)
+        return digest([how, sample.max_norm_multiple, *(["bfloat16"] if self.rounded else [])], tensors)
 
     @cached_property
     def labelled(self) -> tuple[Task, ...]:
@@ -101,22 +110,10 @@ class Text:
         return load_tasks(names, self.settings.task_texts, trained_on=trained_on)
 
     @cached_property
-    def tasks(self) -> tuple[tuple[Task, TokenSample], ...]:
+    def tasks(self) -> LabelledSample:
         """Labelled texts with their activations."""
-        return tuple(
-            (
-                task,
-                sample_task(
-                    self.model,
-                    self.hook,
-                    task,
-                    max_norm_multiple=self.settings.max_norm_multiple,
-                    head=self.head,
-                    form=self.form,
-                ),
-            )
-            for task in self.labelled
-        )
+        bound = self.settings.max_norm_multiple
+        return sample_tasks(self.model, self.hook, self.labelled, 128, bound, self.head, self.form, self.progress)
 
     @cached_property
     def run(self) -> CleanRun:
@@ -142,6 +139,11 @@ class Text:
         found = token_concepts(tokens, per_token=self.settings.concept_texts)
         run = clean_run(self.model, self.hook, tokens[found.contexts], found.positions, head=self.head)
         return Concepts(run, found.labels, [self.model.tokenizer.decode(token) for token in found.tokens])
+
+    def forget(self) -> None:
+        """Free what can be made again, which is most of its memory: no more SAEs come that share it."""
+        for name in ("tasks", "run", "clean_losses", "concepts"):
+            vars(self).pop(name, None)
 
     def sample_of(self, run: CleanRun) -> TokenSample:
         """The tokens of a clean run that the SAE sees."""
@@ -197,16 +199,15 @@ class Subject:
         return sparse_codes(self.sae, self.text.sample.activations)
 
     @cached_property
-    def _task_codes(self) -> tuple[sparse.csr_array, ...]:
-        return tuple(canonical_codes(self.sae, sample.activations) for _, sample in self.text.tasks)
+    def _task_codes(self) -> sparse.csr_array:
+        """Of the texts of all tasks."""
+        return canonical_codes(self.sae, self.text.tasks.sample.activations)
 
     def pooled(self, task: int, treatment: str) -> sparse.csr_array:
         """Mean canonical codes of each text of a task, `[texts, d_sae]`."""
-        labelled, sample = self.text.tasks[task]
-        codes: Any = self._task_codes[task]
-        if treatment == "without_sinks":
-            codes, sample = codes[sample.ordinary.numpy()], sample.without_sinks()
-        return pool(codes, sample.contexts.numpy(), len(labelled.labels))
+        tasks, codes = self.text.tasks, cast("Any", self._task_codes)
+        rows, contexts = tasks.tokens[task].treated(treatment)
+        return pool(codes[rows.numpy()], contexts.numpy(), len(tasks.tasks[task].labels))
 
     def codes_of(self, treatment: str) -> sparse.csr_array:
         """`codes` of all tokens or of the ordinary ones."""
@@ -231,9 +232,9 @@ class Subject:
 class Loader(ExitStack):
     """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end."""
 
-    def __init__(self, settings: EvaluationSettings, folder: Path, on_progress: Progress | None = None):
+    def __init__(self, settings: EvaluationSettings, folder: Path, progress: Progress | None = None):
         super().__init__()
-        self.settings, self.folder, self._progress = settings, folder, shown(on_progress)
+        self.settings, self.folder, self.progress = settings, folder, shown(progress)
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[Any, ...], HookedModel] = {}
         self._hashes: dict[int, str] = {}
@@ -266,15 +267,16 @@ class Loader(ExitStack):
         form = ContextForm.of(metadata, settings.context_size, hooked.context_size)
         key = (id(hooked.model), hook, head, dataset, planted, form)
         if key not in self._texts:
-            self._progress("Reading held-out text", 0, 1)
+            self.progress("Reading held-out text", 0, 1)
             splits = load_text(dataset)
             store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
             contexts = sample_contexts(store, settings.tokens)
             seen = form.seen(hooked.model, contexts.tokens)
-            batches = told(contexts.batches, self._progress, "Gathering held-out activations")
-            sample = sample_tokens(
-                hooked.model, hook, batches, settings.max_norm_multiple, contexts.documents, seen, head
-            )
+            batches = told(contexts.batches, self.progress, "Gathering held-out activations")
+            with self._cached(hooked, planted, form, dataset, splits):
+                sample = sample_tokens(
+                    hooked.model, hook, batches, settings.max_norm_multiple, contexts.documents, seen, head
+                )
             if not len(sample):
                 raise ValueError(
                     f"{source.name} was trained on positions seqpos_slice={form.seqpos_slice} without the tokens "
@@ -294,8 +296,24 @@ class Loader(ExitStack):
                 sample,
                 settings,
                 head,
+                progress=self.progress,
+                rounded=settings.activations is not None,
             )
         return self._texts[key]
+
+    @contextmanager
+    def _cached(
+        self, hooked: HookedModel, planted: bool, form: ContextForm, dataset: str, splits: TextSplits
+    ) -> Generator[None]:
+        """The settings' cache of activations in the model's place, if they name one."""
+        folder, hook = self.settings.activations, hooked.hook_name
+        if folder is None:
+            yield
+            return
+        sinks, sha256 = [hook] if planted else [], self._model_sha256(hooked.model)
+        identity = CacheIdentity.of(hooked, [hook], form, dataset, splits, sinks, sha256)
+        with open_cache(folder, identity) as cache, standing_in(hooked.model, cache):
+            yield
 
     def _model(self, name: str, hook: str, planted: bool, metadata: Any) -> HookedModel:
         """The model as the SAE's metadata say that it was loaded."""
@@ -303,7 +321,7 @@ class Loader(ExitStack):
         choice = choose_model(name, hook, class_name, kwargs)
         key = (name, hook, planted, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
         if key not in self._models:
-            self._progress("Loading the model", 0, 1)
+            self.progress("Loading the model", 0, 1)
             hooked = load_hooked_model(name, self.settings.device, None, hook, class_name, kwargs)
             if planted:
                 self.callback(plant_sinks(hooked.model, hooked.hook_name))

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.experiments.compare.file import comparison_beside
+from saelens_cosine.experiments.compare.file import comparison_beside, nearest_comparison
 from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.plain import weights_sha256
 
@@ -21,10 +21,12 @@ COURSE = ("training_tokens", "fve", "l0")
 def training_log(source: Source, sae: SAE[Any]) -> list[dict[str, Any]] | None:
     """Entries of `TrainingLogEntry` from the `comparison.json` beside an SAE; None without one, or of another SAE at its place."""
     place = Path(os.path.abspath(source.place))
-    file = place.parent.parent / "comparison.json"
-    comparison = comparison_beside(file) if source.sae_id is None else None
-    path = f"{place.parent.name}/{place.name}"
-    arms = [arm for arm in comparison["arms"] if arm["path"] == path] if comparison else []
+    file = nearest_comparison(place) if source.sae_id is None else None
+    comparison = comparison_beside(file) if file else None
+    if file is None or comparison is None:
+        return None
+    path = place.relative_to(file.parent).as_posix()
+    arms = [arm for arm in comparison["arms"] if arm["path"] == path]
     if len(arms) != 1 or arms[0].get("weights_sha256") != weights_sha256(sae):
         return None
     log = arms[0].get("training_log")

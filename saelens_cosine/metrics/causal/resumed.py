@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from saelens_cosine.activations.bridges import restore_hook_names
-from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.hook_points import device_of, of_head
 from saelens_cosine.hooked_transformer import is_hooked_transformer
 
 LOGITS_AT_ONCE = 2**22

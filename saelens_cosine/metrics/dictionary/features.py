@@ -15,7 +15,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.activations.models import device_of, of_head
+from saelens_cosine.activations.hook_points import device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.metrics.codes import most_at_once
 from saelens_cosine.metrics.flat_tokens import flat_heads

@@ -25,6 +25,7 @@ class ArmDifference:
         measure (str): What was measured.
         over (tuple[str, ...]): What the interval is over: "seeds", "tasks", "splits", "documents".
         difference (Difference): Its mean and 95 % interval. The mean is the difference of the figures, or its mean over seeds.
+        condition (str): In which condition of both, see `sources.Source`; empty where there is one.
     """
 
     arm: str
@@ -32,6 +33,7 @@ class ArmDifference:
     measure: str
     over: tuple[str, ...]
     difference: Difference
+    condition: str = ""
 
     @property
     def counted(self) -> str:
@@ -39,8 +41,10 @@ class ArmDifference:
         return " x ".join(f"{n} {what}" for n, what in zip(self.difference.shape, self.over, strict=True))
 
 
-def differences(arms: Mapping[str, Mapping[int, Mapping[str, Figure]]]) -> Iterator[ArmDifference]:
-    """Each arm minus the first, for every figure that both have, from the seeds that both have (`pair_seeds`).
+def differences(
+    arms: Mapping[str, Mapping[int, Mapping[str, Figure]]], baseline: str | None = None
+) -> Iterator[ArmDifference]:
+    """Each arm minus the baseline, for every figure that both have, from the seeds that both have (`pair_seeds`).
 
     With several seeds, the mean over seeds of the differences of the figures, and an interval over seeds. With one, the difference
     of the figures: for FVE with an interval over the documents of the text, for probing over tasks and splits; other figures are
@@ -48,9 +52,11 @@ def differences(arms: Mapping[str, Mapping[int, Mapping[str, Figure]]]) -> Itera
 
     Args:
         arms: by arm and seed, the figures that arms are compared in, by title.
+        baseline: the arm that others are compared with; the first if None.
     """
-    (baseline, theirs), *others = arms.items()
-    for arm, ours in others:
+    baseline = next(iter(arms)) if baseline is None else baseline
+    theirs = arms.get(baseline, {})
+    for arm, ours in ((arm, of) for arm, of in arms.items() if arm != baseline):
         partners = pair_seeds(list(ours), list(theirs))
         pairs = [(ours[seed], theirs[partners[seed]]) for seed in ours if seed in partners]
         for title in pairs[0][0] if pairs else ():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure, NotMeasured
 from saelens_cosine.experiments.evaluate.results.differences import ArmDifference, differences
+from saelens_cosine.experiments.evaluate.results.matched import MatchedFigure, OnCurve, matched_figures
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
-from saelens_cosine.experiments.evaluate.sources import pair_seeds
+from saelens_cosine.experiments.evaluate.sources import controls, pair_seeds
 from saelens_cosine.metrics.intervals import ASSUMPTIONS, CONFIDENCE, Chance, by_chance
 from saelens_cosine.plain import plain
 
@@ -99,6 +100,8 @@ class MeasuredSAE(Measured):
     Args:
         arm (str): What it is called, together with its other seeds.
         seed (int): Its number among them.
+        condition (str): What tells it from others of its arm besides the seed, see `sources.Source`; empty where arms have one hook and one k.
+        k (int | None): Active features that it was trained with, where known.
         place (str): Folder, repository or short name that it was loaded from.
         sha256 (str): Hash of its weights and config.
         architecture (str): SAELens' name for it.
@@ -112,6 +115,8 @@ class MeasuredSAE(Measured):
 
     arm: str
     seed: int
+    condition: str = ""
+    k: int | None = None
     place: str = ""
     sha256: str = ""
     architecture: str = ""
@@ -121,6 +126,11 @@ class MeasuredSAE(Measured):
     trained: dict[str, Any]
     training: dict[str, list[float]] | None = None
     text: int = 0
+
+    @property
+    def whose(self) -> str:
+        """Its arm, with its condition if it has one: `cosine_batchtopk, layer15 k32`."""
+        return f"{self.arm}, {self.condition}" if self.condition else self.arm
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,8 @@ class Evaluation:
         command (str | None): The command line, as typed, if one asked for it.
         versions (dict[str, str]): Packages.
         texts (tuple[MeasuredText, ...]): What SAEs were measured on.
-        saes (tuple[MeasuredSAE, ...]): Arm by arm, the baseline first, seeds ascending.
+        saes (tuple[MeasuredSAE, ...]): Arm by arm, the baseline first, condition by condition, seeds ascending.
+        control (str | None): The arm that others are compared with; the first one's if None.
     """
 
     settings: EvaluationSettings
@@ -141,6 +152,7 @@ class Evaluation:
     versions: dict[str, str]
     texts: tuple[MeasuredText, ...]
     saes: tuple[MeasuredSAE, ...]
+    control: str | None = None
 
     @property
     def arms(self) -> dict[str, list[MeasuredSAE]]:
@@ -150,13 +162,46 @@ class Evaluation:
     @property
     def baseline(self) -> str:
         """The arm that others are compared with."""
-        return self.saes[0].arm
+        return self.control or self.saes[0].arm
+
+    @cached_property
+    def by_condition(self) -> dict[str, Evaluation]:
+        """An evaluation of each condition, within which arms are compared; itself alone where there is one condition."""
+        conditions = list(dict.fromkeys(entry.condition for entry in self.saes))
+        if len(conditions) == 1:
+            return {conditions[0]: self}
+        parts: dict[str, Evaluation] = {}
+        for condition in conditions:
+            theirs = controls(self.saes, self.baseline, condition)
+            own = [entry for entry in self.saes if entry.condition == condition]
+            ours = [entry for entry in own if all(entry is not one for one in theirs)]
+            if ours or condition:  # a baseline without a condition is in all of them
+                parts[condition] = replace(self, saes=(*theirs, *ours), control=self.baseline)
+        return parts
 
     @cached_property
     def differences(self) -> tuple[ArmDifference, ...]:
-        """Each arm minus the first, see `differences`."""
-        seeds = {arm: {entry.seed: entry.compared for entry in entries} for arm, entries in self.arms.items()}
-        return tuple(differences(seeds))
+        """Each arm minus the baseline, within each condition, see `differences`."""
+        return tuple(
+            replace(item, condition=condition)
+            for condition, part in self.by_condition.items()
+            for item in differences(part.compared, part.baseline)
+        )
+
+    @property
+    def compared(self) -> dict[str, dict[int, dict[str, Figure]]]:
+        """By arm and seed, the figures that arms are compared in."""
+        return {arm: {entry.seed: entry.compared for entry in entries} for arm, entries in self.arms.items()}
+
+    @cached_property
+    def matched(self) -> tuple[MatchedFigure, ...]:
+        """Each arm minus the baseline at the same FVE and at the same L0, where arms have several ks at a hook."""
+        return tuple(matched_figures(self.on_curves, self.baseline))
+
+    @property
+    def on_curves(self) -> list[OnCurve]:
+        """SAEs as points of their arms' curves."""
+        return [OnCurve(entry.arm, entry.seed, entry.k, entry.text, entry.compared) for entry in self.saes]
 
     @cached_property
     def chance(self) -> Chance:
@@ -170,25 +215,38 @@ class Evaluation:
 
     @property
     def on_other_tokens(self) -> list[str]:
-        """Arms whose seeds were not all measured on the texts that the first arm's were."""
-        (_, theirs), *others = self.arms.items()
-        texts = {entry.text for entry in theirs}
-        return [arm for arm, entries in others if {entry.text for entry in entries} != texts]
+        """Arms whose seeds were not all measured on the texts that the baseline's of their condition were."""
+        found: list[str] = []
+        for part in self.by_condition.values():
+            theirs, others = part.against
+            texts = {entry.text for entry in theirs}
+            found += [of[0].whose for of in others.values() if theirs and {entry.text for entry in of} != texts]
+        return found
 
     @property
     def unpaired(self) -> list[dict[str, Any]]:
-        """Seeds that an arm has and the other lacks, which differences between the two leave out: `arm`, `seed`, `without`."""
-        (baseline, theirs), *others = self.arms.items()
+        """Seeds that an arm has and the other lacks, which differences between the two leave out: `arm`, `condition`, `seed`, `without`."""
         found: list[dict[str, Any]] = []
-        for arm, entries in others:
-            ours, its = [entry.seed for entry in entries], [entry.seed for entry in theirs]
-            partners = pair_seeds(ours, its)
-            for name, seeds, paired, without in (
-                (arm, ours, partners.keys(), baseline),
-                (baseline, its, partners.values(), arm),
-            ):
-                found += [{"arm": name, "seed": seed, "without": without} for seed in seeds if seed not in paired]
+        for condition, part in self.by_condition.items():
+            theirs, others = part.against
+            for arm, entries in others.items():
+                ours, its = [entry.seed for entry in entries], [entry.seed for entry in theirs]
+                partners = pair_seeds(ours, its)
+                for name, seeds, paired, without in (
+                    (arm, ours, partners.keys(), self.baseline),
+                    (self.baseline, its, partners.values(), arm),
+                ):
+                    left_out = [seed for seed in seeds if seed not in paired]
+                    found += [
+                        {"arm": name, "condition": condition, "seed": seed, "without": without} for seed in left_out
+                    ]
         return found
+
+    @property
+    def against(self) -> tuple[list[MeasuredSAE], dict[str, list[MeasuredSAE]]]:
+        """The baseline's SAEs, and those of the other arms."""
+        others = self.arms
+        return others.pop(self.baseline, []), others
 
     def document(self) -> dict[str, Any]:
         """`evaluation.json`."""
@@ -204,6 +262,7 @@ class Evaluation:
             "unpaired": self.unpaired,
             "on_other_tokens": self.on_other_tokens,
             "differences": plain(self.differences),
+            "matched": [item.document(self.texts[item.text].hook) for item in self.matched],
             "intervals": {
                 "confidence": CONFIDENCE,
                 **plain(self.chance._asdict()),

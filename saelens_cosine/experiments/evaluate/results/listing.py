@@ -67,10 +67,19 @@ def text_names(texts: Sequence[MeasuredText]) -> list[str]:
     ]
 
 
-def by_column(found: Evaluation) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """All figures: those of texts, by name, and those of arms, means over seeds."""
-    texts = dict(zip(text_names(found.texts), (mean_figures([text]) for text in found.texts), strict=True))
-    return texts, {arm: mean_figures(entries) for arm, entries in found.arms.items()}
+def of_texts(found: Evaluation) -> dict[str, Figures]:
+    """All figures of texts, by name."""
+    return dict(zip(text_names(found.texts), (mean_figures([text]) for text in found.texts), strict=True))
+
+
+def of_arms(found: Evaluation) -> dict[str, Figures]:
+    """All figures of arms, means over seeds, of an evaluation of one condition."""
+    return {arm: mean_figures(entries) for arm, entries in found.arms.items()}
+
+
+def in_condition(title: str, condition: str) -> str:
+    """A title with the condition that it is of, where there are several."""
+    return f"{title}, {condition}" if condition else title
 
 
 def rows(columns: Mapping[str, Figures], evals: Sequence[str]) -> Iterator[tuple[str, str, list[float | None]]]:
@@ -93,8 +102,7 @@ def left_out(found: Evaluation) -> list[LeftOut]:
     """Evals that did not apply: arms with one reason in one row, or a text by its name."""
     names = text_names(found.texts) if len(found.texts) > 1 else [text.dataset for text in found.texts]
     whose: dict[tuple[str, str], dict[str, None]] = {}
-    of_texts = list(zip(names, found.texts, strict=True))
-    for name, entry in [*of_texts, *((entry.arm, entry) for entry in found.saes)]:
+    for name, entry in [*zip(names, found.texts, strict=True), *((entry.whose, entry) for entry in found.saes)]:
         for eval_name, result in entry.results.items():
             if isinstance(result, NotMeasured):
                 whose.setdefault((eval_name, result.not_applicable), {})[name] = None
@@ -102,7 +110,7 @@ def left_out(found: Evaluation) -> list[LeftOut]:
 
 
 class NotFinite(NamedTuple):
-    """How many tokens or weights were NaN or infinite in an eval of an SAE."""
+    """How many tokens or weights were NaN or infinite in an eval of an SAE; its arm with its condition."""
 
     arm: str
     seed: int
@@ -113,7 +121,7 @@ class NotFinite(NamedTuple):
 def not_finite(found: Evaluation) -> list[NotFinite]:
     """Evals whose figures are missing because something was not finite."""
     counts = (
-        NotFinite(entry.arm, entry.seed, name, max(_counts(plain(result)), default=0))
+        NotFinite(entry.whose, entry.seed, name, max(_counts(plain(result)), default=0))
         for entry in found.saes
         for name, result in entry.results.items()
     )
@@ -137,7 +145,11 @@ def about_differences(found: Evaluation) -> list[str]:
     """What a reader of the differences has to know, a sentence or two each."""
     lines = about(found.axes, found.chance)
     if found.unpaired:
-        named = (f"seed {item['seed']} of {item['arm']} ({item['without']} has none)" for item in found.unpaired)
+        named = (
+            f"seed {item['seed']} of {item['arm']}{', ' * bool(item['condition'])}{item['condition']} "
+            f"({item['without']} has none)"
+            for item in found.unpaired
+        )
         lines.append(f"Left out of differences, which are means over the other seeds: {', '.join(named)}.")
     if found.on_other_tokens:
         lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,9 @@ from saelens_cosine.experiments.evaluate.texts.concepts import windows_of_the_co
 
 SAE_PROBES = "sae_probes"
 """What names of tasks call the data sets of the sae-probes package (arXiv 2502.16681)."""
+
+ALL = "all"
+"""All of these."""
 
 _FILES = (".csv", ".jsonl", ".parquet")
 
@@ -50,11 +53,11 @@ def load_tasks(
 
     Args:
         names: `"bundled"`, all tasks on held-out files of the bundled corpus (`code_concepts.CONCEPTS`), or
-            `"bundled:NAME"`; `"sae_probes"`, the 113 data sets that sae-probes ships, or `"sae_probes:NAME"` with or without
-            the number that its names begin with; or a .csv, .jsonl or .parquet file with columns `text` and `label`.
+            `"bundled:NAME"`; `"all"` or `"sae_probes"`, the 113 data sets that sae-probes ships, or one of them, `"87_glue_cola"`,
+            `"glue_cola"` or `"sae_probes:glue_cola"`; or a .csv, .jsonl or .parquet file with columns `text` and `label`.
         max_texts: texts of a task at most, half of them of each class.
         seed: decides which texts, and their order.
-        trained_on: data sets of sae-probes whose texts the SAE was trained on, which `"sae_probes"` leaves out.
+        trained_on: data sets of sae-probes whose texts the SAE was trained on, which `"all"` leaves out.
 
     Raises:
         ValueError: a name that stands for nothing or for a data set that was trained on, a file without these columns, or labels that are not of two classes.
@@ -63,8 +66,14 @@ def load_tasks(
     """
     if max_texts < 2:
         raise ValueError(f"max_texts={max_texts} must be 2 or more: half of the texts are of each class.")
-    found = (labelled for name in names for labelled in _find(name, trained_on))
+    found = (_read(*task) for name in names for task in _find(name, trained_on))
     return tuple({labelled.name: _draw(labelled, max_texts, seed) for labelled in found}.values())
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise what `load_tasks` raises for names that stand for nothing, without reading any texts."""
+    for name in names:
+        _find(name, ())
 
 
 def _draw(labelled: _Labelled, max_texts: int, seed: int) -> Task:
@@ -83,55 +92,78 @@ def _draw(labelled: _Labelled, max_texts: int, seed: int) -> Task:
     return Task(labelled.name, *zip(*chosen, strict=True))
 
 
-def _find(name: str, trained_on: Collection[str]) -> Iterator[_Labelled]:
+def _find(name: str, trained_on: Collection[str]) -> list[tuple[str, str]]:
+    """The tasks that a name stands for: where each is from, and what it is called there."""
     family, _, wanted = name.partition(":")
     if family == BUNDLED:
-        return _find_bundled(wanted)
-    if family == SAE_PROBES:
-        return _find_sae_probes(wanted, trained_on)
+        if wanted and wanted not in CONCEPTS:
+            raise ValueError(f"The bundled corpus has no task {wanted!r}; it has {', '.join(CONCEPTS)}.")
+        return [(BUNDLED, concept) for concept in ([wanted] if wanted else CONCEPTS)]
+    if family == SAE_PROBES or name == ALL:
+        return [(SAE_PROBES, tag) for tag in _of_sae_probes(wanted, trained_on)]
     if name.endswith(_FILES):
-        return iter([_read_file(name)])
-    raise ValueError(
-        f"There is no task {name!r}. There are {BUNDLED!r} and {SAE_PROBES!r}, one of theirs as in "
-        f"'{BUNDLED}:method', and files ending in {', '.join(_FILES)}."
+        if not Path(name).is_file():  # a pipe would be waited for, for ever
+            raise FileNotFoundError(f"There is no file {name!r}.")
+        return [("", name)]
+    there = (
+        f"There are {BUNDLED!r}, one of its tasks as in '{BUNDLED}:method', {ALL!r} of sae-probes, one of its data sets as in "
+        f"'glue_cola', and files ending in {', '.join(_FILES)}"
     )
-
-
-def _find_bundled(wanted: str) -> Iterator[_Labelled]:
-    if wanted and wanted not in CONCEPTS:
-        raise ValueError(f"The bundled corpus has no task {wanted!r}; it has {', '.join(CONCEPTS)}.")
-    for name in [wanted] if wanted else CONCEPTS:
-        yield _Labelled(f"{BUNDLED}:{name}", *windows_of_the_corpus().tasks[name])
-
-
-def _find_sae_probes(wanted: str, trained_on: Collection[str]) -> Iterator[_Labelled]:
     try:
-        from sae_probes.utils_data import get_numbered_binary_tags, read_numbered_dataset_df
+        tags = _tags()
+    except ModuleNotFoundError as error:
+        raise ValueError(f"There is no task {name!r}. {there}; sae-probes is not installed.") from error
+    if name not in {*tags, *tags.values()}:
+        near = _near(name, [*tags, *tags.values(), *(f"{BUNDLED}:{concept}" for concept in CONCEPTS), BUNDLED])
+        raise ValueError(f"There is no task {name!r}. {there}{near}.")
+    return [(SAE_PROBES, tag) for tag in _of_sae_probes(name, trained_on)]
+
+
+def _tags() -> dict[str, str]:
+    """Names of the data sets of sae-probes, with and without their numbers."""
+    try:
+        from sae_probes.utils_data import get_numbered_binary_tags
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"The tasks of sae-probes need {error.name}: pip install 'saelens-cosine[probes]'"
         ) from error
-    tags = {tag: tag.partition("_")[2] for tag in get_numbered_binary_tags()}
+    return {tag: tag.partition("_")[2] for tag in get_numbered_binary_tags()}
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=5)
+    return f"; near it are {', '.join(near)}" if near else ""
+
+
+def _of_sae_probes(wanted: str, trained_on: Collection[str]) -> list[str]:
+    """Its data sets of a name, with or without the number; without a name all that were not trained on."""
+    tags = _tags()
     chosen = [tag for tag, short in tags.items() if wanted in ("", tag, short)]
     if not chosen:
-        near = difflib.get_close_matches(wanted, [*tags, *tags.values()], n=5)
-        hint = f"; near it are {', '.join(near)}" if near else f": {', '.join(tags)}"
-        raise ValueError(f"sae-probes has no data set {wanted!r} among its {len(tags)}{hint}.")
+        near, every = _near(wanted, [*tags, *tags.values()]), f": {', '.join(tags)}"
+        raise ValueError(f"sae-probes has no data set {wanted!r} among its {len(tags)}{near or every}.")
     if wanted and (seen := [tag for tag in chosen if tag in trained_on]):
         raise ValueError(
             f"The SAE was trained on texts of {seen[0]}, so they are no test of it. Name another data set of sae-probes, or "
-            f"{SAE_PROBES!r} for all that it has not seen."
+            f"{ALL!r} for all that it has not seen."
         )
-    for tag in (tag for tag in chosen if tag not in trained_on):
-        yield _labelled(f"{SAE_PROBES}:{tag}", read_numbered_dataset_df(tag), "prompt", "target")
+    return [tag for tag in chosen if tag not in trained_on]
+
+
+def _read(family: str, name: str) -> _Labelled:
+    if family == BUNDLED:
+        return _Labelled(f"{BUNDLED}:{name}", *windows_of_the_corpus().tasks[name])
+    if family == SAE_PROBES:
+        from sae_probes.utils_data import read_numbered_dataset_df
+
+        return _labelled(f"{SAE_PROBES}:{name}", read_numbered_dataset_df(name), "prompt", "target")
+    return _read_file(name)
 
 
 def _read_file(name: str) -> _Labelled:
     import pandas as pd
 
     path = Path(name)
-    if not path.is_file():  # a pipe would be waited for, for ever
-        raise FileNotFoundError(f"There is no file {name!r}.")
     if path.suffix == ".csv":
         table = pd.read_csv(path, keep_default_na=False, dtype={"text": str})  # "None" and "NA" are texts
     elif path.suffix == ".jsonl":

@@ -12,7 +12,7 @@ from saelens_cosine.metrics.probing.decomposition import Decomposition, decompos
 
 
 def _measure(subject: Subject) -> BySinks[tuple[Decomposition, ...]]:
-    matchings, baseline, tasks = matchings_of(subject), subject.baseline, subject.text.tasks
+    matchings, baseline, tasks = matchings_of(subject), subject.baseline, subject.text.labelled
     assert baseline is not None
 
     def of(name: str) -> tuple[Decomposition, ...]:
@@ -31,7 +31,7 @@ def _measure(subject: Subject) -> BySinks[tuple[Decomposition, ...]]:
         ks = ks_up_to(len(matched))
         parts = [
             decompose(subject.pooled(i, name), baseline.pooled(i, name), task.labels, ours, theirs, ks, splits=SPLITS)
-            for i, (task, _) in enumerate(tasks)
+            for i, task in enumerate(tasks)
         ]
         by_k = (list(by_task) for by_task in zip(*parts, strict=True))
         return tuple(over_tasks(by_task) if len(by_task) > 1 else by_task[0] for by_task in by_k)

@@ -40,20 +40,21 @@ def ks_up_to(most: int) -> tuple[int | None, ...]:
 
 
 def _measure(subject: Subject) -> ProbingByTask:
-    tasks = subject.text.tasks
+    tasks = subject.text.labelled
     ks = ks_up_to(subject.sae.cfg.d_sae)
 
     def of(name: str) -> dict[str, tuple[tuple[KProbe, ...], ...]]:
+        pooled = [subject.pooled(i, name) for i in range(len(tasks))]
         return {
             units: tuple(
-                probe(subject.pooled(i, name), task.labels, ks, units, SPLITS) for i, (task, _) in enumerate(tasks)
+                probe(codes, task.labels, ks, units, SPLITS) for task, codes in zip(tasks, pooled, strict=True)
             )
             for units in ("canonical", "scale_free")
         }
 
     return ProbingByTask(
-        tasks=tuple(task.name for task, _ in tasks),
-        texts=tuple(len(task.labels) for task, _ in tasks),
+        tasks=tuple(task.name for task in tasks),
+        texts=tuple(len(task.labels) for task in tasks),
         **by_sinks(subject.settings.treatments, of),
     )
 

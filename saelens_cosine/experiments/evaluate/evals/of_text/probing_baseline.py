@@ -15,7 +15,8 @@ from saelens_cosine.metrics.probing.probing import KProbe, probe_activations
 def _measure(text: Text) -> BySinks[tuple[KProbe, ...]]:
     found = {
         name: tuple(
-            probe_activations(text.treated(sample, name), task.labels, splits=SPLITS) for task, sample in text.tasks
+            probe_activations(text.treated(text.tasks.of(i), name), task.labels, splits=SPLITS)
+            for i, task in enumerate(text.labelled)
         )
         for name in text.settings.treatments
     }
