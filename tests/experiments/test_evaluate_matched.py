@@ -53,7 +53,14 @@ def sae(arm, seed, k, text, fve, accuracy, condition):
 
 def text(layer):
     return MeasuredText(
-        results={}, seconds={}, model="m", hook=f"blocks.{layer}.hook_resid_post", head=None, dataset="d", planted_sinks=False, form={}
+        results={},
+        seconds={},
+        model="m",
+        hook=f"blocks.{layer}.hook_resid_post",
+        head=None,
+        dataset="d",
+        planted_sinks=False,
+        form={},
     )
 
 
