@@ -100,7 +100,7 @@ def _cell(found: MatchedDifference) -> Cell:
         return "not matched"
     difference = found.difference
     if difference is None:
-        return OUTSIDE + (f" ({found.inside} of {len(found.seeds)} seeds inside)" if len(found.seeds) > 1 else "")
+        return f"{OUTSIDE} in {len(found.outside)} of {len(found.seeds)} seeds" if found.inside else OUTSIDE
     return Estimate(difference.mean, difference.low, difference.high)
 
 
