@@ -59,7 +59,6 @@ class TrainingMonitor:
         saes (dict[str, TrainingSAE[Any]]): The runner's SAEs, in its order.
         hook_names (dict[str, str]): Hook point of each.
         every_steps (int): Steps between two entries.
-        on_step (Callable[[int], None] | None): Called with the training tokens so far, the coming batch's among them.
         log (dict[str, list[TrainingLogEntry]]): The entries of each SAE.
         seconds (dict[str, float]): Time spent training each SAE: forward, backward and optimizer.
         failed (dict[str, Failure]): Those that have stopped.
@@ -68,7 +67,6 @@ class TrainingMonitor:
     saes: dict[str, TrainingSAE[Any]]
     hook_names: dict[str, str]
     every_steps: int = 20
-    on_step: Callable[[int], None] | None = None
     log: dict[str, list[TrainingLogEntry]] = field(default_factory=dict[str, list[TrainingLogEntry]])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
     failed: dict[str, Failure] = field(default_factory=dict[str, Failure])
@@ -186,8 +184,6 @@ class TrainingMonitor:
             self.record(name, x, self._tokens[name])
         self._steps[name] += 1
         self._tokens[name] += len(x)
-        if self.on_step is not None and name == next(iter(self.saes)):
-            self.on_step(self._tokens[name])
 
     def _lap(self, name: str | None) -> None:
         if next(iter(self.saes.values())).device.type == "cuda":

@@ -29,7 +29,7 @@ from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.run import FILLING, ResumableRun, SavedState, check_same
 from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 from saelens_cosine.training.wandb_log import wandb_never_stops
@@ -133,6 +133,7 @@ def _train(
         go_on="Run the same command with --resume to go on.",
         stop=StopRequests(stop_signals),
         on_step=partial(progress, "Training"),
+        on_fill=partial(progress, FILLING),
     )
     if state is not None:
         run.resume(state)

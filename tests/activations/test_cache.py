@@ -181,7 +181,7 @@ def test_filling_goes_on_where_it_was_and_ends_with_the_same_bits(counted, tmp_p
 def test_a_file_has_whole_batches_and_a_bound_on_its_bytes():
     one = identity(tiny_model())
     assert one.bytes_per_context == 8 * (16 * 2 + 4)
-    assert module._rows(one) == 1024
+    assert module._rows(one) == 256
     assert module._rows(replace(one, hooks={HOOK: (2048,)}, context_size=1024)) == 48  # 2^28 bytes hold 63.9
     assert module._rows(replace(one, hooks={HOOK: (65536,)}, context_size=1024)) == 16
 

@@ -31,7 +31,7 @@ def tables(page, section):
 def test_one_k_and_one_seed_make_a_page_without_empty_parts():
     page = comparison_page(made_comparison(ks=(32,), seeds=1))
     assert shown(page) == ["results", "activations", "training", "norms"]
-    assert list(table(page, "results")) == ["FVE", "L0", "dead", "CE recov.", "train s"]
+    assert list(table(page, "results")) == ["FVE", "L0", "dead", "CE recov.", "training seconds"]
     assert table(page, "results")["FVE"][COSINE].bounds is None
     assert page.sections[0].about.startswith("One seed, so no intervals.")
     for section in page.sections:

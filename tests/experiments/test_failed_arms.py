@@ -45,16 +45,25 @@ def train(model, arms, poisoned=(), at_step=3, output=None):
     )
     runner = MultiSAETrainingRunner(config, override_dataset=tiny_dataset(), override_model=model, override_saes=saes)
 
-    def poison(tokens):
-        if tokens == (at_step + 1) * BATCH:
-            for arm in poisoned:
-                saes[arm].W_enc.data[0, 0] = float("nan")
-
-    monitor = TrainingMonitor(saes, config.hook_names_per_sae, every_steps=2, on_step=poison)
+    monitor = TrainingMonitor(saes, config.hook_names_per_sae, every_steps=2)
+    poison(monitor, poisoned, (at_step + 1) * BATCH)
     monitor.attach(runner)
     torch.manual_seed(0)
     runner.run()
     return monitor, saes
+
+
+def poison(monitor, arms, tokens):
+    """NaN in the weights of some arms before the step that begins with this many tokens seen, the coming batch's among them."""
+    before_step = monitor._before_step
+
+    def before(name, x):
+        before_step(name, x)
+        if name == next(iter(monitor.saes)) and monitor._tokens[name] == tokens:
+            for arm in arms:
+                monitor.saes[arm].W_enc.data[0, 0] = float("nan")
+
+    monitor._before_step = before
 
 
 def config_of(arm):
@@ -126,24 +135,16 @@ def small_steps(monkeypatch):
 def poisoned(monkeypatch):
     """Has arms of `compare` fail for real: NaN in their weights before the third step, by name and seed."""
 
-    def poison(*fatal):
+    def of_compare(*fatal):
         begin = TrainingMonitor.attach
 
         def attach(monitor, runner):
-            told, seed = monitor.on_step, runner.cfg.seed
-
-            def on_step(tokens):
-                for arm, fails in fatal:
-                    if tokens == 3 * STEP and fails == seed:
-                        monitor.saes[arm].W_enc.data[0, 0] = float("nan")
-                told(tokens)
-
-            monitor.on_step = on_step
+            poison(monitor, [arm for arm, fails in fatal if fails == runner.cfg.seed], 3 * STEP)
             begin(monitor, runner)
 
         monkeypatch.setattr(TrainingMonitor, "attach", attach)
 
-    return poison
+    return of_compare
 
 
 def arguments(text, output, seeds=1):

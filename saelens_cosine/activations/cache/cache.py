@@ -26,7 +26,7 @@ SCHEMA = "saelens-cosine/activations/1"
 
 FILE = "activations.json"
 
-CONTEXTS = 1024
+CONTEXTS = 256
 """Contexts of a file, at most: what is not in one yet is lost with a process that is killed."""
 
 BYTES = 2**28

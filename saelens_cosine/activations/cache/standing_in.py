@@ -88,13 +88,14 @@ def fill(cache: ActivationCache, model: Any, contexts: torch.Tensor, progress: P
 
 @torch.no_grad()
 def _run(run_with_cache: Callable[..., Any], tokens: torch.Tensor, cache: ActivationCache) -> None:
-    """Contexts through the model, as far as the last of the cache's hooks."""
+    """Contexts through the model in its own precision, as far as the last of the cache's hooks."""
     hooks = list(cache.identity.hooks)
     stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
     known = [stop for stop in stops if stop is not None]
     stop = max(known) if len(known) == len(stops) else None
-    _, found = run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)
-    cache.add(tokens, {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
+    with torch.autocast(tokens.device.type, enabled=False):
+        _, found = run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)
+    cache.add(tokens.cpu(), {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
 
 
 def _answered(cache: ActivationCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:

@@ -74,6 +74,12 @@ def add_compare_command(commands: Any) -> None:
     add("--context-size", type=int, default=default.context_size, help="tokens per context, as far as the model allows")
     add("--eval-tokens", type=count, default=default.eval_tokens, help="held-out tokens that are evaluated")
     add(
+        "--eval-prompts",
+        type=count,
+        default=default.eval_prompts,
+        help="of their contexts, those for the cross-entropy",
+    )
+    add(
         "--activations",
         type=Path,
         metavar="DIR",

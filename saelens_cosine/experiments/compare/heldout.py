@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from sae_lens import SAE
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
 from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
+from saelens_cosine.activations.site import describe_site
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
+from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
 
 SET_APART = 5
@@ -31,6 +34,9 @@ class HeldOut:
         settings: of the comparison.
         model: hooked there.
         text: held-out documents.
+
+    Raises:
+        ValueError: the text is too short, of one document where a learning rate is chosen, or nothing but zeros.
     """
 
     def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any):
@@ -48,11 +54,13 @@ class HeldOut:
                     "learning rate and the others be measured; it takes some of both. Use more --eval-tokens or a larger dataset, or one --lr."
                 )
         measured = Contexts(contexts.tokens[~apart], contexts.documents[~apart])
-        self.sample = self._sample(measured)
-        self.activations = self.sample.without_sinks().activations
-        self.for_choice = (
-            self._sample(Contexts(contexts.tokens[apart], contexts.documents[apart])) if apart.any() else None
-        )
+        sample = self._sample(measured)
+        self.site, self.dropped_share = describe_site(sample, model.hook_name), sample.high_norm_share
+        self.activations = sample.without_sinks().activations
+        self.for_choice: torch.Tensor | None = None
+        if apart.any():
+            chosen_on = Contexts(contexts.tokens[apart], contexts.documents[apart])
+            self.for_choice = self._sample(chosen_on).without_sinks().activations
         self.prompts = measured.at_even_steps(settings.eval_prompts).batches
 
     def _sample(self, contexts: Contexts) -> TokenSample:
@@ -64,21 +72,15 @@ class HeldOut:
             contexts.documents,
         )
 
-    @property
-    def dropped_share(self) -> float:
-        """Of the held-out tokens, by the norm filter."""
-        return self.sample.high_norm_share
+    @cached_property
+    def _clean_losses(self) -> CleanLosses:
+        return clean_losses(self.model.model, self.model.hook_name, self.prompts, compute_kl=False)
 
     def evaluate(self, sae: SAE[Any]) -> tuple[Reconstruction, float]:
         """An SAE in its inference form: reconstruction, and cross-entropy recovered."""
-        return evaluate_reconstruction(sae, self.activations), ce_loss_recovered(
-            sae, self.model.model, self.prompts, self.settings.max_norm_multiple
-        )
+        ce = ce_loss_recovered(sae, self._clean_losses, self.settings.max_norm_multiple)
+        return evaluate_reconstruction(sae, self.activations), ce
 
     def judge(self, sae: SAE[Any]) -> Reconstruction | None:
         """On documents that serve the choice of a learning rate and nothing else; None where there is no choice."""
-        return (
-            None
-            if self.for_choice is None
-            else evaluate_reconstruction(sae, self.for_choice.without_sinks().activations)
-        )
+        return None if self.for_choice is None else evaluate_reconstruction(sae, self.for_choice)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from saelens_cosine.activations.cache.cache import open_cache
+from saelens_cosine.activations.cache.contexts import as_dataset, training_contexts
+from saelens_cosine.activations.cache.identity import CacheIdentity
+from saelens_cosine.activations.cache.standing_in import fill, standing_in
+from saelens_cosine.activations.contexts import ContextForm
 from saelens_cosine.activations.gguf import SHA256
 from saelens_cosine.activations.models import HookedModel, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
-from saelens_cosine.activations.text import load_text
+from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.experiments.compare.grid import Point, is_tuned, points, trainings
-from saelens_cosine.experiments.compare.heldout import HeldOut
+from saelens_cosine.experiments.compare.heldout import HeldOut, context_size
 from saelens_cosine.experiments.compare.rates import chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.results import (
     ArmResult,
@@ -31,9 +37,10 @@ from saelens_cosine.experiments.compare.results import (
 )
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, begun
-from saelens_cosine.experiments.compare.training import Setting
+from saelens_cosine.experiments.compare.training import Setting, buffer_tokens
 from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import scratch_folder
+from saelens_cosine.plain import digest
 from saelens_cosine.progress import Progress, shown
 
 Placed = TypeVar("Placed", ArmResult, FailedArm)
@@ -115,29 +122,55 @@ def _compare(
     hooked = load_at_hooks(settings)
     if settings.plant_sinks:
         afterwards.callback(plant_sinks(hooked[0].model, hooked[0].hook_name))
-    progress("Gathering held-out activations", 0, 1)
     text = load_text(settings.dataset)
     state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint, SHA256: hooked[0].kwargs.get(SHA256)}
-
-    def documents(seed: int) -> Any:
-        return load_text(settings.dataset, seed).train
-
-    at = [
-        Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
-        for model in hooked
-    ]
     found: dict[Point, PointResult] = {}
     comparison = None
-    grid = points(settings)
-    for i, point in enumerate(grid):
-        found[point] = state.finished(point) or _run_point(
-            point, at[point.hook], found, output, progress, _called(point, i, settings)
-        )
-        comparison = _gathered(settings, at, found)
-        if on_point is not None:
-            on_point(comparison)
+    with _documents(settings, hooked, text, state, progress) as documents:
+        progress("Gathering held-out activations", 0, 1)
+        state.begin()
+        at = [
+            Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
+            for model in hooked
+        ]
+        for i, point in enumerate(points(settings)):
+            found[point] = state.finished(point) or _run_point(
+                point, at[point.hook], found, output, progress, _called(point, i, settings)
+            )
+            comparison = _gathered(settings, at, found)
+            if on_point is not None:
+                on_point(comparison)
+    state.forget_activations()
     assert comparison is not None  # there is at least one seed
     return comparison
+
+
+@contextmanager
+def _documents(
+    settings: ComparisonSettings,
+    hooked: Sequence[HookedModel],
+    text: TextSplits,
+    state: ComparisonState,
+    progress: Progress,
+) -> Generator[Callable[[int], Any]]:
+    """The training text of a seed, as SAELens' store takes it: documents, or where activations are kept, contexts that have been run.
+
+    Where they are kept, the model answers from there while this is open.
+    """
+    folder = settings.activations or (state.activations if settings.is_grid else None)
+    if folder is None:
+        yield lambda seed: load_text(settings.dataset, seed).train
+        return
+    model, form = hooked[0], ContextForm(context_size(settings, hooked[0]))
+    planted = [model.hook_name] if settings.plant_sinks else []
+    identity = CacheIdentity.of(model, [one.hook_name for one in hooked], form, settings.dataset, text, planted)
+    buffer = max(buffer_tokens(settings, one.d_in) for one in hooked)
+    with open_cache(folder, identity) as cache:
+        contexts = training_contexts(model, text.train, form, settings.tokens, progress, buffer)
+        state.settings["contexts"] = digest(None, {"contexts": contexts})  # another number of them is another order
+        fill(cache, model.model, contexts, progress)
+        with standing_in(model.model, cache):
+            yield partial(as_dataset, contexts)
 
 
 def load_at_hooks(settings: ComparisonSettings) -> list[HookedModel]:
@@ -158,10 +191,10 @@ def load_at_hooks(settings: ComparisonSettings) -> list[HookedModel]:
 
 
 def _called(point: Point, number: int, settings: ComparisonSettings) -> str:
-    """What progress calls the training of a point."""
+    """What tells the training of a point from the others, after the name of a stage."""
     if settings.is_grid:
-        return f"Training {' '.join(point.parts)}"
-    return "Training" if settings.seeds == 1 else f"Training, seed {number + 1} of {settings.seeds}"
+        return f", {' '.join(point.parts)}"
+    return "" if settings.seeds == 1 else f", seed {number + 1} of {settings.seeds}"
 
 
 def _run_point(
@@ -170,7 +203,7 @@ def _run_point(
     found: Mapping[Point, PointResult],
     output: Output,
     progress: Progress,
-    what: str,
+    which: str,
 ) -> PointResult:
     """Train what a point takes, choose learning rates if it is the one for that, and put SAEs and record in their places.
 
@@ -189,7 +222,7 @@ def _run_point(
             folder = workspace / run.name
             if done is None:
                 folder.mkdir()
-                called = what if run.lr is None or len(settings.rates) < 2 else f"{what}, lr {run.lr:g}"
+                called = which if run.lr is None or len(settings.rates) < 2 else f"{which} lr {run.lr:g}"
                 with ExitStack() as until_kept:
                     checkpoints = until_kept.enter_context(state.checkpoints(run))
                     done = at.train(run, folder, checkpoints, progress, called)
@@ -233,7 +266,7 @@ def _gathered(settings: ComparisonSettings, at: Sequence[Setting], found: Mappin
     for number, one in enumerate(at):
         shares = [result.dropped_share for point, result in found.items() if point.hook == number]
         mean = sum(shares) / len(shares) if shares else 0.0
-        hooks.append(HookResult(one.model.hook_name, one.model.d_in, mean, one.heldout.dropped_share))
+        hooks.append(HookResult(one.model.hook_name, one.model.d_in, mean, one.heldout.dropped_share, one.heldout.site))
     return Comparison(
         settings,
         tuple(hooks),

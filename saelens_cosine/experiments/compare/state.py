@@ -79,6 +79,31 @@ class ComparisonState:
                         f"{output.folder} holds a comparison that is not finished ({path}). Pass --resume to go on with it, "
                         "--overwrite to replace it, or choose another folder."
                     )
+        if not resume:
+            self.forget_activations()
+
+    def begin(self) -> None:
+        """Before the first training, once the settings are complete.
+
+        Raises:
+            ValueError: the comparison to go on with has others; names them with both values.
+        """
+        name = f"{FOLDER}/settings.json"
+        path = self.output.results / name
+        if self.resume and path.is_file():
+            check_same(read_json(path), self.settings, self.output.folder)
+            return
+        with self.output.file(name) as unfinished:
+            unfinished.write_text(json.dumps(self.settings))
+
+    @property
+    def activations(self) -> Path:
+        """Folder of activations that this comparison alone reads."""
+        return self.output.results / FOLDER / "activations"
+
+    def forget_activations(self) -> None:
+        """Those that nobody else reads; also what an earlier comparison has left."""
+        shutil.rmtree(self.activations, ignore_errors=True)
 
     def finished(self, point: Point) -> PointResult | None:
         """What is known of a point; None if it has to be trained.

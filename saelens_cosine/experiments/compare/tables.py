@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from saelens_cosine.activations.site import site_lines
 from saelens_cosine.console import literal, plain_table, shown_number
 from saelens_cosine.experiments.compare.file import SCHEMAS
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried
@@ -44,6 +45,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "matched": matched.as_json(comparison),
         "settings": {
             **asdict(settings),
+            "activations": None if settings.activations is None else str(settings.activations),
             "fve_definition": FVE_DEFINITION,
             "ce_definition": CE_DEFINITION,
             "dead_definition": "share of features with no activation on the dead_window_tokens held-out tokens",
@@ -167,7 +169,10 @@ def _results(comparison: Comparison) -> Table:
         seeds = "" if len(results) == _n_seeds(comparison) else f" ({len(results)} of {_n_seeds(comparison)} seeds)"
         table.add_row(arm + seeds, *(_mean_and_spread(map(one.of, results), one.form) for one in _MEASURES))
     # the divergence costs a third of the evaluation: softmaxes over the vocabulary
-    table.caption = "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."
+    sites = [line for hook in comparison.hooks if hook.site is not None for line in site_lines(hook.site)]
+    table.caption = "\n".join(
+        [*sites, "CE recov.: of the loss on the next token alone; `saelens-cosine evaluate` has KL beside it."]
+    )
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import ResumableRun
+from saelens_cosine.training.resuming.run import FILLING, ResumableRun
 from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 
@@ -57,7 +58,7 @@ class Setting:
     state: ComparisonState
 
     def train(
-        self, training: Training, folder: Path, checkpoints: Checkpoints, progress: Progress, what: str
+        self, training: Training, folder: Path, checkpoints: Checkpoints, progress: Progress, which: str
     ) -> Trained:
         """Train, and write each SAE's inference form to `folder/<arm>`.
 
@@ -66,7 +67,7 @@ class Setting:
             folder: where SAEs go.
             checkpoints: where the training goes on from, if there are any.
             progress: called with what is being done.
-            what: how it calls the training.
+            which: what it adds to the name of a stage, to tell this training from the others.
 
         Raises:
             FloatingPointError: no arm could be trained to its end, and there is one learning rate.
@@ -80,7 +81,6 @@ class Setting:
             saes,
             config.hook_names_per_sae,
             every_steps=max(1, config.total_training_steps // 40),
-            on_step=lambda tokens: progress(what, min(tokens, settings.tokens), settings.tokens),
         )
         run = ResumableRun(
             runner,
@@ -90,6 +90,8 @@ class Setting:
             parts={"norm_filter": norm_filter, "monitor": monitor},
             go_on="Run the same command with --resume to go on.",
             stop=StopRequests(self.state.stop_signals),
+            on_step=partial(progress, f"Training{which}"),
+            on_fill=partial(progress, f"{FILLING}{which}"),
         )
         monitor.attach(runner)
         self.state.go_on(run, checkpoints)
@@ -171,7 +173,7 @@ class Setting:
             model_from_pretrained_kwargs=model.kwargs,
             dataset_path=settings.dataset,
             context_size=size,
-            n_batches_in_buffer=max(1, _buffer_tokens(settings, model.d_in) // size),
+            n_batches_in_buffer=max(1, buffer_tokens(settings, model.d_in) // size),
             store_batch_size_prompts=16,
             device=settings.device,
             seed=seed,
@@ -195,7 +197,7 @@ class Setting:
         return runner, config, saes
 
 
-def _buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
+def buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
     """Tokens that SAELens' mixing buffer holds: many documents at once, in a quarter of a GiB of float32."""
     batch = get_recipe(settings.recipe, settings.tokens).runner["train_batch_size_tokens"]
     return max(2 * batch, min(settings.tokens, 2**26 // d_in))

@@ -33,7 +33,7 @@ class EvaluationSettings:
         context_size (int | None): Tokens per context; None for the SAE's own, or 128.
         device (str): Where everything runs.
         activations (Path | None): Folder of a cache of activations (see `activations.cache`): held-out contexts are read from there, and added where it lacks them. They are rounded to bfloat16. None: no cache.
-        loss_tokens (int): Tokens that `loss` takes, at most: it runs the whole model several times on each.
+        loss_tokens (int): Tokens that `loss` takes, at most: the model runs on each twice, and from the hook on again for every SAE.
         tasks (tuple[str, ...] | None): What `probing` and `decomposition` probe for, see `tasks.load_tasks`; None: the bundled corpus' tasks on the bundled corpus, sae-probes' data sets on any other text.
         task_texts (int): Texts of each task, at most.
         causal_contexts (int): Contexts that `causal` and `patching` edit; the paper's 200.

@@ -6,7 +6,7 @@ SAELens' own `get_recons_loss` gives the same numbers, and runs the model as it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.metrics.causal.resumed import ResumedModel
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
-from saelens_cosine.metrics.reconstruction.clean_losses import CleanBatch, CleanLosses, TokenLosses, clean_losses
+from saelens_cosine.metrics.reconstruction.clean_losses import CleanBatch, CleanLosses, TokenLosses
 
 CE_DEFINITION = "(L_zero - L_sae) / (L_zero - L): L_sae passes high-norm tokens through where they are filtered, L_zero zeroes every token"
 
@@ -126,12 +126,8 @@ def loss_recovered(sae: SAE[Any], clean: CleanLosses, max_norm_multiple: float |
     return LossRecovered(groups.measure(measure), replaced / len(groups.group), max_norm_multiple)
 
 
-def ce_loss_recovered(
-    sae: SAE[Any], model: Any, token_batches: Iterable[torch.Tensor], max_norm_multiple: float | None
-) -> float:
+def ce_loss_recovered(sae: SAE[Any], clean: CleanLosses, max_norm_multiple: float | None) -> float:
     """`ce_loss_score` of `loss_recovered` over all tokens."""
-    metadata = sae.cfg.metadata
-    clean = clean_losses(model, metadata.hook_name, token_batches, metadata.hook_head_index, compute_kl=False)
     return loss_recovered(sae, clean, max_norm_multiple).by_norm.all_norms.overall.ce_loss_score
 
 

@@ -26,6 +26,9 @@ from saelens_cosine.training.resuming.stream import ResumableStream, StreamState
 SCHEMA = "saelens-cosine-checkpoint/1"
 """Name and version of the layout of what is beside SAELens' files."""
 
+FILLING = "Filling the mixing buffer"
+"""What `on_fill` tells of."""
+
 _STATE, _TENSORS = Path(OWN_FOLDER) / "state.json", Path(OWN_FOLDER) / "state.safetensors"
 
 MAY_DIFFER = frozenset(
@@ -149,6 +152,7 @@ class ResumableRun:
         go_on (str): How to go on, told when a signal has stopped the run.
         stop (StopRequests): Signals that stop it.
         on_step (Callable[[int, int], None] | None): Called before the first step and after each with the tokens trained on, and all there are.
+        on_fill (Callable[[int, int], None] | None): Called before that with the tokens that wait in the mixing buffer, and those it takes.
     """
 
     runner: Any
@@ -159,15 +163,18 @@ class ResumableRun:
     go_on: str = "Resume it."
     stop: StopRequests = field(default_factory=StopRequests)
     on_step: Callable[[int, int], None] | None = None
+    on_fill: Callable[[int, int], None] | None = None
     _generators: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     _trainer: Any = field(default=None, init=False, repr=False)
     _due: int = field(default=0, init=False, repr=False)
     _schedule_tokens: int | None = field(default=None, init=False, repr=False)
     _batches_before: int = field(default=0, init=False, repr=False)
+    _fills: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         prefetched = self.runner.cfg.prefetch_llm_batches
         self._stream = ResumableStream(self.runner.activations_store, int(prefetched) if prefetched else None)
+        self._stream.on_fill = self._filling
         self.stop.begun = lambda: self._stream.begun
         multiple = hasattr(self.runner, "saes")
         self._multiple = multiple
@@ -198,7 +205,8 @@ class ResumableRun:
         final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
         if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
             restore_generators(*self._generators)
-        self._tell(trainer.n_training_samples, trainer.cfg.total_training_samples)
+        if self._stream.begun or trainer.n_training_samples >= trainer.cfg.total_training_samples:
+            self._tell(trainer.n_training_samples, trainer.cfg.total_training_samples)
         with handled(dict.fromkeys(self.stop.signals, self.stop)):
             result = trainer.fit()
         if final and self.checkpoints is not None:
@@ -235,6 +243,14 @@ class ResumableRun:
         if stopped:
             assert self.stop.received is not None
             raise StopError(self.stop.received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
+
+    def _filling(self, tokens: int, size: int) -> None:
+        if tokens < size or self._fills:  # else a checkpoint holds the first batch already
+            self._fills = True
+            if self.on_fill is not None:
+                self.on_fill(tokens, size)
+        if tokens >= size and self._trainer is not None:
+            self._tell(self._trainer.n_training_samples, self._trainer.cfg.total_training_samples)
 
     def _tell(self, tokens: int, total: int) -> None:
         if self.on_step is not None:

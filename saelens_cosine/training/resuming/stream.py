@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -164,6 +164,8 @@ class ResumableStream:
             None if prefetched is None else deque(maxlen=prefetched + 3)
         )
         self._made = 0
+        self.on_fill: Callable[[int, int], None] = _untold
+        """Called with the tokens that the mixing buffer holds, and those it will, until the first batch is made; then with all."""
         if store.dataset is not None:
             store.dataset = Rows(store.dataset)  # pyright: ignore[reportAttributeAccessIssue]
         store.get_data_loader = self._single
@@ -232,18 +234,29 @@ class ResumableStream:
 
     def _mixed(self, source: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         store = self.store
+        size = store.n_batches_in_buffer * store.training_context_size
         settings = {
-            "buffer_size": store.n_batches_in_buffer * store.training_context_size,
+            "buffer_size": size,
             "batch_size": store.train_batch_size_tokens,
             "mix_fraction": store.activations_mixing_fraction,
         }
-        self._batches = MixedBatches(settings, source, **self._start)
+        held = len(self._start.get("storage", ()))
+        self._batches = MixedBatches(settings, self._filling(source, held, size), **self._start)
         self._start = {}
         for batch in self._batches:
+            if not self.begun:
+                self.on_fill(size, size)
             self._made += 1
             if self._ahead is not None:
                 self._ahead.append((self._made, self._now()))
             yield batch
+
+    def _filling(self, source: Iterator[torch.Tensor], held: int, size: int) -> Iterator[torch.Tensor]:
+        for activations in source:
+            held += len(activations)
+            if not self.begun and held < size:
+                self.on_fill(held, size)
+            yield activations
 
     def _single(self) -> Iterator[torch.Tensor]:
         return self._mixed(self.store._iterate_filtered_activations())  # pyright: ignore[reportPrivateUsage]
@@ -258,6 +271,10 @@ class ResumableStream:
         at_hooks = store._iterate_filtered_multi_hook_activations()  # pyright: ignore[reportPrivateUsage]
         for batch in self._mixed(torch.cat([found[hook] for hook in hooks], dim=1) for found in at_hooks):
             yield dict(zip(hooks, batch.split(widths, dim=1), strict=True))
+
+
+def _untold(_done: int, _total: int) -> None:
+    """Nobody asks."""
 
 
 def _nothing(_checkpoint_path: Any) -> None:

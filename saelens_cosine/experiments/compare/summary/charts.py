@@ -126,7 +126,7 @@ def by_norm(arms: Arms, found: dict[str, ByK], where: str, *, k: int) -> Iterato
     if not bins:
         return
     quartiles = QUARTILES[: len(bins)]
-    ticks = {float(q): f"Q{q + 1}\n{short(b.low)} to {short(b.high)}" for q, b in enumerate(bins)}
+    ticks = {float(q): f"Q{q + 1}\n{short(b.low)} to\n{short(b.high)}" for q, b in enumerate(bins)}
     values = {arm: [quartile.over_seeds(results) for quartile in quartiles] for arm, results in shown.items()}
     x = Axis("norm of the activation, quartiles", ends=(-0.5, len(bins) - 0.5), ticks=ticks)
     plot = Plot(arms, x, Axis("FVE", ends=ends(_all(values))))

@@ -36,7 +36,7 @@ from saelens_cosine.report.estimate import Estimate
 from saelens_cosine.report.page import Page, Section
 from saelens_cosine.report.table import Cell, Table
 
-TABLE = (FVE, L0, DEAD, CE, SECONDS)
+TABLE = (FVE, L0, DEAD, CE)
 
 COMPARED = (FVE, CE, DEAD, L0, *QUARTILES)
 
@@ -218,6 +218,10 @@ def _results(comparison: Comparison) -> Iterator[Table | str]:
                 cells = [measure.over_seeds(by_k[k]) if k in by_k else "-" for by_k in arms.values()]
                 if any(isinstance(cell, Estimate) and math.isfinite(cell.value) for cell in cells):
                     rows.append([measure.title + f", k={k}" * (len(ks) > 1), *cells])
+        seconds = [[r.seconds for of in by_k.values() for r in of] for by_k in arms.values()]
+        rows.append(
+            [SECONDS.label + ", mean over ks" * (len(ks) > 1), *(Estimate(sum(each) / len(each)) for each in seconds)]
+        )
         yield from _titled(comparison, hook, Table(f"Results{_where(comparison, hook)}", ("measure", *arms), rows))
 
 
