@@ -13,8 +13,8 @@ by nearly the same in every seed since the ks are the same: more seeds do not ma
 added: the half width grows by the mean over seeds of |PCHIP - linear| at the x in question, which is 0 at the arm's own points.
 
 That is an estimate and no bound. Where x and y are smooth, monotone functions of k (logarithms, powers, saturating ones) and k is
-doubled twice, the cubic is wrong by 1 to 7 % of the curve's range at worst. The estimate is mostly larger than that error, but
-close to zero where the points lie on a line though the curve bends between them. More ks help; through two, both
+doubled twice, the cubic is wrong by 1 to 7 % of the curve's range at worst. The estimate is larger than that error in most of these
+cases, but close to zero where the points lie on a line though the curve bends between them. More ks help; through two, both
 interpolations are one line, so there is nothing to tell the error by and no interval. A mean is given only where all seeds are
 inside: those that happen to reach the control's x are not seeds like any other.
 """
@@ -94,7 +94,7 @@ class MatchedDifference:
         seeds (tuple[int, ...]): Those that both arms have.
         difference (Difference | None): Mean over these seeds and its 95 % interval, the interpolation's error included; None unless
             all are inside the arm's range.
-        interpolation (float | None): The share of the half width that is the interpolation's error, in the units of y; None if unknown.
+        interpolation (float | None): The part of the half width that is the interpolation's error, in the units of y; None if unknown.
         outside (tuple[Outside, ...]): Seeds in which the arm does not reach the control's x.
         refused (str | None): Why no curve could be drawn.
     """

@@ -10,6 +10,7 @@ from made_comparisons import ARMS, ce, failed, fve, made_comparison
 from rich.console import Console
 
 from saelens_cosine.experiments.compare.summary.matched import as_json, as_tables, matched
+from saelens_cosine.experiments.compare.summary.page import write_page
 from saelens_cosine.metrics.matched import OUTSIDE
 from saelens_cosine.plain import plain
 
@@ -67,7 +68,7 @@ def test_with_one_k_nothing_is_matched():
     comparison = made_comparison(ks=(32,))
     assert matched(comparison) == ()
     assert as_json(comparison) == []
-    assert list(as_tables(comparison)) == []
+    assert as_tables(comparison) == []
 
 
 def test_an_sae_that_could_not_be_trained_shortens_its_curve():
@@ -91,6 +92,15 @@ def test_figures_that_are_not_finite_are_refused_by_name():
     assert f"Not matched: {COSINE}: seed 1" in " ".join(
         text(as_tables(replace(comparison, arms=tuple(broken)))).split()
     )
+
+
+def test_what_no_control_has_is_left_out(tmp_path):
+    comparison = made_comparison()
+    arms = [replace(a, ce_loss_recovered=math.nan) if a.architecture == INNER else a for a in comparison.arms]
+    comparison = replace(comparison, arms=tuple(arms))
+    assert "ce_loss_recovered" not in {item.measure.name for item in matched(comparison)}
+    assert {cell for table in as_tables(comparison) for cell in table.columns[3].cells} >= {"-"}
+    write_page(comparison, tmp_path / "comparison.html")
 
 
 def test_json_holds_differences_and_why_there_are_none():
@@ -125,7 +135,8 @@ def test_the_terminal_says_what_was_seen_and_what_an_interval_is_over():
     assert " ".join(lines[2][1:]) == "64 0.7000" + 3 * " outside (0/3 in)"
     assert "none seen ±" in text(as_tables(made_comparison()))
     assert "Intervals hold the interpolation's error" in shown
-    assert "would by chance" in shown
+    assert shown.count("would by chance") == 1
+    assert [bool(table.caption) for table in as_tables(made_comparison(layers=(1, 3)))] == [False, False, False, True]
     single = text(as_tables(made_comparison(seeds=1)))
     assert "No intervals: one seed." in single
     assert "±" not in single

@@ -12,7 +12,7 @@ from saelens_cosine.files.whole import read_json
 NAME = "comparison.json"
 
 _FAMILY = "saelens-cosine/comparison/"
-SCHEMAS = (f"{_FAMILY}1", f"{_FAMILY}2")
+SCHEMAS = ("saelens-cosine/comparison/1", "saelens-cosine/comparison/2")
 """Layouts that are read. The first has one hook and one k."""
 
 

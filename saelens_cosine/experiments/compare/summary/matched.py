@@ -97,9 +97,10 @@ def as_json(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def as_tables(comparison: Comparison) -> Iterator[Table]:
-    """For each hook at FVE and at L0: a row for each arm and k of the control."""
-    found = matched(comparison)
+def as_tables(comparison: Comparison) -> list[Table]:
+    """For each hook at FVE and at L0, a row for each arm and k of the control; below the last what to know of them all."""
+    found = [item for item in matched(comparison) if item.measure in IN_TERMINAL]
+    tables: list[Table] = []
     several = len(comparison.hooks) > 1
     for hook, at in dict.fromkeys((item.hook_name, item.at) for item in found):
         items = [item for item in found if (item.hook_name, item.at) == (hook, at)]
@@ -112,11 +113,13 @@ def as_tables(comparison: Comparison) -> Iterator[Table]:
         )
         for arm, k in dict.fromkeys((item.architecture, item.found.k) for item in items):
             row = {i.measure: i.found for i in items if (i.architecture, i.found.k) == (arm, k)}
-            first = row[measures[0]]
-            at_x = at.form.format(first.x) if math.isfinite(first.x) else "-"
-            table.add_row(arm, f"{k:g}", at_x, *(row[measure].brief(measure.form) for measure in measures))
-        table.caption = "\n".join(notes([item for item in items if item.measure in measures]))
-        yield table
+            at_x = next((at.form.format(of.x) for of in row.values() if math.isfinite(of.x)), "-")
+            cells = [row[measure].brief(measure.form) if measure in row else "-" for measure in measures]
+            table.add_row(arm, f"{k:g}", at_x, *cells)
+        tables.append(table)
+    if tables:
+        tables[-1].caption = "\n".join(notes(found))
+    return tables
 
 
 def notes(items: list[Matched]) -> list[str]:

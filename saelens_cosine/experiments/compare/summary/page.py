@@ -97,7 +97,7 @@ def comparison_page(comparison: Comparison) -> Page:
             "Training",
             "FVE is measured on batches that follow. BatchTopK keeps k features per token of a batch on average; the saved SAE has a "
             "threshold instead.",
-            tuple(_per_hook(comparison, _courses, arms)),
+            (*_per_hook(comparison, training, arms), *_per_hook(comparison, exponents, arms)),
         ),
         Section(
             "norms",
@@ -277,7 +277,7 @@ def _matched(comparison: Comparison) -> Iterator[Table | str]:
             rows.append(
                 [
                     arm,
-                    _place(at, next(iter(cells.values()))),
+                    _place(at, max(cells.values(), key=lambda of: math.isfinite(of.x))),
                     *(_cell(cells[m]) if m in cells else "-" for m in measures),
                 ]
             )
@@ -320,11 +320,6 @@ def _per_hook(comparison: Comparison, draw: Callable[..., Iterator[Chart]], arms
 def _curves(arms: Arms, found: dict[str, ByK], where: str) -> Iterator[Chart]:
     """None with one k, of which the table says as much."""
     return against_l0(arms, found, where) if len(ks_of(found)) > 1 else iter(())
-
-
-def _courses(arms: Arms, found: dict[str, ByK], where: str) -> Iterator[Chart]:
-    yield from training(arms, found, where)
-    yield from exponents(arms, found, where)
 
 
 def _rates(comparison: Comparison, arms: Arms) -> Iterator[Chart]:
