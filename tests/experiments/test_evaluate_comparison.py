@@ -142,6 +142,7 @@ def test_each_text_is_made_once_and_freed_before_the_next(grid, monkeypatch, tmp
     evaluate([str(grid[0])], with_evals("reconstruction"), tmp_path / "out")
     assert len(made) == len({place for place, _ in made}) == 16  # no SAE is loaded twice to be a partner
     assert len({id(text) for _, text in made}) == 2
+    assert len({id(text.model) for _, text in made}) == 1
     assert freed == [(HOOKS["layer1"], 8), (HOOKS["layer3"], 16)]
 
 
@@ -156,14 +157,20 @@ def test_a_single_sae_stands_in_the_condition_that_its_config_tells(grid, tmp_pa
 
 
 def test_a_baseline_without_a_condition_is_that_of_all(grid, tmp_path):
-    alone = saved_sae(tmp_path / "alone", seed=99)
+    alone = saved_sae(tmp_path / "alone", seed=99, name="cosine_batchtopk")
     config = json.loads((Path(alone) / "cfg.json").read_text())
-    del config["metadata"]["hook_name"], config["k"]
-    config["metadata"].pop("training_architecture_details", None)
+    config["metadata"].pop("training_architecture_details", None)  # the only one to tell its k
     (Path(alone) / "cfg.json").write_text(json.dumps(config))
     at_3 = [f"{grid[0]}/{path}" for path in grid[1] if "layer3" in path]
-    (baseline, *_) = parse_sources([*at_3, alone], "alone")
-    assert (baseline.condition, baseline.k) == ("", None)
+    sources = parse_sources([*at_3, alone], "alone")
+    assert (sources[0].condition, sources[0].k) == ("", None)
+    found = evaluate([*at_3, alone], with_evals("reconstruction"), tmp_path / "out", baseline="alone")
+    document = found.document()
+    assert {sae["baseline"] for sae in document["saes"]} == {None, alone}
+    both = {(item["arm"], item["condition"]) for item in document["differences"] + document["unpaired"]}
+    assert {arm for arm, _ in both} <= {*ARMS, "alone"}
+    assert {condition for _, condition in both} == {"k4", "k8"}
+    assert [list(part.arms) for part in found.by_condition.values()] == [["alone", *ARMS]] * 2
 
 
 def test_a_condition_that_the_control_lacks_is_said(grid, tmp_path):

@@ -170,6 +170,6 @@ def test_the_page_s_section():
         f"At matched {x}, sinks out, blocks.{i}.hook_resid_post" for i in (0, 1) for x in ("FVE", "L0")
     ]
     rows = {row[:2]: row[2] for row in map(tuple, tables[0].rows)}
-    assert rows["accuracy, sinks out", "0.601 (k=16)"] == "outside the range (0 of 3 seeds inside)"
+    assert rows["accuracy, sinks out", "0.601 (k=16)"] == "outside the range"
     assert rows["accuracy, sinks out", "0.651 (k=32)"].value == pytest.approx(-0.0199)
     assert "outside the range" in render(page)

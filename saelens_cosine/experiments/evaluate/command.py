@@ -66,7 +66,8 @@ def add_evaluate_command(commands: Any) -> None:
         "saes",
         nargs="+",
         metavar="SAE",
-        help="a folder, a Hub repository or a short name; name#sae_id for one of several; arm=SAE names its arm. Folders "
+        help="a folder, a Hub repository or a short name; name#sae_id for one of several; arm=SAE names its arm. The folder of a "
+        "comparison stands for all of its SAEs, which are compared hook by hook and k by k. Folders "
         "arm/seed0, arm/seed1 are seeds of one arm, compared seed by seed with those of the baseline; with one seed, FVE's interval "
         f"is over documents, of which it takes {FEWEST_DOCUMENTS}",
     )

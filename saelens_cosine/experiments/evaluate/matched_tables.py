@@ -20,9 +20,12 @@ from saelens_cosine.report.table import Cell, Table
 REST = "All other figures stand in the field matched of evaluation.json."
 
 
-def matched_tables(found: Evaluation) -> Iterator[RichTable]:
-    """For each hook at FVE and at L0 a row for each arm and figure of the first table, a column for each k of the baseline."""
+def matched_tables(found: Evaluation) -> list[RichTable]:
+    """For each hook at FVE and at L0 a row for each arm and figure of the first table, a column for each k of the baseline; below the
+    last what to know of them all."""
     first = columns(found.saes)
+    tables: list[RichTable] = []
+    shown: list[MatchedFigure] = []
     for hook, at, items in _by_hook(found, first):
         title = in_condition(f"At matched {at}: minus {found.baseline} at each of its ks", hook)
         ks = {item.found.k: item.found for item in reversed(items)}
@@ -32,8 +35,11 @@ def matched_tables(found: Evaluation) -> Iterator[RichTable]:
             of = {item.found.k: item.found for item in items if (item.arm, item.measure) == (arm, measure)}
             form = first[measure].column or "{:.4g}"
             table.add_row(arm, measure, *(of[k].brief(form) if k in of else "-" for k in sorted(ks)))
-        table.caption = "\n".join(_about(items))
-        yield table
+        tables.append(table)
+        shown += items
+    if tables:
+        tables[-1].caption = "\n".join(_about(shown))
+    return tables
 
 
 def matched_section(found: Evaluation, arms: Arms, treatment: Treatment) -> Iterator[Chart | Table | str]:
@@ -100,7 +106,7 @@ def _cell(found: MatchedDifference) -> Cell:
         return "not matched"
     difference = found.difference
     if difference is None:
-        return OUTSIDE + (f" ({found.inside} of {len(found.seeds)} seeds inside)" if len(found.seeds) > 1 else "")
+        return f"{OUTSIDE} in {len(found.outside)} of {len(found.seeds)} seeds" if found.inside else OUTSIDE
     return Estimate(difference.mean, difference.low, difference.high)
 
 

@@ -100,6 +100,9 @@ def _evaluate(
     against = {source: _baseline(parsed, source) for source in parsed}
     kept: dict[Source, Subject] = {}
     order = in_turn(parsed)
+    due = (
+        0.0  # when what is there is gathered: after each SAE, or less often where there is so much that this takes long
+    )
     with Loader(settings, folder.resolve(), measured.progress) as loader:
         for i, source in enumerate(order):
             later = order[i + 1 :]
@@ -118,8 +121,11 @@ def _evaluate(
             kept = {one.source: one for one in (*kept.values(), subject) if one.source in needed}
             if not any(one.hook in (None, source.hook) for one in later):
                 subject.text.forget()
-            with output.file("evaluation.json") as path:  # after each SAE
-                write_json(found.document(), path)
+            if not later or time.perf_counter() >= due:
+                start = time.perf_counter()
+                with output.file("evaluation.json") as path:
+                    write_json(found.document(), path)
+                due = time.perf_counter() + 10 * (time.perf_counter() - start)
     measured.end()
     return found
 

@@ -316,17 +316,17 @@ class Loader(ExitStack):
             yield
 
     def _model(self, name: str, hook: str, planted: bool, metadata: Any) -> HookedModel:
-        """The model as the SAE's metadata say that it was loaded."""
+        """The model as the SAE's metadata say that it was loaded, once for all hooks that nothing is planted at."""
         class_name, kwargs = metadata.model_class_name, metadata.model_from_pretrained_kwargs
         choice = choose_model(name, hook, class_name, kwargs)
-        key = (name, hook, planted, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
+        key = (name, hook if planted else None, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
         if key not in self._models:
             self.progress("Loading the model", 0, 1)
             hooked = load_hooked_model(name, self.settings.device, None, hook, class_name, kwargs)
             if planted:
                 self.callback(plant_sinks(hooked.model, hooked.hook_name))
             self._models[key] = hooked
-        return self._models[key]
+        return self._models[key].at(hook=hook)
 
     def _model_sha256(self, model: Any) -> str:
         """Of a model that is kept, once."""
