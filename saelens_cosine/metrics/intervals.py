@@ -70,6 +70,18 @@ class Difference:
         interval = f"{self.low:+.4f} to {self.high:+.4f}"
         return f"{self.mean:+.4f} ({interval})" if self.seen else f"{NO_DIFFERENCE} ({interval})"
 
+    def brief(self, form: str) -> str:
+        """What fits a column: `+0.0123 ±0.0040`, or without the mean where the interval holds zero.
+
+        Args:
+            form: of a figure, such as `{:.4f}`.
+        """
+        shown = form.replace("{:", "{:+").format(self.mean)
+        if self.low is None or self.high is None:
+            return shown
+        half = f"±{form.format((self.high - self.low) / 2)}"
+        return f"{shown} {half}" if self.seen else f"none seen {half}"
+
 
 class Chance(NamedTuple):
     """

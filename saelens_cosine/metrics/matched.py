@@ -126,15 +126,7 @@ class MatchedDifference:
             return "not matched"
         if self.difference is None:
             return "outside" if len(self.seeds) == 1 else f"outside ({self.inside}/{len(self.seeds)} in)"
-        shown, low, high = (
-            form.replace("{:", "{:+").format(self.difference.mean),
-            self.difference.low,
-            self.difference.high,
-        )
-        if low is None or high is None:
-            return shown
-        half = f"±{form.format((high - low) / 2)}"
-        return f"{shown} {half}" if self.difference.seen else f"none seen {half}"
+        return self.difference.brief(form)
 
 
 def about_matched(found: Sequence[tuple[str, MatchedDifference]], axes: Iterable[str] = ("seeds",)) -> list[str]:

@@ -208,9 +208,6 @@ def test_tables_and_picture_of_seeds_that_are_not_all_there(poisoned, text, tmp_
     tables = as_tables(comparison)
     assert list(tables[0].columns[0].cells) == ["inner_product_topk", "cosine_topk", "cosine_topk"]
     assert list(tables[1].columns[0].cells) == ["inner_product_topk (1 of 2 seeds)", "cosine_batchtopk"]
-    assert list(tables[-1].columns[-1].cells) == [
-        "seeds in common: 0; an interval takes 2",
-        "seeds in common: 1; an interval takes 2",
-    ]
+    assert list(tables[-1].columns[1].cells) == ["seeds in common: 0", "seeds in common: 1"]
     draw(comparison, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

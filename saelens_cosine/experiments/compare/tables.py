@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from saelens_cosine.experiments.compare.summary import matched
 from saelens_cosine.experiments.compare.summary.measures import CE, DEAD, FVE, L0, SECONDS
 from saelens_cosine.files import whole
 from saelens_cosine.files.secrets import scrubbed
-from saelens_cosine.metrics.intervals import NO_DIFFERENCE, Difference, about, by_chance, paired_difference
+from saelens_cosine.metrics.intervals import Difference, about, by_chance, paired_difference
 from saelens_cosine.metrics.reconstruction.fve import FVE_DEFINITION
 from saelens_cosine.metrics.reconstruction.loss_recovered import CE_DEFINITION
 from saelens_cosine.plain import plain
@@ -233,32 +234,30 @@ def _rate(tried: RateTried | None) -> Text | str:
 
 
 def _differences(comparison: Comparison) -> Table:
-    first = comparison.settings.arms[0]
+    first, measures = comparison.settings.arms[0], (FVE, CE, DEAD)
     table = plain_table(
-        f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds",
+        f"Difference to {first}, paired by seed, {_n_seeds(comparison)} seeds, 95 % intervals",
         ["architecture"],
-        ["measure", "mean", "95 % interval", ""],
+        [measure.title for measure in measures],
     )
     found: list[Difference] = []
     for hook_name, k in dict.fromkeys((arm.hook_name, arm.k) for arm in comparison.arms):
         here = [arm for arm in comparison.arms if (arm.hook_name, arm.k) == (hook_name, k)]
         by_seed = {arm: {r.seed: r for r in here if r.architecture == arm} for arm in comparison.settings.arms}
         for arm in comparison.settings.arms[1:]:
-            name = called(comparison, arm, hook_name, k)
             seeds = [seed for seed in by_seed[first] if seed in by_seed[arm]]
-            if len(seeds) < 2:
-                table.add_row(name, "-", "", "", f"seeds in common: {len(seeds)}; an interval takes 2")
-                continue
-            ours, firsts = [by_seed[arm][seed] for seed in seeds], [by_seed[first][seed] for seed in seeds]
-            for measure in (FVE, CE, DEAD):
-                heading = measure.title
-                if not all(math.isfinite(measure.of(result)) for result in (*ours, *firsts)):
-                    table.add_row(name, heading, literal("nan", "red"), "", "")
-                    continue
-                d = paired_difference(list(map(measure.of, ours)), list(map(measure.of, firsts)))
-                found.append(d)
-                verdict = "" if d.seen else NO_DIFFERENCE
-                table.add_row(name, heading, f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", verdict)
+            pairs = [(by_seed[arm][seed], by_seed[first][seed]) for seed in seeds]
+            cells: list[Text | str] = []
+            for measure in measures:
+                values = [(measure.of(ours), measure.of(firsts)) for ours, firsts in pairs]
+                if len(values) < 2:
+                    cells.append(f"seeds in common: {len(seeds)}" if measure is FVE else "-")
+                elif not all(map(math.isfinite, chain.from_iterable(values))):
+                    cells.append(literal("nan", "red"))
+                else:
+                    found.append(paired_difference(*map(list, zip(*values, strict=True))))
+                    cells.append(found[-1].brief(measure.form))
+            table.add_row(called(comparison, arm, hook_name, k), *cells)
     table.caption = "\n".join(about(["seeds"], by_chance(found)))
     return table
 
