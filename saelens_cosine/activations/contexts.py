@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -141,6 +141,16 @@ def sample_contexts(store: ActivationsStore, tokens: int) -> Contexts:
         )
     every = Contexts(torch.stack(found), torch.tensor(documents))
     return every.at_even_steps(max(1, -(-tokens // store.context_size)))
+
+
+def told(batches: Sequence[torch.Tensor], progress: Progress, what: str) -> Iterator[torch.Tensor]:
+    """Batches of contexts, and with each the tokens of those that are done."""
+    done, total = 0, sum(batch.numel() for batch in batches)
+    for batch in batches:
+        progress(what, done, total)
+        yield batch
+        done += batch.numel()
+    progress(what, done, total)
 
 
 def read_contexts(store: ActivationsStore, tokens: int, progress: Progress) -> Iterator[torch.Tensor]:

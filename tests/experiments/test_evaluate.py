@@ -314,3 +314,26 @@ def test_a_sample_knows_its_contexts_and_sinks():
     sample = dataclasses.replace(sample, activations=planted, ordinary=ordinary, max_norm_multiple=10.0)
     assert (len(sample), len(sample.without_sinks())) == (64, 63)
     assert sample.high_norm_share == pytest.approx(1 / 64)
+
+
+def test_every_eval_that_is_done_counts(run, tmp_path):
+    _, sources, _ = run
+    told = []
+    evals = with_evals("tokens", "reconstruction", "matching")  # 19 contexts of 32 tokens, 16 at a time
+    evaluate(sources[:2], evals, tmp_path, on_progress=lambda *progress: told.append(progress))
+    first, second = map(str, sources[:2])
+    assert told[:5] == [
+        ("Loading the model", 0, 1),
+        ("Reading held-out text", 0, 1),
+        ("Gathering held-out activations", 0, 608),
+        ("Gathering held-out activations", 512, 608),
+        ("Gathering held-out activations", 608, 608),
+    ]
+    assert [(what.split(": ")[-1], done, total) for what, done, total in told[5:]] == [
+        ("tokens", 0, 6),
+        ("reconstruction", 1, 6),  # with the text's, two of the first SAE's three; there is nothing to match it with
+        ("reconstruction", 3, 6),
+        ("matching", 4, 6),
+        ("Evaluated", 6, 6),
+    ]
+    assert [what.split(": ")[0] for what, *_ in told[6:9]] == [first, second, second]

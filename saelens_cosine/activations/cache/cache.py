@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from saelens_cosine.activations.cache.identity import CacheIdentity
@@ -163,6 +163,17 @@ def open_cache(folder: str | Path, identity: CacheIdentity) -> Generator[Activat
                 cache.flush()
 
 
+def kept_contexts(folder: str | Path) -> int:
+    """Contexts in a folder, whatever it is of; 0 if there is no cache.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    if not (Path(folder) / FILE).is_file():
+        return 0
+    return sum(_contexts(path) for _, path in _shards(Path(folder)))
+
+
 def _kept(folder: Path, asked: CacheIdentity) -> CacheIdentity:
     """What the cache in a folder is of, which serves for what is asked."""
     file = folder / FILE
@@ -195,6 +206,14 @@ def _shards(folder: Path) -> Generator[tuple[int, Path]]:
     for path in folder.iterdir():
         if found := _SHARD.fullmatch(path.name):
             yield int(found[1]), path
+
+
+def _contexts(path: Path) -> int:
+    try:
+        with safe_open(path, "pt") as shard:
+            return shard.get_slice("tokens").get_shape()[0]
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
 
 
 def _read(path: Path, identity: CacheIdentity) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,12 +90,19 @@ def fill(cache: ActivationCache, model: Any, contexts: torch.Tensor, progress: P
 def _run(run_with_cache: Callable[..., Any], tokens: torch.Tensor, cache: ActivationCache) -> None:
     """Contexts through the model in its own precision, as far as the last of the cache's hooks."""
     hooks = list(cache.identity.hooks)
+    with torch.autocast(tokens.device.type, enabled=False):
+        found = activations_at(run_with_cache, hooks, tokens)
+    cache.add(tokens.cpu(), {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
+
+
+def activations_at(
+    run_with_cache: Callable[..., Any], hooks: list[str], tokens: torch.Tensor
+) -> Mapping[str, torch.Tensor]:
+    """Activations of `tokens [contexts, length]` at several hooks, by hook, from one pass that goes as far as the last of them."""
     stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
     known = [stop for stop in stops if stop is not None]
     stop = max(known) if len(known) == len(stops) else None
-    with torch.autocast(tokens.device.type, enabled=False):
-        _, found = run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)
-    cache.add(tokens.cpu(), {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
+    return run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)[1]
 
 
 def _answered(cache: ActivationCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:

@@ -38,7 +38,7 @@ class Arm:
             options["matryoshka_widths"] = [max(1, round(share * settings.d_sae)) for share in MATRYOSHKA_LEVELS]
         self.sae: Any = sae_class(config_class(**options))
         self.clock = clock
-        self.trainer = SAETrainer(_trainer_config(settings), self.sae, iter(()))
+        self.trainer = SAETrainer(trainer_config(settings), self.sae, iter(()))
 
     def step(self, batch: torch.Tensor) -> None:
         self.trainer.step(batch)
@@ -126,7 +126,8 @@ class Arm:
             return SAE.load_from_disk(folder, device=str(self.sae.device))
 
 
-def _trainer_config(settings: BenchmarkSettings) -> SAETrainerConfig:
+def trainer_config(settings: BenchmarkSettings) -> SAETrainerConfig:
+    """Of SAELens' trainer, for steps that are timed."""
     return SAETrainerConfig(
         n_checkpoints=0,
         checkpoint_path=None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.console import print_tables, say
+from saelens_cosine.experiments.compare.budget import as_table, budget
 from saelens_cosine.experiments.compare.results import Comparison
 from saelens_cosine.experiments.compare.run import SUMMARY, compare, open_comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
@@ -93,6 +94,11 @@ def add_compare_command(commands: Any) -> None:
         default=Path("runs/compare"),
         help="folder for the SAEs, comparison.json, comparison.html and comparison.png",
     )
+    add(
+        "--budget",
+        action="store_true",
+        help="measure a second of each part, say what the comparison will cost in time, disk and memory, and stop",
+    )
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     add_run_options(parser)
     add("--quiet", action="store_true", help="print only the tables")
@@ -101,6 +107,12 @@ def add_compare_command(commands: Any) -> None:
 def run_compare(options: Any) -> int:
     """Compare, write `comparison.json`, `comparison.html` and `comparison.png` after each point of the grid, and print the tables."""
     folder: Path = options.output
+    settings = settings_from(ComparisonSettings, options)
+    if options.budget:
+        with progress_bar(options.quiet) as progress:
+            found = budget(settings, folder, progress)
+        print_tables([as_table(found)], 110)
+        return 0
     options.interrupted = f"What was finished is in {folder}; --resume goes on."
 
     def keep(comparison: Comparison) -> None:
@@ -116,7 +128,7 @@ def run_compare(options: Any) -> int:
         progress_bar(options.quiet) as progress,
     ):
         comparison = compare(
-            settings_from(ComparisonSettings, options),
+            settings,
             output,
             overwrite=options.overwrite,
             resume=options.resume,

@@ -128,7 +128,7 @@ def _compare(
     comparison = None
     with _documents(settings, hooked, text, state, progress) as documents:
         progress("Gathering held-out activations", 0, 1)
-        state.begin()
+        state.check()
         at = [
             Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
             for model in hooked

@@ -20,7 +20,7 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import read_json, whole_folder
 from saelens_cosine.plain import from_plain
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same, settings_of
 
 Found = TypeVar("Found")
 
@@ -82,19 +82,16 @@ class ComparisonState:
         if not resume:
             self.forget_activations()
 
-    def begin(self) -> None:
+    def check(self) -> None:
         """Before the first training, once the settings are complete.
 
         Raises:
-            ValueError: the comparison to go on with has others; names them with both values.
+            ValueError: what is there to go on with has others; names them with both values.
         """
-        name = f"{FOLDER}/settings.json"
-        path = self.output.results / name
-        if self.resume and path.is_file():
-            check_same(read_json(path), self.settings, self.output.folder)
-            return
-        with self.output.file(name) as unfinished:
-            unfinished.write_text(json.dumps(self.settings))
+        for path, _ in _seeds(self.output.results) if self.resume else ():
+            settings = _settings(path)
+            if settings is not None:
+                check_same(settings, self.settings, path)
 
     @property
     def activations(self) -> Path:
@@ -204,3 +201,16 @@ def _seeds(results: Path) -> Iterator[tuple[Path, int]]:
     for path in (results / FOLDER).glob("*seed*"):
         if found := _SEED.fullmatch(path.name):
             yield path, int(found[1])
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """Of a record, of SAEs among which a learning rate will be chosen, or of checkpoints; None of what is damaged, which is told of
+    where it is read."""
+    record = path if path.is_file() else path / _RECORD
+    try:
+        if record.is_file():
+            return dict(read_json(record)["settings"])
+        newest = Checkpoints(path, 1).newest(lambda _: None)
+        return None if newest is None else settings_of(newest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -100,10 +100,8 @@ def _evaluate(
     against = {source: _baseline(parsed, source) for source in parsed}
     kept: dict[Source, Subject] = {}
     order = in_turn(parsed)
-    due = (
-        0.0  # that what is there is gathered: after each SAE, or less often where there is so much that this takes long
-    )
-    with Loader(settings, folder.resolve(), on_progress) as loader:
+    due = 0.0  # when what is there is gathered: after each SAE, or later where that takes long
+    with Loader(settings, folder.resolve(), measured.progress) as loader:
         for i, source in enumerate(order):
             later = order[i + 1 :]
             other = against[source]
@@ -118,7 +116,7 @@ def _evaluate(
                 found, texts=tuple(texts.values()), saes=tuple(saes[source] for source in parsed if source in saes)
             )
             needed = {against[one] for one in later}
-            kept = {one.source: one for one in (*kept.values(), subject) if one.source in needed}
+            kept = {one.source: one for one in (partner, *kept.values(), subject) if one and one.source in needed}
             if not any(one.hook in (None, source.hook) for one in later):
                 subject.text.forget()
             if not later or time.perf_counter() >= due:
@@ -152,7 +150,7 @@ class _Measured:
 
     def __init__(self, folder: Path, settings: EvaluationSettings, progress: Progress, sources: Sequence[Source]):
         self.folder, self.settings, self.progress = folder, settings, progress
-        self.done, self.total = 0, len(sources) * len(settings.evals)
+        self.saes, self.done, self.total = 0, 0, len(sources) * len(settings.evals)
         self.firsts = {(source.arm, source.condition): source for source in reversed(sources)}
 
     def text(self, text: Text) -> MeasuredText:
@@ -175,7 +173,8 @@ class _Measured:
             found = found.and_of(self._results(subject, "arm", source.name, identity))
         if (baseline := subject.baseline) is not None:
             found = found.and_of(self._results(subject, "pair", source.name, identity + baseline.identity))
-        self.done = min(self.total, self.done + len(self.settings.evals))
+        self.saes += 1
+        self.done = self.saes * len(self.settings.evals)  # those that are not of this SAE too
         return MeasuredSAE(
             **found._asdict(),
             arm=source.arm,
@@ -204,6 +203,7 @@ class _Measured:
             if row.of != kind:
                 continue
             self.progress(f"{name}: {chosen}", self.done, self.total)
+            self.done += 1
             used = {field: settings[field] for field in (*ALWAYS_USED, *row.uses)}
             content = digest([identity, used, row.reads(of), versions(), *filter(None, [row.code])])
             file = self.folder / "measured" / f"{chosen}-{content[:16]}.json"

@@ -17,7 +17,7 @@ from scipy import sparse
 from saelens_cosine.activations.cache.cache import open_cache
 from saelens_cosine.activations.cache.identity import CacheIdentity
 from saelens_cosine.activations.cache.standing_in import standing_in
-from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
+from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
 from saelens_cosine.activations.hook_points import size_at_hook
 from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
@@ -267,13 +267,15 @@ class Loader(ExitStack):
         form = ContextForm.of(metadata, settings.context_size, hooked.context_size)
         key = (id(hooked.model), hook, head, dataset, planted, form)
         if key not in self._texts:
+            self.progress("Reading held-out text", 0, 1)
             splits = load_text(dataset)
             store = form.store(hooked.model, splits.heldout, hook, hooked.d_in, settings.device)
             contexts = sample_contexts(store, settings.tokens)
             seen = form.seen(hooked.model, contexts.tokens)
+            batches = told(contexts.batches, self.progress, "Gathering held-out activations")
             with self._cached(hooked, planted, form, dataset, splits):
                 sample = sample_tokens(
-                    hooked.model, hook, contexts.batches, settings.max_norm_multiple, contexts.documents, seen, head
+                    hooked.model, hook, batches, settings.max_norm_multiple, contexts.documents, seen, head
                 )
             if not len(sample):
                 raise ValueError(
@@ -319,6 +321,7 @@ class Loader(ExitStack):
         choice = choose_model(name, hook, class_name, kwargs)
         key = (name, hook if planted else None, choice.class_name, json.dumps(choice.kwargs, sort_keys=True))
         if key not in self._models:
+            self.progress("Loading the model", 0, 1)
             hooked = load_hooked_model(name, self.settings.device, None, hook, class_name, kwargs)
             if planted:
                 self.callback(plant_sinks(hooked.model, hooked.hook_name))

@@ -294,6 +294,15 @@ class ResumableRun:
             cfg.checkpoint_path = before
 
 
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """What the run that wrote a checkpoint was given.
+
+    Raises:
+        OSError, ValueError, KeyError: there is nothing of ours.
+    """
+    return read_json(checkpoint / _STATE)["settings"]
+
+
 def check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Compare the settings of a run with those of one that is to go on.
 
