@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
-from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts
+from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
 from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
 from saelens_cosine.activations.site import describe_site
@@ -16,6 +16,7 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction, evaluate_reconstruction
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.metrics.reconstruction.loss_recovered import ce_loss_recovered
+from saelens_cosine.progress import Progress, shown
 
 SET_APART = 5
 """Where learning rates are chosen, one held-out document in so many serves the choice, and no figure."""
@@ -34,13 +35,14 @@ class HeldOut:
         settings: of the comparison.
         model: hooked there.
         text: held-out documents.
+        progress: told of their tokens.
 
     Raises:
         ValueError: the text is too short, of one document where a learning rate is chosen, or nothing but zeros.
     """
 
-    def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any):
-        self.settings, self.model = settings, model
+    def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any, progress: Progress | None = None):
+        self.settings, self.model, self.progress = settings, model, shown(progress)
         form = ContextForm(context_size(settings, model))
         contexts = sample_contexts(
             form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens
@@ -67,7 +69,7 @@ class HeldOut:
         return sample_tokens(
             self.model.model,
             self.model.hook_name,
-            contexts.batches,
+            told(contexts.batches, self.progress, "Gathering held-out activations"),
             self.settings.max_norm_multiple,
             contexts.documents,
         )

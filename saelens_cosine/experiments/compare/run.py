@@ -130,7 +130,7 @@ def _compare(
         progress("Gathering held-out activations", 0, 1)
         state.check()
         at = [
-            Setting(settings, model, HeldOut(settings, model, text.heldout), text.rule, documents, state)
+            Setting(settings, model, HeldOut(settings, model, text.heldout, progress), text.rule, documents, state)
             for model in hooked
         ]
         for i, point in enumerate(points(settings)):
