@@ -21,7 +21,8 @@ from saelens_cosine.metrics.norms.norm_noise import NormNoise, norm_noise
 from saelens_cosine.metrics.reconstruction.by_norm import ReconstructionDiagnostics, diagnose_reconstruction
 from saelens_cosine.plain import from_plain, plain
 
-WITH_TENSORS = {"CleanRun", "NormGroups", "AFATokens"}
+WITH_TENSORS = {"CleanRun", "NormGroups", "AFATokens", "Point"}
+WITH_TENSORS |= {"CleanLosses", "CleanBatch", "TokenLosses", "Forward", "PassedOver"}  # of the model without an SAE
 """What metrics are made from, and is no result."""
 
 

@@ -14,16 +14,17 @@ from rich.table import Table
 
 from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
-from saelens_cosine.experiments.evaluate.matched_tables import matched_tables
 from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
 from saelens_cosine.experiments.evaluate.results.listing import (
     Figures,
     about_differences,
+    about_matched_figures,
     columns,
     in_condition,
     left_out,
+    matched_by_hook,
     not_finite,
     notes,
     of_arms,
@@ -32,11 +33,14 @@ from saelens_cosine.experiments.evaluate.results.listing import (
     summary,
     text_is,
     tokens_measured,
+    without_sinks_told,
 )
+from saelens_cosine.experiments.evaluate.results.matched import MatchedFigure
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
+from saelens_cosine.report.estimate import short
 from saelens_cosine.report.page import write_page
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
@@ -214,7 +218,7 @@ def as_tables(found: Evaluation) -> list[Table]:
             for condition, part in found.by_condition.items()
         ),
     ]
-    tables += matched_tables(found)
+    tables += _matched(found)
     if found.differences or found.unpaired:
         tables.append(_differences(found))
     tables.append(plain_table("Left out", ["arm", "eval", "reason"]))
@@ -265,6 +269,25 @@ def _results(found: Evaluation, first: Mapping[str, Figure]) -> Table:
                     values = ["-" if cell is None else shown_number(cell.value, form) for form, cell in cells]
                     table.add_row(*[condition] * (len(conditions) > 1), arm, str(len(entries)), sinks, *values)
     return table
+
+
+def _matched(found: Evaluation) -> list[Table]:
+    """For each hook at FVE and at L0 a row for each arm and figure of the first table, a column for each k of the baseline; below the
+    last what to know of them all."""
+    first, tables, shown = columns(found.saes), list[Table](), list[MatchedFigure]()
+    for hook, at, items in matched_by_hook(found):
+        title = in_condition(f"At matched {at}: minus {found.baseline} at each of its ks", hook)
+        ks = {item.found.k: item.found for item in reversed(items)}
+        heads = [f"k={k:g}, {without_sinks_told(at)} {short(ks[k].x)}" for k in sorted(ks)]
+        tables.append(plain_table(title, ["arm", "measure"], heads))
+        for arm, measure in dict.fromkeys((item.arm, item.measure) for item in items):
+            of = {item.found.k: item.found for item in items if (item.arm, item.measure) == (arm, measure)}
+            form = first[measure].column or "{:.4g}"
+            tables[-1].add_row(arm, measure, *(of[k].brief(form) if k in of else "-" for k in sorted(ks)))
+        shown += items
+    if tables:
+        tables[-1].caption = "\n".join(about_matched_figures(shown))
+    return tables
 
 
 def _differences(found: Evaluation) -> Table:

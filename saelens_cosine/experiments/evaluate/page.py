@@ -13,7 +13,7 @@ from typing import Any
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, EvalSection, NotMeasured, Shown, Treatment
 from saelens_cosine.experiments.evaluate.evals.of_text.tokens import TokenNorms
-from saelens_cosine.experiments.evaluate.matched_tables import matched_section
+from saelens_cosine.experiments.evaluate.page_matched import matched_section
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE
 from saelens_cosine.experiments.evaluate.results.listing import (
     about_differences,

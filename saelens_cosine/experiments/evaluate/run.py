@@ -100,9 +100,7 @@ def _evaluate(
     against = {source: _baseline(parsed, source) for source in parsed}
     kept: dict[Source, Subject] = {}
     order = in_turn(parsed)
-    due = (
-        0.0  # when what is there is gathered: after each SAE, or less often where there is so much that this takes long
-    )
+    due = 0.0  # when what is there is gathered: after each SAE, or later where that takes long
     with Loader(settings, folder.resolve(), measured.progress) as loader:
         for i, source in enumerate(order):
             later = order[i + 1 :]
@@ -118,7 +116,7 @@ def _evaluate(
                 found, texts=tuple(texts.values()), saes=tuple(saes[source] for source in parsed if source in saes)
             )
             needed = {against[one] for one in later}
-            kept = {one.source: one for one in (*kept.values(), subject) if one.source in needed}
+            kept = {one.source: one for one in (partner, *kept.values(), subject) if one and one.source in needed}
             if not any(one.hook in (None, source.hook) for one in later):
                 subject.text.forget()
             if not later or time.perf_counter() >= due:

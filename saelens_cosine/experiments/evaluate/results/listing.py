@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, cast
 
 from saelens_cosine.experiments.evaluate.evals import EVALS, Figure, NotMeasured
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation, MeasuredSAE, MeasuredText, mean_figures
+from saelens_cosine.experiments.evaluate.results.matched import MatchedFigure
 from saelens_cosine.metrics.intervals import about
+from saelens_cosine.metrics.matched import about_matched
 from saelens_cosine.plain import plain
 from saelens_cosine.report.estimate import Estimate, over_seeds
 
@@ -139,6 +141,29 @@ def _counts(result: Any) -> Iterator[int]:
     elif isinstance(result, list):
         for value in cast("list[Any]", result):
             yield from _counts(value)
+
+
+def matched_by_hook(found: Evaluation) -> Iterator[tuple[str, str, list[MatchedFigure]]]:
+    """Of figures that have a column in the first table: the hook, empty where there is one, what arms are matched at, and all differences."""
+    first = columns(found.saes)
+    items = [item for item in found.matched if item.measure in first]
+    several = len({item.text for item in items}) > 1
+    for text, at in dict.fromkeys((item.text, item.at) for item in items):
+        hook = found.texts[text].hook if several else ""
+        yield hook, at, [item for item in items if (item.text, item.at) == (text, at)]
+
+
+def about_matched_figures(items: Sequence[MatchedFigure]) -> list[str]:
+    """What a reader of matched differences has to know."""
+    known = [item for item in items if item.found.difference and item.found.difference.low is not None]
+    axes = dict.fromkeys(axis for item in known for axis in item.over)
+    rest = "All other figures stand in the field matched of evaluation.json."
+    return [*about_matched([(item.arm, item.found) for item in items], axes), rest]
+
+
+def without_sinks_told(title: str) -> str:
+    """`FVE` of `FVE, sinks out`."""
+    return title.partition(",")[0]
 
 
 def about_differences(found: Evaluation) -> list[str]:

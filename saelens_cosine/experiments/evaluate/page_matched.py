@@ -1,45 +1,24 @@
-"""Arms at the baseline's FVE and L0: the tables of a terminal, and the page's section with its charts."""
+"""The page's section of arms at the baseline's FVE and L0: charts, and tables of differences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table as RichTable
-
-from saelens_cosine.console import plain_table
-from saelens_cosine.experiments.evaluate.evals import Figure, Treatment
+from saelens_cosine.experiments.evaluate.evals import Treatment
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
-from saelens_cosine.experiments.evaluate.results.listing import columns, in_condition
+from saelens_cosine.experiments.evaluate.results.listing import (
+    about_matched_figures,
+    columns,
+    in_condition,
+    matched_by_hook,
+    without_sinks_told,
+)
 from saelens_cosine.experiments.evaluate.results.matched import Curves, MatchedFigure, OnCurve, curves, matched_at
-from saelens_cosine.metrics.matched import OUTSIDE, MatchedDifference, about_matched
+from saelens_cosine.metrics.matched import OUTSIDE, MatchedDifference
 from saelens_cosine.report.chart import Arms, Axis, Chart, Plot, ends
 from saelens_cosine.report.estimate import Estimate, over_seeds, short
 from saelens_cosine.report.table import Cell, Table
-
-REST = "All other figures stand in the field matched of evaluation.json."
-
-
-def matched_tables(found: Evaluation) -> list[RichTable]:
-    """For each hook at FVE and at L0 a row for each arm and figure of the first table, a column for each k of the baseline; below the
-    last what to know of them all."""
-    first = columns(found.saes)
-    tables: list[RichTable] = []
-    shown: list[MatchedFigure] = []
-    for hook, at, items in _by_hook(found, first):
-        title = in_condition(f"At matched {at}: minus {found.baseline} at each of its ks", hook)
-        ks = {item.found.k: item.found for item in reversed(items)}
-        heads = [f"k={k:g}, {_name(at)} {short(ks[k].x)}" for k in sorted(ks)]
-        table = plain_table(title, ["arm", "measure"], heads)
-        for arm, measure in dict.fromkeys((item.arm, item.measure) for item in items):
-            of = {item.found.k: item.found for item in items if (item.arm, item.measure) == (arm, measure)}
-            form = first[measure].column or "{:.4g}"
-            table.add_row(arm, measure, *(of[k].brief(form) if k in of else "-" for k in sorted(ks)))
-        tables.append(table)
-        shown += items
-    if tables:
-        tables[-1].caption = "\n".join(_about(shown))
-    return tables
 
 
 def matched_section(found: Evaluation, arms: Arms, treatment: Treatment) -> Iterator[Chart | Table | str]:
@@ -60,28 +39,13 @@ def matched_section(found: Evaluation, arms: Arms, treatment: Treatment) -> Iter
                 if y not in at.values() or (x, y) == (at.get("L0"), at.get("FVE")):
                     yield _chart(arms, of, x, y, where)
     shown: list[MatchedFigure] = []
-    for hook, at, items in _by_hook(found, first):
+    for hook, at, items in matched_by_hook(found):
         title = in_condition(f"At matched {at}", hook)
         yield f"{title}:"
         yield _table(title, found.baseline, at, items)
         shown += items
     if shown:
-        yield " ".join(_about(shown))
-
-
-def _by_hook(found: Evaluation, first: dict[str, Figure]) -> Iterator[tuple[str, str, list[MatchedFigure]]]:
-    """Of the figures of the first table: the hook, empty where there is one, what arms are matched at, and the differences."""
-    items = [item for item in found.matched if item.measure in first]
-    several = len({item.text for item in items}) > 1
-    for text, at in dict.fromkeys((item.text, item.at) for item in items):
-        hook = found.texts[text].hook if several else ""
-        yield hook, at, [item for item in items if (item.text, item.at) == (text, at)]
-
-
-def _about(items: Sequence[MatchedFigure]) -> list[str]:
-    known = [item for item in items if item.found.difference and item.found.difference.low is not None]
-    axes = dict.fromkeys(axis for item in known for axis in item.over)
-    return [*about_matched([(item.arm, item.found) for item in items], axes), REST]
+        yield " ".join(about_matched_figures(shown))
 
 
 def _table(title: str, baseline: str, at: str, items: Sequence[MatchedFigure]) -> Table:
@@ -94,11 +58,7 @@ def _table(title: str, baseline: str, at: str, items: Sequence[MatchedFigure]) -
     for (measure, k), of in by_row.items():
         x = next((one.x for one in of.values() if math.isfinite(one.x)), math.nan)
         rows.append([measure, f"{short(x)} (k={k:g})", *(_cell(of[arm]) if arm in of else "-" for arm in arms)])
-    return Table(title, (f"minus {baseline}", f"{_name(at)} of {baseline}", *arms), rows, differences=True)
-
-
-def _name(at: str) -> str:
-    return at.partition(",")[0]
+    return Table(title, (f"minus {baseline}", f"{without_sinks_told(at)} of {baseline}", *arms), rows, differences=True)
 
 
 def _cell(found: MatchedDifference) -> Cell:
@@ -114,7 +74,7 @@ def _chart(arms: Arms, found: Curves, x: str, y: str, where: str) -> Chart:
     """One figure against what arms are matched at: a point for each k, joined, in a band over seeds."""
     points = {arm: _points(seeds, x, y) for arm, seeds in found.items()}
     every = [point for of in points.values() for point in of.values()]
-    log = _name(x) == "L0"
+    log = without_sinks_told(x) == "L0"
     at = Axis(x, log=log, ends=ends([a.value for a, _ in every], log=log))
     plot = Plot(arms, at, Axis(y, ends=ends([b for _, b in every])))
     for arm, of in points.items():
@@ -126,7 +86,7 @@ def _chart(arms: Arms, found: Curves, x: str, y: str, where: str) -> Chart:
         plot.line(arm, [a.value for a, _ in of.values()], [b.value for _, b in of.values()], tips)
     rows = [(arm, str(k), a, b) for arm, of in points.items() for k, (a, b) in of.items()]
     table = Table(f"{y} and {x}", ("arm", "k", x, y), rows)
-    return Chart(in_condition(f"{y} against {_name(x)}", where), "", plot.figure, table)
+    return Chart(in_condition(f"{y} against {without_sinks_told(x)}", where), "", plot.figure, table)
 
 
 def _points(seeds: dict[int, list[OnCurve]], x: str, y: str) -> dict[int, tuple[Estimate, Estimate]]:
