@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.activations.hook_points import size_at_hook
-from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.hooked_transformer import WAY_OUT, hooked_transformer
 from saelens_cosine.plain import digest, files_fingerprint
-from saelens_cosine.saebench.evals import EVALS, Judge
+from saelens_cosine.saebench.evals import EVALS, INSTALLED_TEXT, Judge, heldout_texts
 from saelens_cosine.saebench.prepare import PreparedSAE
 from saelens_cosine.saebench.results import EvalFailure
 
@@ -101,8 +100,8 @@ def data_contents(name: str, config: Any) -> dict[str, str]:
     """Hashes of the data sets that an eval reads from this machine; those on the Hub count by their names."""
     contents: dict[str, str] = {}
     for dataset in _data_names(name, config):
-        if dataset == BUNDLED:
-            contents[dataset] = digest(stdlib_corpus("heldout")["text"][:])
+        if dataset in INSTALLED_TEXT:
+            contents[dataset] = digest(list(heldout_texts(dataset)))
         elif Path(dataset).exists():
             contents[dataset] = files_fingerprint(Path(dataset))
     if name == "unlearning" and UNLEARNING_TEXT.exists():
@@ -165,7 +164,8 @@ def _data_names(name: str, config: Any) -> list[str]:
 
 
 def _datasets(name: str, config: Any, offline: bool) -> Iterable[tuple[str, str]]:
-    remote = [dataset for dataset in _data_names(name, config) if dataset != BUNDLED and not Path(dataset).exists()]
+    named = [dataset for dataset in _data_names(name, config) if dataset not in INSTALLED_TEXT]
+    remote = [dataset for dataset in named if not Path(dataset).exists()]
     if not remote:
         return
     if offline:

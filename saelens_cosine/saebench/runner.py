@@ -159,7 +159,7 @@ class Runner:
     def _call(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
         with scratch_folder(target.parent) as scratch, whole_file(target) as unfinished:
             # SAEBench casts the SAE that it gets, and changes the configuration
-            call = Call(copy.deepcopy(sae).to(self.device), self.device, scratch, caches, self.judge)
+            call = Call(_of_loaded_model(sae).to(self.device), self.device, scratch, caches, self.judge)
             errors = io.StringIO()
             handler = logging.StreamHandler(errors)
             handler.setLevel(logging.ERROR)
@@ -219,6 +219,13 @@ class Runner:
             if filtered
             else None,
         )
+
+
+def _of_loaded_model(sae: PreparedSAE) -> PreparedSAE:
+    """A copy that asks for nothing where its model is loaded, which it is: core would give a dtype twice."""
+    sae = copy.deepcopy(sae)
+    sae.cfg.model_from_pretrained_kwargs = sae.cfg.metadata.model_from_pretrained_kwargs = {}
+    return sae
 
 
 def _throwaway(sae: PreparedSAE, config: Any) -> PreparedSAE:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -19,7 +19,7 @@ from saelens_cosine.activations.cache.identity import CacheIdentity
 from saelens_cosine.activations.cache.standing_in import standing_in
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
 from saelens_cosine.activations.hook_points import size_at_hook
-from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
+from saelens_cosine.activations.models import TRANSFORMER_LENS, HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
@@ -30,6 +30,7 @@ from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
 from saelens_cosine.experiments.evaluate.texts.contexts import LabelledSample, concept_run, sample_tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
+from saelens_cosine.hooked_transformer import is_hooked_transformer
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
@@ -38,6 +39,8 @@ from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.progress import Progress, shown
+from saelens_cosine.saebench.model import dtype_of, load_for_saebench
+from saelens_cosine.saebench.prepare import lens_hook
 
 
 class Concepts(NamedTuple):
@@ -75,6 +78,7 @@ class Text:
         head (int | None): The attention head whose activations they are; None for all of the hook.
         progress (Progress | None): Called while the model runs over labelled texts.
         rounded (bool): Whether the sample's activations are bfloat16's, as a cache keeps them.
+        model_kwargs (Mapping[str, Any]): What the model's loader was told.
     """
 
     model_name: str
@@ -90,13 +94,14 @@ class Text:
     settings: EvaluationSettings
     head: int | None = None
     rounded: bool = False
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     progress: Progress | None = None
 
     @cached_property
     def identity(self) -> str:
         """A hash of what is read and how, not of what it is called: the tokens, their documents and places, the model."""
         objects = ("model", "settings", "contexts", "sample", "progress")
-        names = ("model_name", "dataset", "rule", *objects, "rounded")
+        names = ("model_name", "dataset", "rule", *objects, "rounded", "model_kwargs")
         how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names}
         sample = self.sample
         tensors = {name: getattr(sample, name) for name in ("tokens", "contexts", "documents", "positions")}
@@ -129,6 +134,22 @@ class Text:
         return clean_losses(self.model, self.hook, self.contexts.at_even_steps(contexts).batches, self.head)
 
     @cached_property
+    def hooked_transformer(self) -> Any:
+        """The model as SAEBench runs it, with the sinks that are planted in it.
+
+        Raises:
+            ValueError: it cannot be made a HookedTransformer, or the hook has no name there.
+        """
+        if is_hooked_transformer(self.model):
+            return self.model
+        how = choose_model(self.model_name, lens_hook(self.hook), TRANSFORMER_LENS, self.model_kwargs)
+        dtype = dtype_of(self.model, self.settings.device)
+        model = load_for_saebench(self.model_name, how, self.settings.device, dtype)
+        if self.planted:
+            plant_sinks(model, lens_hook(self.hook))
+        return model
+
+    @cached_property
     def concepts(self) -> Concepts:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
@@ -142,7 +163,7 @@ class Text:
 
     def forget(self) -> None:
         """Free what can be made again, which is most of its memory: no more SAEs come that share it."""
-        for name in ("tasks", "run", "clean_losses", "concepts"):
+        for name in ("tasks", "run", "clean_losses", "hooked_transformer", "concepts"):
             vars(self).pop(name, None)
 
     def sample_of(self, run: CleanRun) -> TokenSample:
@@ -298,6 +319,7 @@ class Loader(ExitStack):
                 head,
                 progress=self.progress,
                 rounded=settings.activations is not None,
+                model_kwargs=hooked.kwargs,
             )
         return self._texts[key]
 
