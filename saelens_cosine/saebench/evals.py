@@ -111,11 +111,14 @@ INSTALLED_TEXT = (BUNDLED, SAE_PROBES_TEXT)
 """Names of text that comes with a package."""
 
 
-@functools.cache
-def heldout_texts(dataset: str) -> tuple[str, ...]:
+def heldout_texts(dataset: str) -> list[str]:
     """The documents of text that comes with a package which nothing is trained on."""
-    rows = stdlib_corpus("heldout") if dataset == BUNDLED else load_text(dataset).heldout
-    return tuple(row["text"] for row in rows)
+    return stdlib_corpus("heldout")["text"][:] if dataset == BUNDLED else _heldout_of_sae_probes()
+
+
+@functools.cache
+def _heldout_of_sae_probes() -> list[str]:
+    return [row["text"] for row in load_text(SAE_PROBES_TEXT).heldout]
 
 
 def text_folder(dataset: str, artifacts: Path) -> str:

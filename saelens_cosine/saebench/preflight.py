@@ -101,7 +101,7 @@ def data_contents(name: str, config: Any) -> dict[str, str]:
     contents: dict[str, str] = {}
     for dataset in _data_names(name, config):
         if dataset in INSTALLED_TEXT:
-            contents[dataset] = digest(list(heldout_texts(dataset)))
+            contents[dataset] = digest(heldout_texts(dataset))
         elif Path(dataset).exists():
             contents[dataset] = files_fingerprint(Path(dataset))
     if name == "unlearning" and UNLEARNING_TEXT.exists():
