@@ -2,7 +2,7 @@
 
 TransformerLens 4 has no `HookedTransformer`, no `HookedTransformerConfig`, no conversions of weights and no
 `loading_from_pretrained`. Its models are `TransformerBridge`s, which TransformerLens 3 has too; they do whatever this package does
-with a `HookedTransformer`, but run SAEBench 0.6 and start at a later layer.
+with a `HookedTransformer`, but run SAEBench 0.6 and start at a later layer. A Llama that is not in the table is made one here.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from saelens_cosine.activations.models import (
@@ -11,8 +12,9 @@ from saelens_cosine.activations.models import (
     choose_model,
     load_hooked_model,
 )
-from saelens_cosine.hooked_transformer import hooked_llama
-from saelens_cosine.saebench.prepare import PreparedSAE
+from saelens_cosine.activations.planted_sinks import plant_sinks
+from saelens_cosine.hooked_transformer import hooked_llama, is_hooked_transformer
+from saelens_cosine.saebench.prepare import PreparedSAE, lens_hook
 
 
 def how_loaded(sae: PreparedSAE) -> ModelChoice:
@@ -36,6 +38,32 @@ def load_for_saebench(name: str, how: ModelChoice, device: str, dtype: str) -> A
     if lens:
         return hooked.model
     return hooked_llama(hooked.model.model, hooked.model.tokenizer, hooked.name, device)
+
+
+def again_for_saebench(model: Any, name: str, hook: str, kwargs: Mapping[str, Any], planted: bool, device: str) -> Any:
+    """A loaded model as a HookedTransformer: itself if it is one, else loaded again, in its dtype.
+
+    Args:
+        model: hooked model.
+        name: what it was loaded by.
+        hook: a hook point of it.
+        kwargs: what its loader was told.
+        planted: whether sinks are planted at the hook, and so are to be here.
+        device: where it goes.
+
+    Raises:
+        ValueError: it cannot be made a HookedTransformer, or the hook has no name there.
+        OSError: it is not to be had any more.
+    """
+    if is_hooked_transformer(model):
+        return model
+    there = lens_hook(hook)
+    again = load_for_saebench(
+        name, choose_model(name, there, TRANSFORMER_LENS, kwargs), device, dtype_of(model, device)
+    )
+    if planted:
+        plant_sinks(again, there)
+    return again
 
 
 def dtype_of(model: Any, device: str) -> str:

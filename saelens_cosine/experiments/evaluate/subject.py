@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.sae import SAE
@@ -19,7 +19,7 @@ from saelens_cosine.activations.cache.identity import CacheIdentity
 from saelens_cosine.activations.cache.standing_in import standing_in
 from saelens_cosine.activations.contexts import ContextForm, Contexts, sample_contexts, told
 from saelens_cosine.activations.hook_points import size_at_hook
-from saelens_cosine.activations.models import TRANSFORMER_LENS, HookedModel, choose_model, load_hooked_model
+from saelens_cosine.activations.models import HookedModel, choose_model, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sae_probes_text import tasks_trained_on
 from saelens_cosine.activations.sample import TokenSample, sample_tokens
@@ -28,9 +28,8 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
-from saelens_cosine.experiments.evaluate.texts.contexts import LabelledSample, concept_run, sample_tasks
+from saelens_cosine.experiments.evaluate.texts.contexts import Concepts, LabelledSample, concept_run, sample_tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
-from saelens_cosine.hooked_transformer import is_hooked_transformer
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
@@ -39,23 +38,7 @@ from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.progress import Progress, shown
-from saelens_cosine.saebench.model import dtype_of, load_for_saebench
-from saelens_cosine.saebench.prepare import lens_hook
-
-
-class Concepts(NamedTuple):
-    """
-    Texts whose last token decides what comes next.
-
-    Args:
-        run (CleanRun): The texts, each read at its last token.
-        labels (list[int]): Concept of each text.
-        names (list[str]): What the concepts are called.
-    """
-
-    run: CleanRun
-    labels: list[int]
-    names: list[str]
+from saelens_cosine.saebench.model import again_for_saebench
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,19 +118,9 @@ class Text:
 
     @cached_property
     def hooked_transformer(self) -> Any:
-        """The model as SAEBench runs it, with the sinks that are planted in it.
-
-        Raises:
-            ValueError: it cannot be made a HookedTransformer, or the hook has no name there.
-        """
-        if is_hooked_transformer(self.model):
-            return self.model
-        how = choose_model(self.model_name, lens_hook(self.hook), TRANSFORMER_LENS, self.model_kwargs)
-        dtype = dtype_of(self.model, self.settings.device)
-        model = load_for_saebench(self.model_name, how, self.settings.device, dtype)
-        if self.planted:
-            plant_sinks(model, lens_hook(self.hook))
-        return model
+        """The model as SAEBench runs it, with the sinks that are planted in it."""
+        device = self.settings.device
+        return again_for_saebench(self.model, self.model_name, self.hook, self.model_kwargs, self.planted, device)
 
     @cached_property
     def concepts(self) -> Concepts:
