@@ -137,6 +137,8 @@ def check_saes(
                         "Leave out the larger ones in settings.",
                     )
                 )
+    for name in evals if model is not None else ():
+        found += [EvalFailure(name, None, *why) for why in _length(configs[name], model)]
     if "absorption" in evals and model is not None:
         found += [EvalFailure("absorption", None, *why) for why in _letters(model.tokenizer)]
     return found
@@ -245,6 +247,14 @@ def _hook(takes_model: bool, sae: PreparedSAE, hook: str, model: Any, name: str)
     size = size_at_hook(model, hook, head)
     if size != sae.cfg.d_in:
         yield (f"The SAE has d_in={sae.cfg.d_in}, and {hook} of {model.cfg.model_name} has size {size}.", "")
+
+
+def _length(config: Any, model: Any) -> Iterable[tuple[str, str]]:
+    given = config if isinstance(config, dict) else vars(config)
+    for field in ("context_size", "context_length", "llm_context_size"):
+        if (given.get(field) or 0) > model.cfg.n_ctx:
+            why = f"{field}={given[field]} tokens are more than {model.cfg.model_name} takes here, {model.cfg.n_ctx}."
+            yield why, "Set it in settings."
 
 
 def _letters(tokenizer: Any) -> Iterable[tuple[str, str]]:
