@@ -15,6 +15,7 @@ import torch
 
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.hooked_transformer import hooked_transformer
+from saelens_cosine.plain import digest
 
 
 @contextlib.contextmanager
@@ -37,6 +38,40 @@ def serving(model: Any) -> Generator[None, None, None]:
 
     with replaced(hooked_transformer(), "from_pretrained_no_processing", loaded):
         yield
+
+
+REMEMBERED_BYTES = 2**30
+"""Of activations, at most; the first to come are the first to go."""
+
+_remembered: dict[str, torch.Tensor] = {}
+
+
+@contextlib.contextmanager
+def remembering(model: Any, identity: str) -> Generator[None, None, None]:
+    """A HookedTransformer gives activations at one hook that it gave before in this process: core reads the same tokens for each SAE.
+
+    Args:
+        model: HookedTransformer.
+        identity: stands for what it computes.
+    """
+    run: Callable[..., Any] = model.run_with_cache
+
+    def remembered(tokens: torch.Tensor, **how: Any) -> Any:
+        hooks = how.get("names_filter")
+        if not (isinstance(hooks, list) and len(hooks) == 1 and how.get("stop_at_layer")):
+            return run(tokens, **how)
+        key = digest([identity, str(model.cfg.dtype), sorted(map(repr, how.items()))], {"tokens": tokens})
+        if key not in _remembered:
+            _remembered[key] = run(tokens, **how)[1][hooks[0]]
+            while len(_remembered) > 1 and sum(kept.nbytes for kept in _remembered.values()) > REMEMBERED_BYTES:
+                del _remembered[next(iter(_remembered))]
+        return None, {hooks[0]: _remembered[key].clone()}
+
+    model.run_with_cache = remembered
+    try:
+        yield
+    finally:
+        del model.run_with_cache
 
 
 @contextlib.contextmanager
