@@ -125,7 +125,7 @@ def test_kept_activations_serve_another_comparison(text, tmp_path, monkeypatch):
     assert not torch.equal(one["W_enc"], other["W_enc"])
 
 
-@pytest.mark.parametrize("steps", [5, 13, 35])
+@pytest.mark.parametrize("steps", [5, 16, 35])  # 16: the last step of the second training
 def test_stopped_and_resumed_it_ends_with_the_same(steps, whole, text, tmp_path, monkeypatch, capsys):
     seen = []
     after = Setting.train
@@ -172,6 +172,23 @@ def test_a_rate_that_breaks_training_is_passed_over(text, tmp_path):
     assert [(one["fve"], one["chosen"]) for one in failed] == [(None, False)] * 2
     assert [arm["lr"] for arm in found["arms"]] == [1e-3] * 2
     assert found["failed"] == []
+
+
+def test_a_stop_just_before_training_breaks_is_not_lost(text, tmp_path, monkeypatch):
+    flags = ["compare", *compare_flags(text, tmp_path, seeds=1, **{"eval-tokens": 640}), "--lr", "1e-3", "1e30"]
+    before, done = ResumableRun._after_step, []
+
+    def after_step(run):
+        before(run)
+        done.append(1)
+        if len(done) == 9:  # the first of the second rate, whose next one breaks every arm
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResumableRun, "_after_step", after_step)
+        assert main(flags) == 143
+    assert main([*flags, "--resume"]) == 0
+    assert [arm["lr"] for arm in result(tmp_path)["arms"]] == [1e-3] * 2
 
 
 def test_no_rate_that_trains_is_an_error(text, tmp_path, capsys):
