@@ -160,8 +160,17 @@ def test_other_rates_are_refused(text, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         assert main(command(text, tmp_path)) == 143
+    shutil.rmtree(tmp_path / ".comparison-run" / "activations")
+    monkeypatch.setattr(standing_in, "_run", lambda *_: pytest.fail("the model ran"))
     assert main(command(text, tmp_path, "--resume", "--lr", "1e-3")) == 2
     assert "lr is [" in capsys.readouterr().err
+
+
+def test_a_grid_that_is_finished_does_not_run_its_text_again(whole, text, tmp_path, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr("saelens_cosine.experiments.compare.run.fill", lambda *_: pytest.fail("nothing is trained"))
+    assert main(command(text, tmp_path, "--resume")) == 0
+    assert result(tmp_path) == result(whole[0])
 
 
 def test_a_rate_that_breaks_training_is_passed_over(text, tmp_path):
