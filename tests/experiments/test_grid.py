@@ -291,6 +291,7 @@ def test_what_a_rate_is_chosen_on_is_not_measured(text):
     [
         (["--k", "8", "8"], "k=(8, 8) names one twice"),
         (["--layer", "1", "1"], "layer=(1, 1) names one twice"),
+        (["--lr", "1e-3", "1.0000001e-3"], "lr=(0.001, 0.001) names one twice"),
         (["--lr", "0"], "lr=0.0 must be a positive number"),
         (["--lr", "1e-3", "nan"], "lr=nan must be"),
         (["--k", "8", "100"], "k=100 features cannot be active out of d_sae=24"),
