@@ -23,6 +23,7 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import Setting
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction
 from saelens_cosine.training.recipe import RECIPES
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun
 
 ARMS = ["cosine_batchtopk", "inner_product_topk"]
@@ -166,11 +167,20 @@ def test_other_rates_are_refused(text, tmp_path, monkeypatch, capsys):
     assert "lr is [" in capsys.readouterr().err
 
 
-def test_a_grid_that_is_finished_does_not_run_its_text_again(whole, text, tmp_path, monkeypatch):
+def test_a_grid_that_is_finished_does_not_run_its_text_again_and_loses_what_a_killed_process_left(whole, text, tmp_path, monkeypatch):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    run = tmp_path / ".comparison-run"
+    before = sorted(path.name for path in run.iterdir())
+    for aside in (False, True):  # as a process leaves them that is killed before they go
+        left = Checkpoints(run / f"layer2-k2-seed0-lr0.00{int(aside)}")
+        left.add(128, lambda folder: (folder / "weights").write_text("0"))
+        if aside:
+            left.set_aside()
+    (run / "layer2-k2-seed0-lr0.001-saes" / ARMS[0]).mkdir(parents=True)
     monkeypatch.setattr("saelens_cosine.experiments.compare.run.fill", lambda *_: pytest.fail("nothing is trained"))
     assert main(command(text, tmp_path, "--resume")) == 0
     assert result(tmp_path) == result(whole[0])
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_a_rate_that_breaks_training_is_passed_over(text, tmp_path):

@@ -136,6 +136,7 @@ def _compare(
             found[point] = state.finished(point) or _run_point(
                 point, at[point.hook], found, output, progress, _called(point, i, settings)
             )
+            state.forget(point)
             comparison = _gathered(settings, at, found)
             if on_point is not None:
                 on_point(comparison)
@@ -257,8 +258,6 @@ def _run_point(
         share = sum(run.dropped_share for run in trained) / len(trained)
         result = PointResult(arms, tuple(failed[arm] for arm in settings.arms if arm in failed), share, rates)
         state.note(point, result)
-        for run in runs:
-            state.forget(run)
     return result
 
 
