@@ -20,10 +20,15 @@ from helpers import tiny_model
 from watched_run import WatchedRun
 
 WATCHED = pytest.StashKey()
+FOLDER = "WATCHED_RUN"
+"""Environment variable with the folder of the watched run, which the processes of `-n 2` share."""
 
 
 def pytest_configure(config):
     variation.apply()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.stash[WATCHED] = [tempfile.TemporaryDirectory()]
+        os.environ[FOLDER] = config.stash[WATCHED][0].name
 
 
 def pytest_collection_modifyitems(config, items):
@@ -39,26 +44,36 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    if session.config.option.collectonly or not any("watched_run" in item.fixturenames for item in session.items):
-        return
-    if Path("/proc/self/statm").is_file():
-        folder = tempfile.TemporaryDirectory()
-        session.config.stash[WATCHED] = WatchedRun(seconds=120, every=5, folder=Path(folder.name)), folder
+    if "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
+        _watch(session.config, [item.nodeid for item in session.items])
 
 
-def pytest_sessionfinish(session):
-    if WATCHED in session.config.stash:
-        run, folder = session.config.stash[WATCHED]
-        run.stop()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    _watch(node.config, ids)
+
+
+def _watch(config, ids):
+    """Begin the watched run, once, if a test will ask for it."""
+    known = any("test_watched_run.py" in name for name in ids) and Path("/proc/self/statm").is_file()
+    if known and len(config.stash[WATCHED]) == 1:
+        config.stash[WATCHED].append(WatchedRun(seconds=120, every=5, folder=Path(os.environ[FOLDER])))
+
+
+def pytest_unconfigure(config):
+    if WATCHED in config.stash:
+        folder, *runs = config.stash[WATCHED]
+        for run in runs:
+            run.stop()
         folder.cleanup()
 
 
 @pytest.fixture
-def watched_run(request):
-    """A training of two minutes that has gone on since the session began."""
-    if WATCHED not in request.config.stash:
+def watched_run():
+    """Folder of a training of two minutes that has gone on since the session began."""
+    if not Path("/proc/self/statm").is_file():
         pytest.skip("looks into /proc, which is not there")
-    return request.config.stash[WATCHED][0]
+    return Path(os.environ[FOLDER])
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+SAMPLES, ENDED = "samples.jsonl", "ended"
+"""Files in its folder."""
+
 
 @dataclass
 class Sample:
@@ -33,28 +36,31 @@ class WatchedRun:
     Args:
         seconds: how long it trains.
         every: seconds between two samples.
-        folder: for the text, the SAE and its checkpoints.
+        folder: for the text, the SAE and its checkpoints, and for what it prints and how it ended.
     """
 
     def __init__(self, seconds: float, every: float, folder: Path):
-        self.seconds = seconds
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(seconds), str(every), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
-
-    def samples(self) -> list[Sample]:
-        """Waits for its end."""
-        said, _ = self.process.communicate()
-        assert self.process.returncode == 143
-        return [Sample(**json.loads(line)) for line in said.splitlines()]
+        with (folder / SAMPLES).open("w") as samples:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, str(seconds), str(every), str(folder)],
+                stdout=samples,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
 
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def samples_in(folder: Path, seconds: float = 600) -> list[Sample]:
+    """Those of a run in a folder, whichever process has begun it; waits for its end, so long at most."""
+    until = time.monotonic() + seconds
+    while not (folder / ENDED).is_file():
+        assert time.monotonic() < until, "the run does not end"
+        time.sleep(0.2)
+    assert (folder / ENDED).read_text() == "143"
+    return [Sample(**json.loads(line)) for line in (folder / SAMPLES).read_text().splitlines()]
 
 
 def assert_steady(samples: list[Sample], warm_up: float, megabytes: float) -> None:
@@ -119,4 +125,10 @@ def _run(seconds: float, every: float, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_run(float(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3])))
+    status, place = 1, Path(sys.argv[3])
+    try:
+        status = _run(float(sys.argv[1]), float(sys.argv[2]), place)
+    finally:
+        (place / f"{ENDED}-").write_text(str(status))
+        (place / f"{ENDED}-").rename(place / ENDED)
+    sys.exit(status)

@@ -192,4 +192,4 @@ def _most_frequent(values: torch.Tensor) -> tuple[Part, ...]:
 def _number(value: float | None) -> str:
     if value is None:
         return "undefined"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"

@@ -106,6 +106,6 @@ def test_lines_for_a_terminal():
     ]
     assert "tokens 11 (75%), 5 (25%)." in site_lines(site)[-1]
     none = site_lines(dataclasses.replace(site, sinks=None, gamma=0.04))
-    assert none[0].startswith("model.layers.15: gamma (||mean|| / ||standard deviation||) 0.04; 2,048 tokens")
+    assert none[0].startswith("model.layers.15: gamma (||mean|| / ||standard deviation||) 0.0400; 2,048 tokens")
     assert none[-1] == "No sinks: no token is above 10 times the median norm."
     assert json.loads(json.dumps(dataclasses.asdict(site)))["sinks"]["positions"] == [{"value": 0, "share": 1.0}]

@@ -247,7 +247,7 @@ def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finish
         return {f"{folder}/{file}": content for file in SAE_FILES}
 
     class Nothing:
-        hook_name, d_in, dropped_share, kwargs = "hook", 4, 0.0, {}
+        hook_name, d_in, dropped_share, kwargs, site = "hook", 4, 0.0, {}, None
 
         def __init__(self, *_):
             pass

@@ -6,11 +6,11 @@ Two hours: `python watched_run.py 7200 60 FOLDER`, in this folder.
 from dataclasses import replace
 
 import pytest
-from watched_run import Sample, assert_steady
+from watched_run import Sample, assert_steady, samples_in
 
 
 def test_two_minutes_of_training_take_no_more_memory_files_or_threads(watched_run):
-    assert_steady(watched_run.samples(), warm_up=30, megabytes=20)
+    assert_steady(samples_in(watched_run), warm_up=30, megabytes=20)
 
 
 STEADY = [Sample(wall=10.0 * i, cpu=9.0 * i, steps=100 * i, memory=700, files=11, threads=7) for i in range(1, 8)]

@@ -18,6 +18,9 @@ from saelens_cosine.terminal.options import add_command, add_run_options, count,
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.resuming.stop import raising_on_signals
 
+LISTED = 9
+"""SAEs that are named at the end, at most."""
+
 
 def add_compare_command(commands: Any) -> None:
     """Add `compare` to the subcommands of `saelens-cosine`."""
@@ -140,6 +143,9 @@ def run_compare(options: Any) -> int:
     console = print_tables(as_tables(comparison), 110)
     if not options.quiet:
         say(console, f"Written to {folder}: comparison.html, comparison.json, comparison.png, and a folder per SAE:")
-        for arm in comparison.arms:
+        for arm in comparison.arms[:LISTED]:
             say(console, f'  SAE.load_from_disk("{folder / arm.path}")')
+        more = len(comparison.arms) - LISTED
+        if more > 0:
+            say(console, f"and {more} more; all of them: saelens-cosine evaluate {folder}")
     return 0
