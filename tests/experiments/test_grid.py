@@ -167,7 +167,9 @@ def test_other_rates_are_refused(text, tmp_path, monkeypatch, capsys):
     assert "lr is [" in capsys.readouterr().err
 
 
-def test_a_grid_that_is_finished_does_not_run_its_text_again_and_loses_what_a_killed_process_left(whole, text, tmp_path, monkeypatch):
+def test_a_grid_that_is_finished_does_not_run_its_text_again_and_loses_what_a_killed_process_left(
+    whole, text, tmp_path, monkeypatch
+):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     run = tmp_path / ".comparison-run"
     before = sorted(path.name for path in run.iterdir())

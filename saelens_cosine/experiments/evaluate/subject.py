@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -230,11 +230,25 @@ class Subject:
 
 
 class Loader(ExitStack):
-    """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end."""
+    """
+    Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end.
 
-    def __init__(self, settings: EvaluationSettings, folder: Path, progress: Progress | None = None):
+    Args:
+        settings: what to measure.
+        folder: for evals that keep files of their own.
+        progress: called with what is being loaded.
+        hooks: of all SAEs that will be loaded, as far as they are known: a new cache of activations is of them all.
+    """
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        folder: Path,
+        progress: Progress | None = None,
+        hooks: Iterable[str] = (),
+    ):
         super().__init__()
-        self.settings, self.folder, self.progress = settings, folder, shown(progress)
+        self.settings, self.folder, self.progress, self.hooks = settings, folder, shown(progress), list(hooks)
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[Any, ...], HookedModel] = {}
         self._hashes: dict[int, str] = {}
@@ -311,7 +325,8 @@ class Loader(ExitStack):
             yield
             return
         sinks, sha256 = [hook] if planted else [], self._model_sha256(hooked.model)
-        identity = CacheIdentity.of(hooked, [hook], form, dataset, splits, sinks, sha256)
+        others = [] if planted or self.settings.hook else [hooked.at(hook=other).hook_name for other in self.hooks]
+        identity = CacheIdentity.of(hooked, [hook, *others], form, dataset, splits, sinks, sha256)
         with open_cache(folder, identity) as cache, standing_in(hooked.model, cache):
             yield
 
