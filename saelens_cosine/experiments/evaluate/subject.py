@@ -230,22 +230,12 @@ class Subject:
 
 
 class Loader(ExitStack):
-    """
-    Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end.
+    """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end.
 
-    Args:
-        settings: what to measure.
-        folder: for evals that keep files of their own.
-        progress: called with what is being loaded.
-        hooks: of all SAEs that will be loaded, as far as they are known: a new cache of activations is of them all.
-    """
+    A cache of activations that it begins is of all `hooks`, those of the SAEs that will be loaded as far as they are known."""
 
     def __init__(
-        self,
-        settings: EvaluationSettings,
-        folder: Path,
-        progress: Progress | None = None,
-        hooks: Iterable[str] = (),
+        self, settings: EvaluationSettings, folder: Path, progress: Progress | None = None, hooks: Iterable[str] = ()
     ):
         super().__init__()
         self.settings, self.folder, self.progress, self.hooks = settings, folder, shown(progress), list(hooks)
