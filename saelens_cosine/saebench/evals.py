@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from saelens_cosine.activations.sae_probes_text import SAE_PROBES_TEXT
+from saelens_cosine.activations.text import load_text
 from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.files.whole import whole_folder
 from saelens_cosine.saebench.scopes import replaced, within_the_context, working_in
@@ -103,15 +107,30 @@ class BenchEval:
         return make(**{k: v for k, v in {**given, **self.defaults, **settings}.items() if k in known})
 
 
+INSTALLED_TEXT = (BUNDLED, SAE_PROBES_TEXT)
+"""Names of text that comes with a package."""
+
+
+def heldout_texts(dataset: str) -> list[str]:
+    """The documents of text that comes with a package which nothing is trained on."""
+    return stdlib_corpus("heldout")["text"][:] if dataset == BUNDLED else _heldout_of_sae_probes()
+
+
+@functools.cache
+def _heldout_of_sae_probes() -> list[str]:
+    return [row["text"] for row in load_text(SAE_PROBES_TEXT).heldout]
+
+
 def text_folder(dataset: str, artifacts: Path) -> str:
-    """A data set's name for SAEBench: `"bundled"` is the held-out part of the bundled corpus, written to a folder."""
-    if dataset != BUNDLED:
+    """A data set's name for SAEBench: `"bundled"` and `"sae-probes"` are the held-out part of that text, written to a folder."""
+    if dataset not in INSTALLED_TEXT:
         return dataset
-    folder = artifacts / "bundled_text"
+    folder = artifacts / f"{dataset}_text"
     if not folder.exists():
         artifacts.mkdir(parents=True, exist_ok=True)
         with whole_folder(folder) as unfinished:
-            stdlib_corpus("heldout").to_json(str(unfinished / "train.jsonl"))
+            rows = (json.dumps({"text": text}) + "\n" for text in heldout_texts(dataset))
+            (unfinished / "train.jsonl").write_text("".join(rows))
     return str(folder)
 
 
@@ -149,8 +168,14 @@ def _absorption(module: Any, config: Any, call: Call) -> None:
 def _sae_probes(module: Any, config: Any, call: Call) -> None:
     config.results_path = str(call.output / "sae_probes")  # empty: it would reuse what it finds under a name
     config.model_cache_path = config.model_cache_path and str(call.artifacts / "activations")
+    of_model, kept = Path(config.results_path) / f"baseline_results_{config.model_name}", call.artifacts / "baseline"
+    if kept.exists():  # probes on activations, which are the same for each SAE
+        shutil.copytree(kept, of_model)
     with within_the_context():
         module.run_eval(config, call.saes, call.device, str(call.output), force_rerun=True)
+    if of_model.exists() and not kept.exists():
+        with whole_folder(kept) as unfinished:
+            shutil.copytree(of_model, unfinished, dirs_exist_ok=True)
 
 
 def _ravel(module: Any, config: Any, call: Call) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.activations.hook_points import size_at_hook
-from saelens_cosine.bundled import BUNDLED, stdlib_corpus
 from saelens_cosine.hooked_transformer import WAY_OUT, hooked_transformer
 from saelens_cosine.plain import digest, files_fingerprint
-from saelens_cosine.saebench.evals import EVALS, Judge
+from saelens_cosine.saebench.evals import EVALS, INSTALLED_TEXT, Judge, heldout_texts
 from saelens_cosine.saebench.prepare import PreparedSAE
 from saelens_cosine.saebench.results import EvalFailure
 
@@ -101,8 +100,8 @@ def data_contents(name: str, config: Any) -> dict[str, str]:
     """Hashes of the data sets that an eval reads from this machine; those on the Hub count by their names."""
     contents: dict[str, str] = {}
     for dataset in _data_names(name, config):
-        if dataset == BUNDLED:
-            contents[dataset] = digest(stdlib_corpus("heldout")["text"][:])
+        if dataset in INSTALLED_TEXT:
+            contents[dataset] = digest(heldout_texts(dataset))
         elif Path(dataset).exists():
             contents[dataset] = files_fingerprint(Path(dataset))
     if name == "unlearning" and UNLEARNING_TEXT.exists():
@@ -138,6 +137,8 @@ def check_saes(
                         "Leave out the larger ones in settings.",
                     )
                 )
+    for name in evals if model is not None else ():
+        found += [EvalFailure(name, None, *why) for why in _length(configs[name], model)]
     if "absorption" in evals and model is not None:
         found += [EvalFailure("absorption", None, *why) for why in _letters(model.tokenizer)]
     return found
@@ -165,7 +166,8 @@ def _data_names(name: str, config: Any) -> list[str]:
 
 
 def _datasets(name: str, config: Any, offline: bool) -> Iterable[tuple[str, str]]:
-    remote = [dataset for dataset in _data_names(name, config) if dataset != BUNDLED and not Path(dataset).exists()]
+    named = [dataset for dataset in _data_names(name, config) if dataset not in INSTALLED_TEXT]
+    remote = [dataset for dataset in named if not Path(dataset).exists()]
     if not remote:
         return
     if offline:
@@ -245,6 +247,14 @@ def _hook(takes_model: bool, sae: PreparedSAE, hook: str, model: Any, name: str)
     size = size_at_hook(model, hook, head)
     if size != sae.cfg.d_in:
         yield (f"The SAE has d_in={sae.cfg.d_in}, and {hook} of {model.cfg.model_name} has size {size}.", "")
+
+
+def _length(config: Any, model: Any) -> Iterable[tuple[str, str]]:
+    given = config if isinstance(config, dict) else vars(config)
+    for field in ("context_size", "context_length", "llm_context_size"):
+        if (given.get(field) or 0) > model.cfg.n_ctx:
+            why = f"{field}={given[field]} tokens are more than {model.cfg.model_name} takes here, {model.cfg.n_ctx}."
+            yield why, "Set it in settings."
 
 
 def _letters(tokenizer: Any) -> Iterable[tuple[str, str]]:

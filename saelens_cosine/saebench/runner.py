@@ -25,11 +25,18 @@ from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import scratch_folder, whole_file, whole_folder, write_json
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.plain import digest, model_fingerprint
-from saelens_cosine.saebench.evals import BenchEval, Call, Judge, text_folder
+from saelens_cosine.saebench.evals import EVALS, BenchEval, Call, Judge, text_folder
 from saelens_cosine.saebench.preflight import data_contents, versions
 from saelens_cosine.saebench.prepare import PreparedSAE, prepare
 from saelens_cosine.saebench.results import EvalResult, VarianceExplained, headline_metrics, load_record, save_record
-from saelens_cosine.saebench.scopes import HighNormMask, LogWithoutSecrets, seeded, serving, without_shape_checks
+from saelens_cosine.saebench.scopes import (
+    HighNormMask,
+    LogWithoutSecrets,
+    remembering,
+    seeded,
+    serving,
+    without_shape_checks,
+)
 
 FVE_TOKENS = 100_000
 """Tokens that our own fraction of variance explained is measured on, at most."""
@@ -119,7 +126,7 @@ class Runner:
         self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path, multiple: float | None
     ) -> tuple[Path, float]:
         """Score one SAE from warm caches; its result file, and the seconds that took."""
-        with self._scopes():
+        with self._scopes(), self._remembering(row):
             caches = self._warm(row, config, sae, caches, multiple)
             start = time.perf_counter()
             self._call(row, config, sae, caches, target)
@@ -159,7 +166,7 @@ class Runner:
     def _call(self, row: BenchEval, config: Any, sae: PreparedSAE, caches: Path, target: Path) -> None:
         with scratch_folder(target.parent) as scratch, whole_file(target) as unfinished:
             # SAEBench casts the SAE that it gets, and changes the configuration
-            call = Call(copy.deepcopy(sae).to(self.device), self.device, scratch, caches, self.judge)
+            call = Call(_of_loaded_model(sae).to(self.device), self.device, scratch, caches, self.judge)
             errors = io.StringIO()
             handler = logging.StreamHandler(errors)
             handler.setLevel(logging.ERROR)
@@ -192,6 +199,11 @@ class Runner:
                 scopes.enter_context(serving(self.model))
             yield
 
+    def _remembering(self, row: BenchEval) -> contextlib.AbstractContextManager[None]:
+        if row.name != "core" or self.model is None or self.model_identity is None:
+            return contextlib.nullcontext()
+        return remembering(self.model, self.model_identity)
+
     @torch.no_grad()
     def _variance_explained(self, config: dict[str, Any], sae: PreparedSAE, caches: Path) -> VarianceExplained:
         """Our own, on the first of the tokens that core reads."""
@@ -204,7 +216,10 @@ class Runner:
         batches = min(config["n_eval_sparsity_variance_batches"], -(-FVE_TOKENS // (context * prompts)))
         tokens = [store.get_batch_tokens(prompts) for _ in range(batches)]
         metadata = sae.cfg.metadata
-        sample = sample_tokens(model, metadata.hook_name, tokens, self.max_norm_multiple, head=metadata.hook_head_index)
+        with self._remembering(EVALS["core"]):
+            sample = sample_tokens(
+                model, metadata.hook_name, tokens, self.max_norm_multiple, head=metadata.hook_head_index
+            )
         tokenizer = model.tokenizer
         special = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
         sample = sample.where(~torch.isin(sample.tokens, torch.tensor(sorted(special))))
@@ -219,6 +234,13 @@ class Runner:
             if filtered
             else None,
         )
+
+
+def _of_loaded_model(sae: PreparedSAE) -> PreparedSAE:
+    """A copy that asks for nothing where its model is loaded, which it is: core would give a dtype twice."""
+    sae = copy.deepcopy(sae)
+    sae.cfg.model_from_pretrained_kwargs = sae.cfg.metadata.model_from_pretrained_kwargs = {}
+    return sae
 
 
 def _throwaway(sae: PreparedSAE, config: Any) -> PreparedSAE:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +15,7 @@ import torch
 
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.hooked_transformer import hooked_transformer
+from saelens_cosine.plain import digest
 
 
 @contextlib.contextmanager
@@ -39,6 +40,40 @@ def serving(model: Any) -> Generator[None, None, None]:
         yield
 
 
+REMEMBERED_BYTES = 2**30
+"""Of activations, at most; the first to come are the first to go."""
+
+_remembered: dict[str, torch.Tensor] = {}
+
+
+@contextlib.contextmanager
+def remembering(model: Any, identity: str) -> Generator[None, None, None]:
+    """A HookedTransformer gives activations at one hook that it gave before in this process: core reads the same tokens for each SAE.
+
+    Args:
+        model: HookedTransformer.
+        identity: stands for what it computes.
+    """
+    run: Callable[..., Any] = model.run_with_cache
+
+    def remembered(tokens: torch.Tensor, **how: Any) -> Any:
+        hooks = how.get("names_filter")
+        if not (isinstance(hooks, list) and len(hooks) == 1 and how.get("stop_at_layer")):
+            return run(tokens, **how)
+        key = digest([identity, str(model.cfg.dtype), sorted(map(repr, how.items()))], {"tokens": tokens})
+        if key not in _remembered:
+            _remembered[key] = run(tokens, **how)[1][hooks[0]]
+            while len(_remembered) > 1 and sum(kept.nbytes for kept in _remembered.values()) > REMEMBERED_BYTES:
+                del _remembered[next(iter(_remembered))]
+        return None, {hooks[0]: _remembered[key].clone()}
+
+    model.run_with_cache = remembered
+    try:
+        yield
+    finally:
+        del model.run_with_cache
+
+
 @contextlib.contextmanager
 def without_shape_checks() -> Generator[None, None, None]:
     """jaxtyping checks nothing. With beartype 0.18.5 and later it rejects sparse probing's own arguments, wrongly."""
@@ -53,18 +88,45 @@ def without_shape_checks() -> Generator[None, None, None]:
         config.update("jaxtyping_disable", before)
 
 
+TOKENS_AT_ONCE = 8192
+"""What sae-probes' language model reads in one batch, padding included, unless one text is longer."""
+
+
 @contextlib.contextmanager
 def within_the_context() -> Generator[None, None, None]:
-    """sae-probes cuts texts to what the model takes. It cuts them to 1,024 tokens, at which a smaller model fails."""
+    """sae-probes cuts texts to what the model takes, and reads those of like length together.
+
+    It cuts them to 1,024 tokens, at which a smaller model fails, and reads 32 at once, short or long as they come: on a CPU most
+    of its time goes to padding, or to the many batches of short texts.
+    """
     import sae_probes.generate_model_activations as module
 
     process: Callable[..., Any] = vars(module)["_process_activations"]
 
-    def cut(*, model: Any, max_seq_len: int, **kwargs: Any) -> Any:
-        return process(model=model, max_seq_len=min(max_seq_len, model.cfg.n_ctx), **kwargs)
+    def cut(*, model: Any, texts: list[str], max_seq_len: int, batch_size: int, **kwargs: Any) -> Any:  # noqa: ARG001
+        longest = min(max_seq_len, model.cfg.n_ctx)
+        lengths = [min(longest, len(ids)) for ids in model.tokenizer(texts)["input_ids"]]
+        batches = of_like_length(lengths, TOKENS_AT_ONCE)
+        found = [
+            process(model=model, texts=[texts[i] for i in batch], max_seq_len=longest, batch_size=len(batch), **kwargs)
+            for batch in batches
+        ]
+        back = torch.tensor([i for batch in batches for i in batch]).argsort()
+        return {hook: torch.cat([part[hook] for part in found])[back] for hook in kwargs["hook_names"]}
 
     with replaced(module, "_process_activations", cut):
         yield
+
+
+def of_like_length(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices of all texts, shortest first, in batches that hold at most so many tokens when padded, or one text."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 @contextlib.contextmanager

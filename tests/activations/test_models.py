@@ -240,7 +240,7 @@ def test_saebench_loads_the_model_so_too(tmp_path):
     torch.testing.assert_close(found, x - x.mean(dim=-1, keepdim=True), rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError, match="one language model.*center_writing_weights"):
         saebench.run(saes, ["core"], tmp_path)
-    with pytest.raises(ValueError, match="TransformerLens knows no copy"):
+    with pytest.raises(ValueError, match="copy is no model of TransformerLens' table.*architecture is gpt2"):
         load_for_saebench("copy", how_loaded(saebench.prepare(saes[1].sae, model_name="copy")), "cpu", "float32")
 
 

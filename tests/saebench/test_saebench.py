@@ -16,7 +16,8 @@ from saelens_cosine.saebench.runner import Runner
 pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs `pip install --no-deps sae-bench==0.6.0`")
 
 
-def test_core_on_the_bundled_model(tmp_path, bundled):
+def test_core_on_the_bundled_model(tmp_path, bundled, monkeypatch):
+    monkeypatch.setattr("saelens_cosine.saebench.scopes._remembered", kept := {})
     report = run(
         {"cosine": cosine_sae(), "mirror": mirror()},
         ["meta_structure", "core"],
@@ -26,6 +27,9 @@ def test_core_on_the_bundled_model(tmp_path, bundled):
         max_norm_multiple=1.5,
         quiet=True,
     )
+    # activations of 2 batches after the reconstructions' one, for each SAE the same, and of our own 2, one of which is among them
+    assert len(kept) == 3
+    assert "run_with_cache" not in vars(bundled)
     assert report.failures == ()
     assert [(r.sae.split("-")[0], r.eval) for r in report.results] == [
         (sae, name) for sae in ("cosine", "mirror") for name in ("core", "meta_structure")

@@ -20,7 +20,7 @@ from saebench_cases import (
 
 from saelens_cosine.saebench import EVALS, Judge, prepare, run
 from saelens_cosine.saebench.evals import Call
-from saelens_cosine.saebench.scopes import within_the_context
+from saelens_cosine.saebench.scopes import of_like_length, within_the_context
 
 pytestmark = pytest.mark.skipif(find_spec("sae_bench") is None, reason="needs `pip install --no-deps sae-bench==0.6.0`")
 
@@ -72,9 +72,14 @@ def test_sae_probes_on_a_shipped_data_set(tmp_path, monkeypatch, bundled):
     for module in ("run_sae_evals", "run_baselines"):
         monkeypatch.setattr(sys.modules[f"sae_probes.{module}"], "ensure_dataset_activations", activations)
     settings = {"sparse_probing_sae_probes": {"dataset_names": [dataset], "ks": [1]}}
-    report = run([mirror()], list(settings), tmp_path, model=bundled, settings=settings, quiet=True)
-    (result,) = report.results
+    baselines, probed, method = sys.modules["sae_probes.run_baselines"].METHODS, [], "logreg"
+    probe = baselines[method]
+    monkeypatch.setitem(baselines, method, lambda *args, **kwargs: probed.append(1) or probe(*args, **kwargs))
+    report = run([mirror(), cosine_sae()], list(settings), tmp_path, model=bundled, settings=settings, quiet=True)
+    result, other = report.results
     assert result.metrics["sae.sae_top_1_test_accuracy"] == 1
+    assert result.metrics["llm.llm_test_accuracy"] == other.metrics["llm.llm_test_accuracy"] == 1
+    assert len(probed) == 1  # of the activations, which are not the SAE's
     found = json.loads(next((tmp_path).rglob("*.saebench.json")).read_text())
     assert found["eval_result_details"][0]["dataset_name"] == dataset
 
@@ -145,6 +150,20 @@ def test_calls_are_as_upstream_defines_them(tmp_path, monkeypatch, name):
         assert arguments["dtype"] == "float32"
     elif name != "meta_structure":
         assert arguments["config"].model_name == "gemma-2-2b"
+
+
+def test_texts_of_like_length_are_read_together_and_come_back_in_their_order(bundled, monkeypatch):
+    module = pytest.importorskip("sae_probes.generate_model_activations")
+    texts = ["x = 1", "value = value + 1\n" * 40, "y", "def f(x):\n    return x", "import os", "z = [1, 2, 3]"]
+    hooks = ["blocks.2.hook_resid_post", "blocks.0.hook_resid_post"]
+    fixed = {"hook_names": hooks, "max_layer": None, "device": "cpu", "batch_size": 1, "max_seq_len": 1024}
+    expected = module._process_activations(model=bundled, texts=texts, **fixed)
+    monkeypatch.setattr("saelens_cosine.saebench.scopes.TOKENS_AT_ONCE", 30)
+    with within_the_context():
+        found = module._process_activations(model=bundled, texts=texts, **fixed)
+    for hook in hooks:
+        torch.testing.assert_close(found[hook], expected[hook], rtol=1e-4, atol=1e-4)
+    assert of_like_length([3, 9, 1, 3, 2], 9) == [[2, 4, 0], [3], [1]]
 
 
 def test_texts_longer_than_the_context_are_cut(bundled):

@@ -83,6 +83,17 @@ def test_what_an_sae_does_not_fit_is_said_before_any_work(tmp_path, monkeypatch,
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "field"), [("core", "context_size"), ("tpp", "context_length"), ("autointerp", "llm_context_size")]
+)
+def test_contexts_longer_than_the_model_s_are_refused(tmp_path, monkeypatch, bundled, name, field):
+    monkeypatch.setattr(Runner, "score", no_work)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(SAEBenchError, match=f"{field}=257 tokens are more than bundled takes here, 256"):
+        run([mirror()], [name], tmp_path, model=bundled, settings={name: {field: 257}})
+
+
 def make_sae_at(hook: str):
     sae = mirror()
     sae.cfg.metadata.hook_name = hook

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.sae import SAE
@@ -28,7 +28,7 @@ from saelens_cosine.bundled import BUNDLED
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source
 from saelens_cosine.experiments.evaluate.texts.concepts import bundled_concepts, token_concepts
-from saelens_cosine.experiments.evaluate.texts.contexts import LabelledSample, concept_run, sample_tasks
+from saelens_cosine.experiments.evaluate.texts.contexts import Concepts, LabelledSample, concept_run, sample_tasks
 from saelens_cosine.experiments.evaluate.texts.tasks import Task, load_tasks
 from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
@@ -38,21 +38,7 @@ from saelens_cosine.metrics.probing.probing import pool
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.progress import Progress, shown
-
-
-class Concepts(NamedTuple):
-    """
-    Texts whose last token decides what comes next.
-
-    Args:
-        run (CleanRun): The texts, each read at its last token.
-        labels (list[int]): Concept of each text.
-        names (list[str]): What the concepts are called.
-    """
-
-    run: CleanRun
-    labels: list[int]
-    names: list[str]
+from saelens_cosine.saebench.model import again_for_saebench
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +61,7 @@ class Text:
         head (int | None): The attention head whose activations they are; None for all of the hook.
         progress (Progress | None): Called while the model runs over labelled texts.
         rounded (bool): Whether the sample's activations are bfloat16's, as a cache keeps them.
+        model_kwargs (Mapping[str, Any]): What the model's loader was told.
     """
 
     model_name: str
@@ -90,13 +77,14 @@ class Text:
     settings: EvaluationSettings
     head: int | None = None
     rounded: bool = False
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     progress: Progress | None = None
 
     @cached_property
     def identity(self) -> str:
         """A hash of what is read and how, not of what it is called: the tokens, their documents and places, the model."""
         objects = ("model", "settings", "contexts", "sample", "progress")
-        names = ("model_name", "dataset", "rule", *objects, "rounded")
+        names = ("model_name", "dataset", "rule", *objects, "rounded", "model_kwargs")
         how = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in names}
         sample = self.sample
         tensors = {name: getattr(sample, name) for name in ("tokens", "contexts", "documents", "positions")}
@@ -129,6 +117,12 @@ class Text:
         return clean_losses(self.model, self.hook, self.contexts.at_even_steps(contexts).batches, self.head)
 
     @cached_property
+    def hooked_transformer(self) -> Any:
+        """The model as SAEBench runs it, with the sinks that are planted in it."""
+        device = self.settings.device
+        return again_for_saebench(self.model, self.model_name, self.hook, self.model_kwargs, self.planted, device)
+
+    @cached_property
     def concepts(self) -> Concepts:
         """What ablation precision is measured on: constructs of code in the bundled corpus, frequent tokens in any other."""
         if self.dataset == BUNDLED:
@@ -142,7 +136,7 @@ class Text:
 
     def forget(self) -> None:
         """Free what can be made again, which is most of its memory: no more SAEs come that share it."""
-        for name in ("tasks", "run", "clean_losses", "concepts"):
+        for name in ("tasks", "run", "clean_losses", "hooked_transformer", "concepts"):
             vars(self).pop(name, None)
 
     def sample_of(self, run: CleanRun) -> TokenSample:
@@ -302,6 +296,7 @@ class Loader(ExitStack):
                 head,
                 progress=self.progress,
                 rounded=settings.activations is not None,
+                model_kwargs=hooked.kwargs,
             )
         return self._texts[key]
 

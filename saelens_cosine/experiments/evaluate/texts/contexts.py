@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,21 @@ from saelens_cosine.progress import Progress, shown
 
 TEXT_TOKENS_AT_ONCE = 2048
 """Tokens in one forward pass, whose logits may all exist at a time."""
+
+
+class Concepts(NamedTuple):
+    """
+    Texts whose last token decides what comes next.
+
+    Args:
+        run (CleanRun): The texts, each read at its last token.
+        labels (list[int]): Concept of each text.
+        names (list[str]): What the concepts are called.
+    """
+
+    run: CleanRun
+    labels: list[int]
+    names: list[str]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,34 +7,45 @@ from dataclasses import replace
 from typing import Any
 
 from saelens_cosine import saebench
-from saelens_cosine.activations.models import TRANSFORMER_LENS, choose_model
-from saelens_cosine.bundled import BUNDLED
-from saelens_cosine.experiments.evaluate.evals.eval import Eval, Figure, NotApplicable
+from saelens_cosine.activations.sae_probes_text import tasks_trained_on
+from saelens_cosine.experiments.evaluate.evals.eval import Eval, Figure
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.hooked_transformer import is_hooked_transformer
 from saelens_cosine.plain import digest
+from saelens_cosine.saebench.evals import INSTALLED_TEXT
 from saelens_cosine.saebench.results import LABELS, EvalResult
 
 
 def saebench_settings(name: str, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes to an eval's configuration: on the bundled corpus, its text instead of a data set on the Hub."""
-    bundled = {"core": {"dataset": BUNDLED}, "autointerp": {"dataset_name": BUNDLED}}
-    return {**(bundled.get(name, {}) if dataset == BUNDLED else {}), **given.get(name, {})}
+    """Changes to an eval's configuration: on text that comes with a package, that text instead of a data set on the Hub, and no
+    probing on what was trained on.
+
+    Raises:
+        ValueError: tasks are given whose texts were trained on.
+    """
+    ours: dict[str, Any] = {}
+    if dataset in INSTALLED_TEXT:
+        ours = {"core": {"dataset": dataset}, "autointerp": {"dataset_name": dataset}}.get(name, {})
+    changed = {**ours, **given.get(name, {})}
+    if name == "sparse_probing_sae_probes" and (trained_on := tasks_trained_on(dataset)):
+        names = changed.get("dataset_names")
+        if names is None:
+            config = saebench.EVALS[name].make_config("", "float32", 1, {})
+            changed["dataset_names"] = [task for task in config.dataset_names if task not in trained_on]
+        elif seen := sorted(trained_on & set(names)):
+            raise ValueError(f"{name} is to probe on {', '.join(seen)}, whose texts SAEs of {dataset} are trained on.")
+    return changed
 
 
 def _measure(name: str) -> Callable[[Subject], EvalResult]:
     def measure(subject: Subject) -> EvalResult:
-        settings, model, name_of_model = subject.settings, subject.text.model, subject.sae.cfg.metadata.model_name
-        lens = is_hooked_transformer(model)
-        if not lens and choose_model(name_of_model or "", class_name=TRANSFORMER_LENS).class_name != TRANSFORMER_LENS:
-            raise NotApplicable(f"SAEBench runs HookedTransformers, and TransformerLens knows no {name_of_model}.")
+        settings = subject.settings
         configured = saebench_settings(name, subject.text.dataset, settings.saebench)
         prepared = saebench.prepare(subject.sae, subject.source.arm)
         report = saebench.run(
             [prepared],
             [name],
             subject.folder / "saebench",
-            model=model if lens else None,
+            model=subject.text.hooked_transformer,
             device=settings.device,
             settings={name: configured} if configured else None,
             max_norm_multiple=None if settings.sinks == "keep" else settings.max_norm_multiple,
