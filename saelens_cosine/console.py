@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -51,11 +52,12 @@ def say(console: Console, text: str, wrap: bool = True) -> None:
 
 
 def plain_table(title: str, names: Sequence[str], figures: Sequence[str] = ()) -> Table:
-    """An empty table under its title: columns of names, the first of them never broken, then columns of figures."""
+    """An empty table under its title: columns of names, then columns of figures, which are never cut: where it is too wide, names are
+    broken, the first of them only to make room for figures."""
     table = PlainTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption_justify = "left"
     for i, name in enumerate(names):
-        table.add_column(name, no_wrap=i == 0)
+        table.add_column(name, no_wrap=i == 0 and not figures)
     for figure in figures:
         table.add_column(figure, justify="right")
     return table
@@ -89,10 +91,15 @@ class PlainTable(Table):
         shown.title = _cell(self.title, self.title_style or "table.title")
         shown.caption = _cell(self.caption, self.caption_style or "table.caption")
         shown.columns = [
-            replace(column, header=_cell(column.header), _cells=[_cell(cell) for cell in column.cells])
+            replace(column, header=_cell(column.header), _cells=cells, min_width=_widest(cells) if figures else None)
             for column in self.columns
+            for figures, cells in [(column.justify == "right", [_cell(cell) for cell in column.cells])]
         ]
         return shown
+
+
+def _widest(cells: Sequence[Any]) -> int:
+    return max((cell_len(line) for cell in cells for line in str(cell).splitlines()), default=0)
 
 
 def _cell(value: Any, style: Any = "") -> Any:

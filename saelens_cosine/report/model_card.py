@@ -148,7 +148,7 @@ def _comparison_section(comparison: Mapping[str, Any], picture: str | None) -> s
     arms = comparison["arms"]
     quartiles = range(len(arms[0]["fve_by_norm_quartile"]))
     hooks: list[dict[str, Any]] = comparison["hooks"]
-    several = {"hook_name": len(hooks) > 1, "k": len({arm["k"] for arm in arms}) > 1}
+    several = {"hook_name": len(hooks) > 1, **{name: len({arm[name] for arm in arms}) > 1 for name in ("k", "lr")}}
     differing = [name for name, differs in several.items() if differs]
     head = (
         "architecture",
@@ -186,7 +186,8 @@ def _comparison_section(comparison: Mapping[str, Any], picture: str | None) -> s
         )
     )
     sinks += "; a sink planted in each context" if high.get("planted") else ""
-    image = f"\n![training curves, exponents, and FVE by quartile of the norm]({picture})\n" if picture else ""
+    curves = "FVE and cross-entropy recovered against L0" if several["k"] else "training curves"
+    image = f"\n![{curves}, exponents, and FVE by quartile of the norm]({picture})\n" if picture else ""
     return (
         f"## Comparison\n\nAll arms on the same activations; measured: {settings['evaluated']}, "
         f"{arms[0]['dead_window_tokens']:,} tokens. High-norm tokens: {sinks}.\n\n"

@@ -40,6 +40,16 @@ def test_held_out_contexts_come_from_a_cache_and_are_added_to_it(tmp_path, monke
     assert len(list(cache.glob("*.safetensors"))) == 2
 
 
+def test_a_new_cache_is_of_all_hooks(tmp_path):
+    sae, cache = saved_sae(tmp_path / "sae"), tmp_path / "cache"
+    other = with_metadata(sae, tmp_path / "other", hook_name="blocks.1.hook_resid_post")
+    settings = dataclasses.replace(SETTINGS, evals=("reconstruction",), activations=cache)
+    found = evaluate([sae, other], settings, tmp_path / "out")
+    assert [text.hook for text in found.texts] == [HOOK, "blocks.1.hook_resid_post"]
+    assert sorted(json.loads((cache / "activations.json").read_text())["hooks"]) == sorted(t.hook for t in found.texts)
+    assert len(list(cache.glob("*.safetensors"))) == 1  # the model ran once
+
+
 def test_a_cache_of_another_hook_or_of_planted_sinks_is_refused(tmp_path):
     sae, cache = saved_sae(tmp_path / "sae"), tmp_path / "cache"
     other = with_metadata(sae, tmp_path / "other", hook_name="blocks.1.hook_resid_post")

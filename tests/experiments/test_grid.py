@@ -23,6 +23,7 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import Setting
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction
 from saelens_cosine.training.recipe import RECIPES
+from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import ResumableRun
 
 ARMS = ["cosine_batchtopk", "inner_product_topk"]
@@ -125,7 +126,7 @@ def test_kept_activations_serve_another_comparison(text, tmp_path, monkeypatch):
     assert not torch.equal(one["W_enc"], other["W_enc"])
 
 
-@pytest.mark.parametrize("steps", [5, 13, 35])
+@pytest.mark.parametrize("steps", [5, 16, 35])  # 16: the last step of the second training
 def test_stopped_and_resumed_it_ends_with_the_same(steps, whole, text, tmp_path, monkeypatch, capsys):
     seen = []
     after = Setting.train
@@ -160,8 +161,28 @@ def test_other_rates_are_refused(text, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
         assert main(command(text, tmp_path)) == 143
+    shutil.rmtree(tmp_path / ".comparison-run" / "activations")
+    monkeypatch.setattr(standing_in, "_run", lambda *_: pytest.fail("the model ran"))
     assert main(command(text, tmp_path, "--resume", "--lr", "1e-3")) == 2
     assert "lr is [" in capsys.readouterr().err
+
+
+def test_a_grid_that_is_finished_does_not_run_its_text_again_and_loses_what_a_killed_process_left(
+    whole, text, tmp_path, monkeypatch
+):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    run = tmp_path / ".comparison-run"
+    before = sorted(path.name for path in run.iterdir())
+    for aside in (False, True):  # as a process leaves them that is killed before they go
+        left = Checkpoints(run / f"layer2-k2-seed0-lr0.00{int(aside)}")
+        left.add(128, lambda folder: (folder / "weights").write_text("0"))
+        if aside:
+            left.set_aside()
+    (run / "layer2-k2-seed0-lr0.001-saes" / ARMS[0]).mkdir(parents=True)
+    monkeypatch.setattr("saelens_cosine.experiments.compare.run.fill", lambda *_: pytest.fail("nothing is trained"))
+    assert main(command(text, tmp_path, "--resume")) == 0
+    assert result(tmp_path) == result(whole[0])
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_a_rate_that_breaks_training_is_passed_over(text, tmp_path):
@@ -172,6 +193,23 @@ def test_a_rate_that_breaks_training_is_passed_over(text, tmp_path):
     assert [(one["fve"], one["chosen"]) for one in failed] == [(None, False)] * 2
     assert [arm["lr"] for arm in found["arms"]] == [1e-3] * 2
     assert found["failed"] == []
+
+
+def test_a_stop_just_before_training_breaks_is_not_lost(text, tmp_path, monkeypatch):
+    flags = ["compare", *compare_flags(text, tmp_path, seeds=1, **{"eval-tokens": 640}), "--lr", "1e-3", "1e30"]
+    before, done = ResumableRun._after_step, []
+
+    def after_step(run):
+        before(run)
+        done.append(1)
+        if len(done) == 9:  # the first of the second rate, whose next one breaks every arm
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResumableRun, "_after_step", after_step)
+        assert main(flags) == 143
+    assert main([*flags, "--resume"]) == 0
+    assert [arm["lr"] for arm in result(tmp_path)["arms"]] == [1e-3] * 2
 
 
 def test_no_rate_that_trains_is_an_error(text, tmp_path, capsys):
@@ -265,6 +303,7 @@ def test_what_a_rate_is_chosen_on_is_not_measured(text):
     [
         (["--k", "8", "8"], "k=(8, 8) names one twice"),
         (["--layer", "1", "1"], "layer=(1, 1) names one twice"),
+        (["--lr", "1e-3", "1.0000001e-3"], "lr=(0.001, 0.001) names one twice"),
         (["--lr", "0"], "lr=0.0 must be a positive number"),
         (["--lr", "1e-3", "nan"], "lr=nan must be"),
         (["--k", "8", "100"], "k=100 features cannot be active out of d_sae=24"),

@@ -44,7 +44,7 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[1:] == [
         'pip install ".[test]" torch==2.13.0',
         "pip install --no-deps sae-bench==0.6.0 sae-probes==0.4.2",
-        "OMP_NUM_THREADS=1 python -m pytest",
+        "OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile",
     ]
     script = (ROOT / ".ci" / "run").read_text()
     for command in commands[1:]:

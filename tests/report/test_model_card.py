@@ -118,7 +118,7 @@ def test_several_saes_share_what_they_have_in_common():
 
 def comparison(max_norm_multiple):
     arm = {"architecture": "cosine_batchtopk", "seed": 1, "fve": 0.75, "l0": 31.96, "dead_fraction": 0.0625,
-           "ce_loss_recovered": 0.5, "dead_window_tokens": 1000, "hook_name": "hook", "k": 32,
+           "ce_loss_recovered": 0.5, "dead_window_tokens": 1000, "hook_name": "hook", "k": 32, "lr": 0.001,
            "fve_by_norm_quartile": [{"fve": 0.1}, {"fve": 0.2}, {"fve": 0.3}, {"fve": 0.4}]}  # fmt: skip
     return {
         "arms": [arm],
@@ -136,9 +136,22 @@ def test_a_comparison_is_shown_with_its_definitions():
     assert "dropped, 1.25% of the tokens in training and 2.00% in evaluation" in card
     for definition in ("how FVE is defined", "how CE is", "how dead is", "(comparison.png)"):
         assert definition in card
+    assert "![training curves, exponents" in card
     without = repository_card("me/saes", {"a": config()}, comparison(None))
     assert "High-norm tokens: kept in training and evaluation" in without
     assert "![" not in without
+
+
+def test_of_a_grid_the_table_tells_k_and_learning_rate_and_the_picture_is_what_it_shows():
+    grid = comparison(10.0)
+    grid["arms"].append(grid["arms"][0] | {"k": 64, "lr": 0.0003})
+    card = repository_card("me/saes", {"a": config()}, grid, "comparison.png")
+    assert "| architecture | k | lr | seed |" in card
+    assert "| `cosine_batchtopk` | 64 | 0.0003 | 1 | 0.7500 |" in card
+    assert (
+        "![FVE and cross-entropy recovered against L0, exponents, and FVE by quartile of the norm](comparison.png)"
+        in card
+    )
 
 
 def test_the_citations_are_the_readmes():

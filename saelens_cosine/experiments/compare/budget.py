@@ -68,7 +68,7 @@ class Budget:
     What a comparison costs.
 
     Args:
-        parts (tuple[BudgetPart, ...]): In the order of their first time. What is not among them (reading, writing, tables) is small.
+        parts (tuple[BudgetPart, ...]): In the order of their first time. What is not among them (reading, writing, tables) takes seconds, whatever the tokens.
         activation_bytes (int): Of activations on the disk, 0 where none are kept.
         free_bytes (int): On the disk where they would be.
         sae_bytes (int): Of all saved SAEs.
@@ -123,7 +123,8 @@ def as_table(found: Budget) -> Table:
     )
     table.caption = (
         f"{kept}SAEs take {_size(found.sae_bytes)}, and {_size(found.training_bytes)} of memory while they are trained. Measured on this "
-        f"machine as busy as it is, {SECONDS:g} s each; learning rates count as if no two arms had the same one."
+        f"machine as busy as it is, {SECONDS:g} s each; learning rates count as if no two arms had the same one. Checkpoints, tables and "
+        "the page come on top, a few seconds for each training and each point: most of it where the rest takes seconds."
     )
     return table
 

@@ -128,7 +128,6 @@ def _compare(
     comparison = None
     with _documents(settings, hooked, text, state, progress) as documents:
         progress("Gathering held-out activations", 0, 1)
-        state.check()
         at = [
             Setting(settings, model, HeldOut(settings, model, text.heldout, progress), text.rule, documents, state)
             for model in hooked
@@ -137,6 +136,7 @@ def _compare(
             found[point] = state.finished(point) or _run_point(
                 point, at[point.hook], found, output, progress, _called(point, i, settings)
             )
+            state.forget(point)
             comparison = _gathered(settings, at, found)
             if on_point is not None:
                 on_point(comparison)
@@ -155,10 +155,12 @@ def _documents(
 ) -> Generator[Callable[[int], Any]]:
     """The training text of a seed, as SAELens' store takes it: documents, or where activations are kept, contexts that have been run.
 
-    Where they are kept, the model answers from there while this is open.
+    Where they are kept, the model answers from there while this is open. It runs only if there is something to train, and another
+    comparison is refused before.
     """
     folder = settings.activations or (state.activations if settings.is_grid else None)
     if folder is None:
+        state.check()
         yield lambda seed: load_text(settings.dataset, seed).train
         return
     model, form = hooked[0], ContextForm(context_size(settings, hooked[0]))
@@ -168,7 +170,9 @@ def _documents(
     with open_cache(folder, identity) as cache:
         contexts = training_contexts(model, text.train, form, settings.tokens, progress, buffer)
         state.settings["contexts"] = digest(None, {"contexts": contexts})  # another number of them is another order
-        fill(cache, model.model, contexts, progress)
+        state.check()
+        if not all(state.finished(point) for point in points(settings)):
+            fill(cache, model.model, contexts, progress)
         with standing_in(model.model, cache):
             yield partial(as_dataset, contexts)
 
@@ -254,8 +258,6 @@ def _run_point(
         share = sum(run.dropped_share for run in trained) / len(trained)
         result = PointResult(arms, tuple(failed[arm] for arm in settings.arms if arm in failed), share, rates)
         state.note(point, result)
-        for run in runs:
-            state.forget(run)
     return result
 
 

@@ -67,7 +67,8 @@ class ComparisonSettings:
         self.arms = tuple(check_training_architecture(arm) for arm in self.arms)
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"arms={self.arms} must name at least one architecture, each once.")
-        for name, values in (("k", self.ks), ("lr", self.rates), ("layer", self.layers), ("hook", self.hooks)):
+        rates = tuple(float(f"{rate:g}") for rate in self.rates)  # as names of trainings and tables tell them apart
+        for name, values in (("k", self.ks), ("lr", rates), ("layer", self.layers), ("hook", self.hooks)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={values} names one twice.")
         if not self.ks:

@@ -165,8 +165,7 @@ class ComparisonState:
             if not self.resume:
                 checkpoints.set_aside()
             yield checkpoints
-            checkpoints.set_aside()
-            checkpoints.remove_set_aside()
+            _remove(checkpoints)
         with suppress(OSError):  # somebody's files
             folder.rmdir()
 
@@ -186,9 +185,24 @@ class ComparisonState:
             # NaN as Python has it, for `comparison.json` is what others read
             unfinished.write_text(json.dumps(self._record(found)))
 
-    def forget(self, training: Training) -> None:
-        """The SAEs of one of several trainings of a point, once the point is finished."""
-        shutil.rmtree(self.saes(training), ignore_errors=True)
+    def forget(self, point: Point) -> None:
+        """What trainings of a point have left, once it is finished: SAEs among which learning rates were chosen, and checkpoints
+        where a process was killed before they went."""
+        for path in sorted((self.output.results / FOLDER).glob(f"{point.name}*")):
+            if not path.is_dir() or not (path.name == point.name or path.name.startswith(f"{point.name}-lr")):
+                continue
+            if path.name.endswith("-saes"):
+                shutil.rmtree(path, ignore_errors=True)
+                continue
+            with open_output(path, "checkpoints", keep_empty=False):
+                _remove(Checkpoints(path, self.keep))
+            with suppress(OSError):  # somebody's files
+                path.rmdir()
+
+
+def _remove(checkpoints: Checkpoints) -> None:
+    checkpoints.set_aside()
+    checkpoints.remove_set_aside()
 
 
 def begun(output: Output) -> bool:

@@ -131,7 +131,9 @@ def _failed(comparison: Comparison) -> Iterator[Table]:
         table.add_column("because")
         table.style = table.title_style = "red"
         for arm in comparison.failed:
-            table.add_row(arm.architecture, str(arm.seed), f"{arm.training_tokens:,}", arm.reason)
+            name = called(comparison, arm.architecture, arm.hook_name, arm.k)
+            rate = f", lr {arm.lr:g}" if comparison.rates and arm.lr is not None else ""
+            table.add_row(name + rate, str(arm.seed), f"{arm.training_tokens:,}", arm.reason)
         yield table
 
 
@@ -143,7 +145,8 @@ def _not_finite(comparison: Comparison) -> Iterator[Table]:
         table.style = table.title_style = "red"
         for arm in found:
             counts = (arm.reconstruction.not_finite, arm.reconstruction.tokens)
-            table.add_row(arm.architecture, str(arm.seed), *(f"{count:,}" for count in counts))
+            name = called(comparison, arm.architecture, arm.hook_name, arm.k)
+            table.add_row(name, str(arm.seed), *(f"{count:,}" for count in counts))
         yield table
 
 

@@ -29,7 +29,7 @@ from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
 from saelens_cosine.training.resuming.run import FILLING, ResumableRun
-from saelens_cosine.training.resuming.stop import StopRequests
+from saelens_cosine.training.resuming.stop import StopError, StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 
 N_CHECKPOINTS = 5
@@ -102,6 +102,8 @@ class Setting:
         except FloatingPointError:
             if len(settings.rates) < 2 or len(monitor.failed) < len(saes):
                 raise  # of several rates, one may be too large for every arm
+        if run.stop.received is not None:  # in the last step, with others to train
+            raise StopError(run.stop.received, f"Stopped at the end of a training{which}. {run.go_on}")
         arms: list[TrainedArm] = []
         for arm, sae in saes.items():
             if arm in monitor.failed:

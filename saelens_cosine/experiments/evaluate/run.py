@@ -101,7 +101,8 @@ def _evaluate(
     kept: dict[Source, Subject] = {}
     order = in_turn(parsed)
     due = 0.0  # when what is there is gathered: after each SAE, or later where that takes long
-    with Loader(settings, folder.resolve(), measured.progress) as loader:
+    hooks = dict.fromkeys(source.hook for source in parsed if source.hook)
+    with Loader(settings, folder.resolve(), measured.progress, hooks) as loader:
         for i, source in enumerate(order):
             later = order[i + 1 :]
             other = against[source]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -224,11 +224,15 @@ class Subject:
 
 
 class Loader(ExitStack):
-    """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end."""
+    """Loads SAEs, and their models and texts once for all that share them. Takes planted sinks out of the models at the end.
 
-    def __init__(self, settings: EvaluationSettings, folder: Path, progress: Progress | None = None):
+    A cache of activations that it begins is of all `hooks`, those of the SAEs that will be loaded as far as they are known."""
+
+    def __init__(
+        self, settings: EvaluationSettings, folder: Path, progress: Progress | None = None, hooks: Iterable[str] = ()
+    ):
         super().__init__()
-        self.settings, self.folder, self.progress = settings, folder, shown(progress)
+        self.settings, self.folder, self.progress, self.hooks = settings, folder, shown(progress), list(hooks)
         self._texts: dict[tuple[Any, ...], Text] = {}
         self._models: dict[tuple[Any, ...], HookedModel] = {}
         self._hashes: dict[int, str] = {}
@@ -306,7 +310,8 @@ class Loader(ExitStack):
             yield
             return
         sinks, sha256 = [hook] if planted else [], self._model_sha256(hooked.model)
-        identity = CacheIdentity.of(hooked, [hook], form, dataset, splits, sinks, sha256)
+        others = [] if planted or self.settings.hook else [hooked.at(hook=other).hook_name for other in self.hooks]
+        identity = CacheIdentity.of(hooked, [hook, *others], form, dataset, splits, sinks, sha256)
         with open_cache(folder, identity) as cache, standing_in(hooked.model, cache):
             yield
 
