@@ -17,7 +17,7 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.grid import points, trainings
 from saelens_cosine.experiments.compare.heldout import HeldOut
-from saelens_cosine.experiments.compare.rates import chosen_rates, rates_tried
+from saelens_cosine.experiments.compare.rates import about_edges, chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.results import Trained, TrainedArm
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import Setting
@@ -266,6 +266,17 @@ def test_rates_are_chosen_arm_by_arm_and_a_tie_goes_to_the_lower():
     ]
     assert chosen_rates(tried, "hook") == {"a": 1e-3, "b": 1e-3}
     assert chosen_rates(tried, "other") == {}
+
+
+def test_a_best_rate_at_an_end_of_those_that_were_tried_is_told():
+    tried = rates_tried(
+        [trained(1e-4, a=0.7, b=0.5, c=0.5), trained(1e-3, a=0.6, b=0.7, c=0.5), trained(1e-2, a=0.5, b=0.6, c=0.8)],
+        "abc",
+        "hook",
+        4,
+    )
+    assert about_edges(tried) == "A smaller rate may be better for a. A larger rate may be better for c."
+    assert about_edges(tried[3:6]) == ""
 
 
 def test_arms_of_one_rate_share_a_run():

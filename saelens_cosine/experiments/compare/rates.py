@@ -26,6 +26,17 @@ def chosen_rates(tried: Sequence[RateTried], hook_name: str) -> Mapping[str, flo
     return {one.architecture: one.lr for one in tried if one.chosen and one.hook_name == hook_name}
 
 
+def about_edges(tried: Sequence[RateTried]) -> str:
+    """Which arms did best at the smallest or the largest rate that was tried, where a better one may lie beyond; empty if none did."""
+    rates = sorted({one.lr for one in tried})
+    ends = {"smaller": rates[:1], "larger": rates[-1:]}
+    arms = {
+        end: dict.fromkeys(one.architecture for one in tried if one.chosen and [one.lr] == rate)
+        for end, rate in ends.items()
+    }
+    return " ".join(f"A {end} rate may be better for {', '.join(found)}." for end, found in arms.items() if found)
+
+
 def _of_arm(tried: Sequence[Trained], arm: str, hook_name: str, k: int) -> list[RateTried]:
     found: list[RateTried] = []
     for training in sorted(tried, key=lambda training: training.lr):

@@ -18,6 +18,7 @@ from rich.text import Text
 from saelens_cosine.activations.site import site_lines
 from saelens_cosine.console import literal, plain_table, shown_number
 from saelens_cosine.experiments.compare.file import SCHEMAS
+from saelens_cosine.experiments.compare.rates import about_edges
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried
 from saelens_cosine.experiments.compare.summary import matched
 from saelens_cosine.experiments.compare.summary.measures import CE, DEAD, FVE, L0, SECONDS
@@ -225,6 +226,7 @@ def _learning_rates(comparison: Comparison) -> Table:
             if tried:
                 at = f", {hook.hook_name}" if len(comparison.hooks) > 1 else ""
                 table.add_row(arm + at, *(_rate(tried.get(rate)) for rate in rates))
+    table.caption = about_edges(comparison.rates) or None
     return table
 
 

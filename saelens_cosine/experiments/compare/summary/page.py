@@ -12,6 +12,7 @@ from pathlib import Path
 
 from saelens_cosine.activations.site import Part
 from saelens_cosine.experiments.compare.grid import tuned_k
+from saelens_cosine.experiments.compare.rates import about_edges
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
 from saelens_cosine.experiments.compare.summary.charts import against_l0, by_norm, exponents, learning_rates, training
 from saelens_cosine.experiments.compare.summary.matched import matched, notes
@@ -89,7 +90,8 @@ def comparison_page(comparison: Comparison) -> Page:
         Section(
             "rates",
             "Learning rates",
-            "Each arm has the rate that it does best with, by FVE on held-out documents that nothing else is measured on.",
+            "Each arm has the rate that it does best with, by FVE on held-out documents that nothing else is measured on. "
+            + about_edges(comparison.rates),
             tuple(_rates(comparison, arms)),
         ),
         Section(
