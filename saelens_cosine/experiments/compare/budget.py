@@ -111,7 +111,7 @@ def budget(settings: ComparisonSettings, output: Path, on_progress: Progress | N
 
 def as_table(found: Budget) -> Table:
     """A budget as a table, with sizes below it."""
-    table = plain_table("What it will cost", ["part"], ["times", "tokens each", "tokens a second", "time"])
+    table = plain_table("What it will cost", ["part"], ["times", "tokens each", "tokens a second", "time in all"])
     for part in found.parts:
         figures = (str(part.times), f"{part.tokens:,}", f"{part.tokens_per_second:,.0f}", _duration(part.seconds))
         table.add_row(part.name, *figures)
@@ -123,7 +123,7 @@ def as_table(found: Budget) -> Table:
     )
     table.caption = (
         f"{kept}SAEs take {_size(found.sae_bytes)}, and {_size(found.training_bytes)} of memory while they are trained. Measured on this "
-        f"machine as busy as it is, {SECONDS:g} s each; learning rates count as if no two arms had the same one. Checkpoints, tables and "
+        f"machine as busy as it is, {SECONDS:g} s each; arms whose best rate is the same train side by side, which takes less. Checkpoints, tables and "
         "the page come on top, a few seconds for each training and each point: most of it where the rest takes seconds."
     )
     return table

@@ -120,7 +120,7 @@ def add_evaluate_command(commands: Any) -> None:
         nargs="+",
         metavar="TASK",
         help="what probing probes for: bundled, bundled:NAME, data sets of sae-probes by name (glue_cola), all of sae-probes that the "
-        "SAE was not trained on (all), or files with columns text and label",
+        "SAE was not trained on (all), or files with columns text and label; if not given, bundled for the bundled corpus, else all",
     )
     add("--task-texts", type=int, default=default.task_texts, help="texts of each task, at most")
     add("--causal-contexts", type=int, default=default.causal_contexts, help="contexts that causal and patching edit")
