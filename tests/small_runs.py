@@ -79,6 +79,14 @@ def compare_flags(text, output, **changes) -> list[str]:
     return ["--arms", "cosine_batchtopk", "inner_product_topk", *options, "--quiet"]
 
 
+def comparison_without_times(folder: Path) -> dict:
+    """What `comparison.json` holds, but for the seconds that trainings took."""
+    found = json.loads((folder / "comparison.json").read_text())
+    for arm in found["arms"]:
+        assert arm.pop("seconds") > 0
+    return found
+
+
 def small_batches(tokens, batch=128):
     """The paper's recipe, for `RECIPES`."""
     return paper(tokens, batch)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.bridges import name_in_bridge
 
@@ -103,6 +104,22 @@ def device_of(model: Any) -> torch.device:
 def of_head(activations: torch.Tensor, head: int | None) -> torch.Tensor:
     """`[contexts, length, d_in]` activations of one attention head, or of all of them flattened (or of a hook without heads)."""
     return (activations if head is None else activations[:, :, head]).flatten(2)
+
+
+def activations_at(
+    run_with_cache: Callable[..., Any], hooks: list[str], tokens: torch.Tensor
+) -> Mapping[str, torch.Tensor]:
+    """Activations of `tokens [contexts, length]` at hooks, by hook, from one pass that goes as far as the last of them.
+
+    Args:
+        run_with_cache: a hooked model's, or what stands in for it.
+        hooks: hook points of the model.
+        tokens: on its device.
+    """
+    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
+    known = [stop for stop in stops if stop is not None]  # the others cannot be told
+    stop = max(known) if len(known) == len(stops) else None
+    return run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)[1]
 
 
 @torch.no_grad()

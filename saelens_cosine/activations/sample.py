@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
-from saelens_cosine.activations.hook_points import device_of, of_head
+from saelens_cosine.activations.hook_points import activations_at, device_of, of_head
 from saelens_cosine.activations.norm_filter import HighNormFilter, token_norms
 
 Sinks = Literal["keep", "drop", "both"]
@@ -64,13 +63,8 @@ class TokenSample:
 
 def hook_activations(model: Any, hook_name: str, tokens: torch.Tensor, head: int | None = None) -> torch.Tensor:
     """Activations of `tokens [contexts, length]` at a hook, `[contexts, length, d_in]` float32 on the CPU; arguments as in `sample_tokens`."""
-    _, cache = model.run_with_cache(
-        tokens.to(device_of(model)),
-        names_filter=[hook_name],
-        stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),  # None where it cannot tell
-        prepend_bos=False,
-    )
-    return of_head(cache[hook_name], head).float().cpu()
+    found = activations_at(model.run_with_cache, [hook_name], tokens.to(device_of(model)))
+    return of_head(found[hook_name], head).float().cpu()
 
 
 @torch.no_grad()

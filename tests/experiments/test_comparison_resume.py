@@ -1,12 +1,12 @@
 """`compare` that is stopped and resumed ends with the same comparison.json, times aside."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from small_runs import compare_flags, small_batches, stop_after, write_text
+from small_runs import comparison_without_times as result
 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.training import Setting
@@ -25,13 +25,6 @@ def small_steps(monkeypatch):
 
 def command(text, output, **changes) -> list[str]:
     return ["compare", *compare_flags(text, output, **changes)]
-
-
-def result(folder: Path):
-    found = json.loads((folder / "comparison.json").read_text())
-    for arm in found["arms"]:
-        assert arm.pop("seconds") > 0
-    return found
 
 
 def weights(folder: Path):

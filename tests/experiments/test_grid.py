@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import compare_flags, small_batches, stop_after, write_text
+from small_runs import comparison_without_times as result
 
 from saelens_cosine.activations.cache import standing_in
 from saelens_cosine.activations.models import load_hooked_model
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.grid import points, trainings
-from saelens_cosine.experiments.compare.heldout import HeldOut
+from saelens_cosine.experiments.compare.heldout import HeldOut, heldout_contexts
 from saelens_cosine.experiments.compare.rates import about_edges, chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.results import Trained, TrainedArm
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
@@ -45,13 +46,6 @@ def command(text, output, *more, **changes) -> list[str]:
     flags = ["compare", *compare_flags(text, output, **{"eval-tokens": 640, "seeds": 1, **changes})]
     grid = ["--layer", "2", "0", "--k", "8", "2", "--lr", "5e-3", "1e-4"]
     return [*flags, *grid, *more]
-
-
-def result(folder: Path):
-    found = json.loads((folder / "comparison.json").read_text())
-    for arm in found["arms"]:
-        assert arm.pop("seconds") > 0
-    return found
 
 
 def weights(folder: Path):
@@ -301,7 +295,8 @@ def test_what_a_rate_is_chosen_on_is_not_measured(text):
     several = ComparisonSettings(
         d_sae=64, lr=(1e-3, 1e-4), context_size=32, eval_tokens=100_000, max_norm_multiple=None
     )
-    every, parted = HeldOut(one, model, splits.heldout), HeldOut(several, model, splits.heldout)
+    contexts = heldout_contexts(one, model, splits.heldout)
+    every, parted = HeldOut(one, model, contexts), HeldOut(several, model, contexts)
     assert every.for_choice is None
     assert len(parted.for_choice) + len(parted.activations) == len(every.activations)
     rows = {row.numpy().tobytes() for row in parted.for_choice}

@@ -264,6 +264,7 @@ def test_a_comparison_that_fails_midway_keeps_the_earlier_one_and_what_it_finish
         return ()
 
     monkeypatch.setattr(comparison, "load_hooked_model", Nothing)
+    monkeypatch.setattr(comparison, "heldout_contexts", Nothing)
     monkeypatch.setattr(comparison, "HeldOut", Nothing)
     monkeypatch.setattr(Setting, "train", train)
     monkeypatch.setattr(Setting, "measure", measure)

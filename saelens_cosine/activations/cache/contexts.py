@@ -14,6 +14,11 @@ MORE = 1.02
 """Contexts are read for so many times the training tokens, since some tokens are dropped for their norm."""
 
 
+def tokens_read(tokens: int, buffer_tokens: int) -> int:
+    """Tokens of text for a training of `tokens`, with what SAELens' mixing buffer reads ahead of it."""
+    return int(MORE * tokens) + buffer_tokens
+
+
 def training_contexts(
     model: HookedModel, text: Any, form: ContextForm, tokens: int, progress: Progress, buffer_tokens: int = 0
 ) -> torch.Tensor:
@@ -34,8 +39,7 @@ def training_contexts(
         ValueError: the text is shorter than one batch of contexts.
     """
     store = form.store(model.model, text, model.hook_name, model.d_in, "cpu")
-    wanted = int(MORE * tokens) + buffer_tokens
-    found = [batch.cpu() for batch in read_contexts(store, wanted, progress)]
+    found = [batch.cpu() for batch in read_contexts(store, tokens_read(tokens, buffer_tokens), progress)]
     if not found:
         raise ValueError(
             f"The text is shorter than {store.store_batch_size_prompts} contexts of {form.context_size} tokens; use a larger "

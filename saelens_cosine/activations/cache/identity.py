@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saelens_cosine.activations.contexts import ContextForm
-from saelens_cosine.activations.hook_points import device_of
+from saelens_cosine.activations.hook_points import activations_at, device_of
 from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.text import TextSplits
 from saelens_cosine.files.secrets import without_secrets
@@ -129,7 +129,7 @@ def _tokenizer_sha256(tokenizer: Any) -> str:
 @torch.no_grad()
 def _shapes(model: Any, hooks: list[str]) -> dict[str, tuple[int, ...]]:
     tokens = torch.zeros((1, 3), dtype=torch.long, device=device_of(model))
-    _, found = model.run_with_cache(tokens, names_filter=hooks, prepend_bos=False)
+    found = activations_at(model.run_with_cache, hooks, tokens)
     shapes: dict[str, tuple[int, ...]] = {}
     for hook in hooks:
         shape = tuple(found[hook].shape) if hook in found.keys() else ()  # noqa: SIM118  (TransformerLens' cache is no mapping)

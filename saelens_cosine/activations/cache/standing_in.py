@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 
 from saelens_cosine.activations.cache.cache import ActivationCache
 from saelens_cosine.activations.contexts import CONTEXTS_AT_ONCE
-from saelens_cosine.activations.hook_points import device_of
+from saelens_cosine.activations.hook_points import activations_at, device_of
 from saelens_cosine.progress import Progress
 
 _UNDERSTOOD = {"names_filter", "stop_at_layer", "prepend_bos"}
@@ -93,16 +92,6 @@ def _run(run_with_cache: Callable[..., Any], tokens: torch.Tensor, cache: Activa
     with torch.autocast(tokens.device.type, enabled=False):
         found = activations_at(run_with_cache, hooks, tokens)
     cache.add(tokens.cpu(), {hook: found[hook].to(torch.bfloat16).cpu() for hook in hooks})
-
-
-def activations_at(
-    run_with_cache: Callable[..., Any], hooks: list[str], tokens: torch.Tensor
-) -> Mapping[str, torch.Tensor]:
-    """Activations of `tokens [contexts, length]` at several hooks, by hook, from one pass that goes as far as the last of them."""
-    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
-    known = [stop for stop in stops if stop is not None]
-    stop = max(known) if len(known) == len(stops) else None
-    return run_with_cache(tokens, names_filter=hooks, stop_at_layer=stop, prepend_bos=False)[1]
 
 
 def _answered(cache: ActivationCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,9 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saelens_cosine.activations.cache.cache import kept_contexts
-from saelens_cosine.activations.cache.contexts import MORE
-from saelens_cosine.activations.cache.standing_in import activations_at
+from saelens_cosine.activations.cache.contexts import tokens_read
 from saelens_cosine.activations.contexts import ContextForm, read_contexts
-from saelens_cosine.activations.hook_points import device_of
+from saelens_cosine.activations.hook_points import activations_at, device_of
 from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.sample import sample_tokens
@@ -26,12 +26,14 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.console import plain_table
 from saelens_cosine.experiments.benchmark.arm import trainer_config
 from saelens_cosine.experiments.benchmark.settings import BenchmarkSettings
+from saelens_cosine.experiments.compare.grid import tuned_k
 from saelens_cosine.experiments.compare.heldout import context_size
 from saelens_cosine.experiments.compare.run import load_at_hooks
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import buffer_tokens
 from saelens_cosine.metrics.reconstruction.clean_losses import clean_losses
 from saelens_cosine.progress import Progress, shown
+from saelens_cosine.terminal.lines import lasting
 from saelens_cosine.training.next_norm import next_norm
 from saelens_cosine.training.recipe import get_recipe, sae_config
 
@@ -101,21 +103,19 @@ def budget(settings: ComparisonSettings, output: Path, on_progress: Progress | N
     progress = shown(on_progress)
     progress("Loading the model", 0, 1)
     hooked = load_at_hooks(settings)
-    first = hooked[0]
-    planted = plant_sinks(first.model, first.hook_name) if settings.plant_sinks else lambda: None
-    try:
+    with ExitStack() as afterwards:
+        if settings.plant_sinks:
+            afterwards.callback(plant_sinks(hooked[0].model, hooked[0].hook_name))
         return _measured(settings, hooked, output, progress)
-    finally:
-        planted()
 
 
 def as_table(found: Budget) -> Table:
     """A budget as a table, with sizes below it."""
     table = plain_table("What it will cost", ["part"], ["times", "tokens each", "tokens a second", "time in all"])
     for part in found.parts:
-        figures = (str(part.times), f"{part.tokens:,}", f"{part.tokens_per_second:,.0f}", _duration(part.seconds))
+        figures = (str(part.times), f"{part.tokens:,}", f"{part.tokens_per_second:,.0f}", lasting(part.seconds))
         table.add_row(part.name, *figures)
-    table.add_row("all", "", "", "", _duration(found.seconds))
+    table.add_row("all", "", "", "", lasting(found.seconds))
     kept = (
         f"Activations take {_size(found.activation_bytes)} of the disk, which has {_size(found.free_bytes)}. "
         if found.activation_bytes
@@ -140,11 +140,8 @@ def _measured(settings: ComparisonSettings, hooked: list[HookedModel], output: P
             f"The text is shorter than a batch of contexts of {form.context_size} tokens; use a larger one."
         )
     names, kept = [one.hook_name for one in hooked], settings.activations is not None or settings.is_grid
-    tokens = (
-        int(MORE * settings.tokens) + max(buffer_tokens(settings, one.d_in) for one in hooked)
-        if kept
-        else settings.tokens
-    )
+    buffer = max(buffer_tokens(settings, one.d_in) for one in hooked)
+    tokens = tokens_read(settings.tokens, buffer) if kept else settings.tokens
     folder = settings.activations or output
     already = 0 if settings.activations is None else kept_contexts(settings.activations) * form.context_size
     progress("Measuring the language model", 0, 1)
@@ -197,7 +194,7 @@ def _stepper(
     arm: str, settings: ComparisonSettings, model: HookedModel, x: torch.Tensor
 ) -> tuple[Any, Callable[[], int]]:
     """A training SAE, and one step of it on `x [tokens, d_in]`."""
-    k = settings.ks[(len(settings.ks) - 1) // 2]
+    k = tuned_k(settings)
     recipe = get_recipe(settings.recipe, settings.tokens)
     config = sae_config(arm, recipe, d_in=model.d_in, d_sae=settings.d_sae, k=k, device=settings.device)
     sae: Any = get_sae_training_class(arm)[0](config)
@@ -244,12 +241,6 @@ def _rate(run: Callable[[], int]) -> float:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _size(count: int) -> str:

@@ -27,6 +27,17 @@ def context_size(settings: ComparisonSettings, model: HookedModel) -> int:
     return min(settings.context_size, model.context_size or settings.context_size)
 
 
+def heldout_contexts(settings: ComparisonSettings, model: HookedModel, text: Any) -> Contexts:
+    """Contexts from all held-out documents, the same at every hook.
+
+    Raises:
+        ValueError: the text is shorter than one of them.
+    """
+    form = ContextForm(context_size(settings, model))
+    store = form.store(model.model, text, model.hook_name, model.d_in, settings.device)
+    return sample_contexts(store, settings.eval_tokens)
+
+
 class HeldOut:
     """
     Held-out text at one hook.
@@ -34,19 +45,17 @@ class HeldOut:
     Args:
         settings: of the comparison.
         model: hooked there.
-        text: held-out documents.
+        contexts: from all held-out documents.
         progress: told of their tokens.
 
     Raises:
-        ValueError: the text is too short, of one document where a learning rate is chosen, or nothing but zeros.
+        ValueError: the text is of one document where a learning rate is chosen, or activations are nothing but zeros.
     """
 
-    def __init__(self, settings: ComparisonSettings, model: HookedModel, text: Any, progress: Progress | None = None):
+    def __init__(
+        self, settings: ComparisonSettings, model: HookedModel, contexts: Contexts, progress: Progress | None = None
+    ):
         self.settings, self.model, self.progress = settings, model, shown(progress)
-        form = ContextForm(context_size(settings, model))
-        contexts = sample_contexts(
-            form.store(model.model, text, model.hook_name, model.d_in, settings.device), settings.eval_tokens
-        )
         apart = torch.zeros(len(contexts.tokens), dtype=torch.bool)
         if len(settings.rates) > 1:
             apart = contexts.documents % SET_APART == 0

@@ -25,7 +25,7 @@ from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.experiments.compare.grid import Point, is_tuned, points, trainings
-from saelens_cosine.experiments.compare.heldout import HeldOut, context_size
+from saelens_cosine.experiments.compare.heldout import HeldOut, context_size, heldout_contexts
 from saelens_cosine.experiments.compare.rates import chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.results import (
     ArmResult,
@@ -128,8 +128,9 @@ def _compare(
     comparison = None
     with _documents(settings, hooked, text, state, progress) as documents:
         progress("Gathering held-out activations", 0, 1)
+        contexts = heldout_contexts(settings, hooked[0], text.heldout)
         at = [
-            Setting(settings, model, HeldOut(settings, model, text.heldout, progress), text.rule, documents, state)
+            Setting(settings, model, HeldOut(settings, model, contexts, progress), text.rule, documents, state)
             for model in hooked
         ]
         for i, point in enumerate(points(settings)):

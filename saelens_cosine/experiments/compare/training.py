@@ -12,6 +12,7 @@ import torch
 from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner
 from sae_lens.registry import get_sae_training_class
 
+from saelens_cosine.activations.contexts import CONTEXTS_AT_ONCE
 from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.norm_filter import filter_high_norm_tokens
 from saelens_cosine.experiments.compare.grid import Point, Training, is_tuned
@@ -176,7 +177,7 @@ class Setting:
             dataset_path=settings.dataset,
             context_size=size,
             n_batches_in_buffer=max(1, buffer_tokens(settings, model.d_in) // size),
-            store_batch_size_prompts=16,
+            store_batch_size_prompts=CONTEXTS_AT_ONCE,
             device=settings.device,
             seed=seed,
             logger=LoggingConfig(log_to_wandb=False),
