@@ -151,7 +151,7 @@ class TopAFATrainingSAEConfig(RecipeConfig, TopAFASAEConfig, TrainingSAEConfig):
         use_encoder_bias (bool): Whether b_enc is trained. False keeps it at 0, as in the paper.
         unit_decoder (bool): Keep decoder rows at norm 1, as in the paper; needs rescale_acts_by_decoder_norm=False. By default norms are free and coefficients on unit directions count.
         rescale_acts_by_decoder_norm (bool): Whether codes are coefficients on unit directions. These decide the selection and the AFA loss in either case, so this changes the codes' units alone; a saved SAE has the same codes and, if True, unit rows.
-        b_dec_init (Literal["geometric_median", "zeros"]): Start of the decoder bias. Zeros, as in the paper, where the selection and afa_loss_target="input" mean the same norm.
+        b_dec_init (Literal["geometric_median", "mean", "zeros"]): Start of the decoder bias. Zeros, as in the paper, where the selection and afa_loss_target="input" mean the same norm.
         normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance. The paper does not.
         kernels (Literal["auto", "reference", "fast"]): The reference path is the only one: how many codes a token has is not known before all its scores are.
     """
@@ -166,7 +166,7 @@ class TopAFATrainingSAEConfig(RecipeConfig, TopAFASAEConfig, TrainingSAEConfig):
     use_encoder_bias: bool = True
     unit_decoder: bool = False
     rescale_acts_by_decoder_norm: bool = True
-    b_dec_init: Literal["geometric_median", "zeros"] = "zeros"
+    b_dec_init: Literal["geometric_median", "mean", "zeros"] = "zeros"
     normalize_aux_loss: bool = False
     kernels: Literal["auto", "reference", "fast"] = "reference"
 

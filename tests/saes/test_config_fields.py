@@ -97,7 +97,7 @@ def test_a_saved_config_is_read_back_and_a_mistyped_one_is_not():
     config = make_config("per_feature_cosine_jumprelu").to_dict()
     config_class = get_sae_training_class("per_feature_cosine_jumprelu")[1]
     assert config_class.from_dict(config).jumprelu_sparsity_loss_mode == config["jumprelu_sparsity_loss_mode"]
-    with pytest.raises(ValueError, match="b_dec_init='zero' is none of 'geometric_median', 'zeros'"):
+    with pytest.raises(ValueError, match="b_dec_init='zero' is none of 'geometric_median', 'mean', 'zeros'"):
         config_class.from_dict({**config, "b_dec_init": "zero"})
 
 
@@ -118,7 +118,7 @@ def test_a_users_config_with_a_type_that_only_a_type_checker_knows_is_still_chec
     ("flags", "words"),
     [
         (["--jumprelu_sparsity_loss_mode", "quadradic"], ["quadradic", "'step', 'tanh', 'quadratic'"]),
-        (["--b_dec_init", "geometric-median"], ["geometric-median", "'geometric_median', 'zeros'"]),
+        (["--b_dec_init", "geometric-median"], ["geometric-median", "'geometric_median', 'mean', 'zeros'"]),
         (["--sae.dtype", "float23"], ["dtype", "float23", "'bfloat16'"]),
     ],
 )

@@ -41,7 +41,7 @@ class RecipeConfig(ConfigMixin):
     Args:
         unit_decoder (bool): Keep decoder rows at norm 1: project their gradient onto the sphere's tangent and renormalise before each step. False leaves them free, as SAELens does.
         decoder_init_norm (float | None): Norm of decoder rows and encoder columns at the start. Must be 1 (or None) with unit_decoder.
-        b_dec_init (Literal["geometric_median", "zeros"]): Start of the decoder bias: geometric median of the first training batch, or SAELens' zeros.
+        b_dec_init (Literal["geometric_median", "mean", "zeros"]): Start of the decoder bias: geometric median or mean of the first training batch, or SAELens' zeros.
         normalize_aux_loss (bool): Divide the auxiliary loss by the residual's variance and let it see rectified scores, as the paper does (AbsTopK included). False is SAELens' un-normalised loss on raw scores.
         aux_loss_coefficient (float): Weight of the auxiliary loss. The paper uses 1/32 with the normalised loss; SAELens 1 with its own.
         dead_feature_window_tokens (int): A feature is dead when it has not fired for this many training tokens. Counted by the SAE, in tokens; the paper uses 10,000,000 of 500,000,000.
@@ -58,7 +58,7 @@ class RecipeConfig(ConfigMixin):
 
     unit_decoder: bool = True
     decoder_init_norm: float | None = 1.0
-    b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"
+    b_dec_init: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
     normalize_aux_loss: bool = True
     aux_loss_coefficient: float = 1 / 32
     dead_feature_window_tokens: int = 10_000_000
@@ -197,8 +197,11 @@ class RecipeTrainingSAE(DeadFeatureRevival):
     @torch.no_grad()
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         super().initialize_from_data(batch)
+        points = batch.to(wide(self.b_dec.dtype))
         if self.cfg.b_dec_init == "geometric_median":
-            self.b_dec.copy_(geometric_median(batch.to(wide(self.b_dec.dtype))))
+            self.b_dec.copy_(geometric_median(points))
+        elif self.cfg.b_dec_init == "mean":
+            self.b_dec.copy_(points.mean(dim=0))
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
