@@ -70,6 +70,11 @@ def test_an_sae_of_one_head_is_evaluated_on_that_head(head_sae, tmp_path):
         _, logits = heads_by_hand(tokens, replacement)
         assert loss[key] == pytest.approx(cross_entropy(logits, tokens), rel=1e-4)
 
+    assert main(["evaluate", head_sae, "--evals", "loss", "--loss-tokens", "70", "--overwrite", *flags]) == 0
+    (entry,) = json.loads((tmp_path / "evaluation.json").read_text())["saes"]
+    loss = entry["results"]["loss"]["with_sinks"]["by_norm"]["all_norms"]["overall"]
+    assert loss["tokens"] == 70 // CONTEXT * CONTEXT
+
 
 def train(place, output, **changes):
     (place / "data").mkdir(exist_ok=True)

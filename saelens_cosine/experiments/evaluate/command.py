@@ -98,6 +98,12 @@ def add_evaluate_command(commands: Any) -> None:
         help="Python files of your own that call register_eval; --evals may then name what they register",
     )
     add("--tokens", type=count, default=default.tokens, help="tokens, in contexts from all held-out documents")
+    add(
+        "--loss-tokens",
+        type=count,
+        default=default.loss_tokens,
+        help="tokens that loss takes, at most: the model runs on them for every SAE",
+    )
     add("--sinks", choices=("keep", "drop", "both"), default=default.sinks, help="what happens to high-norm tokens")
     add(
         "--max-norm-multiple",
