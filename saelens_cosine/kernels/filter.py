@@ -19,6 +19,9 @@ import torch
 from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.score import wide
 
+BF16_PRODUCTS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+"""What torch.cpu says of products in bfloat16; not every version of it has both."""
+
 ROUNDING_BLOCK = 2**18
 TILE_TOKENS = 4096
 TILE_BYTES = 2**22
@@ -57,9 +60,10 @@ class Rounded:
 
 
 def filter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of the filter's product: bfloat16 where the CPU multiplies it in hardware tiles, else float32."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if has_tiles() else torch.promote_types(torch.float32, dtype)
+    """The precision of the filter's product: bfloat16 where the CPU has instructions for it (AMX, AVX-512), else float32."""
+    if any(getattr(torch.cpu, name, lambda: False)() for name in BF16_PRODUCTS):
+        return torch.bfloat16
+    return torch.promote_types(torch.float32, dtype)
 
 
 @torch.no_grad()

@@ -110,11 +110,18 @@ def test_ordered_bounds_compare_as_floats(dtype):
     assert (near.view(ordered.dtype) >= filter.as_ordered(torch.zeros((), dtype=dtype), dtype)).all()
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_precision_of_the_filter(amx, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert filter.filter_dtype(F32) == (BF16 if amx else F32)
-    assert filter.filter_dtype(F64) == (BF16 if amx else F64)
+BF16_PRODUCTS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+@pytest.mark.parametrize("has", [*BF16_PRODUCTS, None])
+def test_precision_of_the_filter(has, monkeypatch):
+    for name in BF16_PRODUCTS:
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has, raising=False)
+    assert filter.filter_dtype(F32) == (BF16 if has else F32)
+    assert filter.filter_dtype(F64) == (BF16 if has else F64)
+    for name in BF16_PRODUCTS:  # of torch's own, and not in every version of it
+        monkeypatch.delattr(torch.cpu, name)
+    assert filter.filter_dtype(F32) == F32
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (13, 7), (3, 40)])
