@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -13,11 +13,17 @@ from scipy.sparse import get_index_dtype
 
 from saelens_cosine.metrics.flat_tokens import check_eval_mode, flat_heads
 from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.saes.encoding import encode_entries
+from saelens_cosine.saes.path import decline_reason, defined_together
 from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
+from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.score import wide
 
 CODES_AT_ONCE = 2**20
 """Dense codes that are held at a time, for classes that make no others: 4 MiB in float32, which a CPU's cache holds."""
+
+ENTRY_TOKENS = 2**14
+"""Tokens at a time where codes are found entry by entry: the encoder is prepared anew for each."""
 
 FEWEST_TOKENS = 256
 """Tokens at a time, whatever d_sae is: a product of fewer reads the weights too often."""
@@ -65,8 +71,8 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     features, values = np.empty(0, np.int32), np.empty(0, np.float32)
     done = entries = bad = 0
     with flat_heads(sae):
-        for x in activations.split(tokens_at_once(sae)):
-            found = _entries(sae, x)
+        for x in activations.split(ENTRY_TOKENS if _by_entry(sae, activations) else tokens_at_once(sae)):
+            found = _entries(sae, x.to(sae.device))
             end = entries + len(found.features)
             if end > len(features):
                 room = max(end, math.ceil(1.1 * end * len(activations) / (done + len(x))))
@@ -96,11 +102,24 @@ class _Entries(NamedTuple):
     bad: int
 
 
+def _by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
+    """Whether codes are found entry by entry, without the dense ones: of an SAE of ours whose `encode` is ours, and no length that overflows."""
+    if not isinstance(sae, ScoredSAE) or "encode" in vars(sae) or not defined_together(sae, "encode", "encode_sparse"):
+        return False
+    if decline_reason(sae, activations[:1].to(sae.device)) is not None:
+        return False
+    return bool(activations.norm(dim=-1).isfinite().all())
+
+
 def _entries(sae: SAE[Any], x: torch.Tensor) -> _Entries:
     """Codes of each token, their features, themselves, and the tokens where one is not finite."""
-    codes = sae.encode(x.to(sae.device)).to_dense()
-    tokens, features = codes.nonzero(as_tuple=True)
+    if _by_entry(sae, x):
+        entries, values = encode_entries(sae, x)
+        tokens, features, values = entries.tokens, entries.features, values.float()
+    else:
+        codes = sae.encode(x).to_dense()
+        tokens, features = codes.nonzero(as_tuple=True)
+        values = codes[tokens, features].float()
     counts = torch.bincount(tokens, minlength=len(x))
-    values = codes[tokens, features].float()
     bad = len(tokens[~values.isfinite()].unique())
     return _Entries(counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), values.cpu().numpy(), bad)

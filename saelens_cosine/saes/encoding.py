@@ -128,11 +128,7 @@ def encode_sparse(sae: ScoredEncoder, x: torch.Tensor) -> SparseCodes:
     x_centered = sae.process_sae_in(x)
     shape = x_centered.shape[:-1]
     flat = x_centered.reshape(-1, x_centered.shape[-1])
-    if decline_reason(sae, flat) is None:
-        scored = _select(sae, flat)[0]
-        entries, values = _as_entries(sae.finish(EntryCodes(scored.entries, scored.score), flat))
-    else:
-        entries, values = _entries_in_chunks(sae, flat)
+    entries, values = _entries(sae, flat)
     found = entries.token_offsets.diff()
     width = (
         sae.activation_fn.k if isinstance(sae.activation_fn, (TopK, AbsTopK)) else int(found.max()) if len(found) else 0
@@ -145,6 +141,19 @@ def encode_sparse(sae: ScoredEncoder, x: torch.Tensor) -> SparseCodes:
     padded.scatter_(0, place, values.to(sae.dtype))
     indices.scatter_(0, place, entries.features)
     return SparseCodes(padded.view(*shape, width), indices.view(*shape, width))
+
+
+@torch.no_grad()
+def encode_entries(sae: ScoredEncoder, x: torch.Tensor) -> tuple[Entries, torch.Tensor]:
+    """The active codes of `x [tokens, d_in]` and where they are, as `encode_sparse` finds them."""
+    return _entries(sae, sae.process_sae_in(x))
+
+
+def _entries(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Entries, torch.Tensor]:
+    if decline_reason(sae, x_centered) is None:
+        scored = _select(sae, x_centered)[0]
+        return _as_entries(sae.finish(EntryCodes(scored.entries, scored.score), x_centered))
+    return _entries_in_chunks(sae, x_centered)
 
 
 def _entries_in_chunks(sae: ScoredEncoder, flat: torch.Tensor) -> tuple[Entries, torch.Tensor]:

@@ -11,8 +11,9 @@ from scipy import optimize, sparse
 from scipy.stats import norm
 
 from saelens_cosine.metrics.codes import canonical_codes
+from saelens_cosine.metrics.probing import probing
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
-from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_sae
+from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_in_both_units, probe_sae
 from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
@@ -78,6 +79,21 @@ def test_features_are_chosen_by_difference_of_means_in_both_units():
     assert free[0].accuracy == free[0].auc == 1
     assert raw[1].accuracy == 1  # both features
     assert raw[1].features == ((0, 1),) * 5
+
+
+def test_all_features_are_probed_once_for_both_units(monkeypatch):
+    rng = np.random.default_rng(1)
+    codes = sparse.csr_array(rng.exponential(size=(60, 8)) * (rng.random((60, 8)) < 0.4) * np.arange(1, 9) ** 2)
+    truth, ks = np.arange(60) < 30, (1, None, 3)
+    expected = {units: probe(codes, truth, ks, units, 2) for units in ("canonical", "scale_free")}
+    seen, fit = [], probing._fit
+    monkeypatch.setattr(probing, "_fit", lambda x, *args: seen.append(x.shape[1]) or fit(x, *args))
+    found = probe_in_both_units(codes, truth, ks, 2)
+    assert sorted(seen) == sorted(2 * [1, 3, 8, 1, 3])
+    for units, probes in expected.items():
+        assert [one.k for one in found[units]] == list(ks)
+        for one, other in zip(found[units], probes, strict=True):
+            assert (one.features, one.accuracies) == (other.features, other.accuracies)
 
 
 def test_scale_free_probes_do_not_see_gains():

@@ -131,7 +131,12 @@ def add_evaluate_command(commands: Any) -> None:
     add("--task-texts", type=int, default=default.task_texts, help="texts of each task, at most")
     add("--causal-contexts", type=int, default=default.causal_contexts, help="contexts that causal and patching edit")
     add("--causal-features", type=int, default=default.causal_features, help="features that causal ablates")
-    add("--concept-texts", type=int, default=default.concept_texts, help="texts of each concept that causal takes, at most")
+    add(
+        "--concept-texts",
+        type=int,
+        default=default.concept_texts,
+        help="texts of each concept that causal takes, at most",
+    )
     add("--saebench-settings", type=Path, metavar="FILE", help='JSON: {"core": {"n_eval_reconstruction_batches": 20}}')
     add("--judge-model", default=default.judge.model, help="language model that autointerp asks")
     add("--judge-url", help="its OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY")

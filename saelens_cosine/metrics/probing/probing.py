@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -107,8 +107,8 @@ def probe_sae(
     """
     truth = _check_labels(labels, splits)
     pooled = pool(canonical_codes(sae, sample.activations), sample.contexts, len(truth), pooling)
-    results = [probe(pooled, truth, ks, units, splits, seed) for units in get_args(Units)]
-    return Probing(len(truth), len(sample), float(truth.mean()), pooling, *results)
+    results = probe_in_both_units(pooled, truth, ks, splits, seed)
+    return Probing(len(truth), len(sample), float(truth.mean()), pooling, **results)
 
 
 def probe_activations(
@@ -188,6 +188,18 @@ def probe(
         accuracies, aucs = zip(*scores[k], strict=True)
         results.append(KProbe(k, sum(accuracies) / splits, sum(aucs) / splits, accuracies, aucs, tuple(chosen[k])))
     return tuple(results)
+
+
+def probe_in_both_units(
+    codes: sparse.csr_array, labels: ArrayLike, ks: Sequence[int | None] = K_VALUES, splits: int = 5, seed: int = 0
+) -> dict[Units, tuple[KProbe, ...]]:
+    """`probe` in either units; the probe on all features, which is the same in both, is fitted once."""
+    canonical = probe(codes, labels, ks, "canonical", splits, seed)
+    few = [k for k in ks if k is not None]
+    scale_free: dict[int | None, KProbe] = dict(
+        zip(few, probe(codes, labels, few, "scale_free", splits, seed), strict=True)
+    )
+    return {"canonical": canonical, "scale_free": tuple(scale_free.get(one.k, one) for one in canonical)}
 
 
 def _check_labels(labels: ArrayLike, splits: int) -> Array:

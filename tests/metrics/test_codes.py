@@ -1,0 +1,44 @@
+"""Codes of many tokens as their active entries."""
+
+import pytest
+import torch
+from encode_sparse_cases import ALL, D, F, make  # noqa: F401
+from helpers import assert_close, make_activations
+
+from saelens_cosine.metrics import codes
+from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.not_finite import NotFiniteError
+from saelens_cosine.saes.path import decline_reason
+from saelens_cosine.saes.scored_sae import ScoredSAE
+
+TOKENS = 60
+
+
+@pytest.mark.parametrize("at_once", [16, 64])
+@pytest.mark.parametrize("name", [name for name in ALL if name.endswith("saved")])
+def test_codes_of_a_saved_sae_are_the_dense_ones(name, at_once, make, monkeypatch):
+    sae, x = make(name), make_activations(TOKENS, D)
+    with torch.no_grad():
+        expected = sae.encode(x)
+    monkeypatch.setattr(codes, "ENTRY_TOKENS", at_once)
+    if decline_reason(sae, x) is None:  # entry by entry: nothing dense is made
+        monkeypatch.setattr(ScoredSAE, "encode", None)
+    found = sparse_codes(sae, x)
+    assert found.shape == (TOKENS, F)
+    assert found.indices.dtype == "int32"
+    assert_close(torch.from_numpy(found.toarray()), expected, 1e-6)
+    assert found.nnz == expected.count_nonzero()
+
+
+@pytest.mark.parametrize("name", ["cosine_topk, saved", "per_feature_cosine_batchtopk, saved"])
+def test_what_has_no_entries_of_its_own_is_left_to_encode(name, make):
+    sae, x = make(name), make_activations(TOKENS, D)
+    x[7, 1] = torch.nan  # the filter of entries lets none of this token's pass
+    with pytest.raises(NotFiniteError, match="1 of 60 tokens"):
+        sparse_codes(sae, x)
+    ones = torch.ones(TOKENS, F)
+    vars(sae)["encode"] = lambda x: ones[: len(x)]  # somebody's own
+    assert sparse_codes(sae, x[:7]).nnz == 7 * F
+    del vars(sae)["encode"]
+    sae.__class__ = type("Mine", (type(sae),), {"encode": lambda self, x: ones[: len(x)]})
+    assert sparse_codes(sae, x[:7]).nnz == 7 * F
