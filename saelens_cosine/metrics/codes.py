@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -11,10 +11,12 @@ from sae_lens.saes.sae import SAE
 from scipy import sparse
 from scipy.sparse import get_index_dtype
 
+from saelens_cosine.kernels.codes import EntryCodes
+from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.metrics.flat_tokens import check_eval_mode, flat_heads
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.encoding import encode_entries
-from saelens_cosine.saes.path import decline_reason, defined_together
+from saelens_cosine.saes.path import SPARSE_ENOUGH, decline_reason, defined_together
 from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.score import wide
@@ -29,8 +31,10 @@ FEWEST_TOKENS = 256
 """Tokens at a time, whatever d_sae is: a product of fewer reads the weights too often."""
 
 
-def tokens_at_once(sae: SAE[Any]) -> int:
-    """Tokens whose dense codes are held at a time."""
+def tokens_at_once(sae: SAE[Any], activations: torch.Tensor | None = None) -> int:
+    """Tokens whose dense codes are held at a time; more where codes of these activations are found without."""
+    if activations is not None and _by_entry(sae, activations):
+        return ENTRY_TOKENS
     return max(FEWEST_TOKENS, CODES_AT_ONCE // sae.cfg.d_sae)
 
 
@@ -71,15 +75,17 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     features, values = np.empty(0, np.int32), np.empty(0, np.float32)
     done = entries = bad = 0
     with flat_heads(sae):
-        for x in activations.split(ENTRY_TOKENS if _by_entry(sae, activations) else tokens_at_once(sae)):
-            found = _entries(sae, x.to(sae.device))
-            end = entries + len(found.features)
+        for x in activations.split(tokens_at_once(sae, activations)):
+            found = _compressed(_encode(sae, x.to(sae.device)))
+            token, value = found.entries.tokens, found.values.float()
+            end = entries + len(value)
             if end > len(features):
                 room = max(end, math.ceil(1.1 * end * len(activations) / (done + len(x))))
                 features, values = (_longer(array, room) for array in (features, values))
-            features[entries:end], values[entries:end] = found.features, found.values
-            counts[done : done + len(x)] = found.counts
-            done, entries, bad = done + len(x), end, bad + found.bad
+            features[entries:end], values[entries:end] = found.entries.features.cpu(), value.cpu()
+            counts[done : done + len(x)] = torch.bincount(token, minlength=len(x)).cpu()
+            bad += len(token[~value.isfinite()].unique())
+            done, entries = done + len(x), end
     if bad:
         raise NotFiniteError(f"Codes of {type(sae).__name__}", bad, len(activations))
     # scipy widens the indices of the entries to the type of this one
@@ -95,13 +101,6 @@ def _longer(array: Any, length: int) -> Any:
     return longer
 
 
-class _Entries(NamedTuple):
-    counts: Any
-    features: Any
-    values: Any
-    bad: int
-
-
 def _by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
     """Whether codes are found entry by entry, without the dense ones: of an SAE of ours whose `encode` is ours, and no length that overflows."""
     if not isinstance(sae, ScoredSAE) or "encode" in vars(sae) or not defined_together(sae, "encode", "encode_sparse"):
@@ -111,15 +110,32 @@ def _by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
     return bool(activations.norm(dim=-1).isfinite().all())
 
 
-def _entries(sae: SAE[Any], x: torch.Tensor) -> _Entries:
-    """Codes of each token, their features, themselves, and the tokens where one is not finite."""
-    if _by_entry(sae, x):
-        entries, values = encode_entries(sae, x)
-        tokens, features, values = entries.tokens, entries.features, values.float()
+def _encode(sae: SAE[Any], x: torch.Tensor) -> EntryCodes | torch.Tensor:
+    """Codes of `x [tokens, d_in]`, on the SAE's device: their entries where these are found without the dense ones."""
+    return EntryCodes(*encode_entries(sae, x)) if _by_entry(sae, x) else sae.encode(x).to_dense()
+
+
+def _compressed(codes: EntryCodes | torch.Tensor) -> EntryCodes:
+    """The codes that are not 0; what is NaN is not."""
+    if isinstance(codes, EntryCodes):
+        on = codes.values != 0
+        if bool(on.all()):
+            return codes
+        tokens, features, values = codes.entries.tokens[on], codes.entries.features[on], codes.values[on]
     else:
-        codes = sae.encode(x).to_dense()
         tokens, features = codes.nonzero(as_tuple=True)
-        values = codes[tokens, features].float()
-    counts = torch.bincount(tokens, minlength=len(x))
-    bad = len(tokens[~values.isfinite()].unique())
-    return _Entries(counts.cpu().numpy(), features.to(torch.int32).cpu().numpy(), values.cpu().numpy(), bad)
+        values = codes[tokens, features]
+    return EntryCodes(Entries(tokens, features, *codes.shape), values)
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE[Any], x: torch.Tensor) -> tuple[EntryCodes, torch.Tensor]:
+    """The codes of `x [tokens, d_in]` that are not 0, and what the SAE makes of them, `[tokens, d_in]`.
+
+    Both at once: SAELens keeps a normalisation from `encode` to `decode`. Where few codes are active, a CPU decodes these alone.
+    """
+    codes = _encode(sae, x.to(sae.device))
+    compressed = _compressed(codes)
+    few = len(compressed.values) * SPARSE_ENOUGH <= codes.numel()
+    exact = codes.device.type == "cpu" and codes.dtype in (torch.float32, torch.float64)
+    return compressed, sae.decode(compressed if few and exact else codes)

@@ -99,7 +99,8 @@ def test_reconstruction_stays_not_finite_and_is_counted(tmp_path, where, value):
             for measure in ("l0", "never_fired", "rarely_fired"):  # of codes that are there, if they are
                 assert math.isfinite(getattr(fit, measure)) == (where == "decode"), measure
         for one, sane in zip(part.ranges[1:3], other.ranges[1:3], strict=True):
-            assert one.measured == sane.measured  # quartiles that hold none of them
+            # quartiles that hold none of them; up to the order of sums
+            assert vars(one.measured) == pytest.approx(vars(sane.measured), rel=1e-5)
             assert one.measured.not_finite == 0
     assert math.isfinite(found.dead.in_batch) == (where == "decode")
     assert plain(found)["by_norm"]["all_norms"]["overall"]["fve"] is None

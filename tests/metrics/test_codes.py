@@ -3,10 +3,12 @@
 import pytest
 import torch
 from encode_sparse_cases import ALL, D, F, make  # noqa: F401
-from helpers import assert_close, make_activations
+from helpers import assert_close, make_activations, make_sae, save_inference
 
+from saelens_cosine.kernels.codes import EntryCodes
+from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.metrics import codes
-from saelens_cosine.metrics.codes import sparse_codes
+from saelens_cosine.metrics.codes import reconstruct, sparse_codes
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.path import decline_reason
 from saelens_cosine.saes.scored_sae import ScoredSAE
@@ -42,3 +44,25 @@ def test_what_has_no_entries_of_its_own_is_left_to_encode(name, make):
     del vars(sae)["encode"]
     sae.__class__ = type("Mine", (type(sae),), {"encode": lambda self, x: ones[: len(x)]})
     assert sparse_codes(sae, x[:7]).nnz == 7 * F
+
+
+@pytest.mark.parametrize("architecture", ["cosine_topk", "magnitude_bypass_batchtopk", "inner_product_batchtopk"])
+@pytest.mark.parametrize("k", [3, 60], ids=["few", "many"])
+def test_reconstructions_are_those_of_dense_codes(architecture, k, tmp_path):
+    sae = save_inference(make_sae(architecture, d_in=D, d_sae=F, k=k), tmp_path).to(torch.float64)
+    x = make_activations(TOKENS, D, dtype=torch.float64)
+    with torch.no_grad():
+        dense = sae.encode(x)
+        expected = sae.decode(dense)
+    found, x_hat = reconstruct(sae, x)
+    assert_close(x_hat, expected, 1e-12)
+    assert_close(found.to_dense(), dense, 1e-12)
+    assert len(found.values) == dense.count_nonzero()
+
+
+def test_a_code_of_zero_is_none():
+    entries = Entries(torch.tensor([0, 0, 2]), torch.tensor([1, 4, 0]), 3, 5)
+    found = codes._compressed(EntryCodes(entries, torch.tensor([2.0, 0.0, torch.nan])))
+    assert found.entries.tokens.tolist() == [0, 2]
+    assert found.entries.features.tolist() == [1, 0]
+    assert found.values[0] == 2

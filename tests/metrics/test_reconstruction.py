@@ -258,7 +258,7 @@ def test_pieces_that_fit_in_memory_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     x = make_activations(301, D_IN)
     whole = diagnose_reconstruction(sae, x, batch=100)
-    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.by_norm.tokens_at_once", lambda sae: 17)
+    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.by_norm.tokens_at_once", lambda *_: 17)
     pieces = diagnose_reconstruction(sae, x, batch=100)
     assert pieces.dead == whole.dead
     for name, value in dataclasses.asdict(pieces.by_norm.all_norms.overall).items():

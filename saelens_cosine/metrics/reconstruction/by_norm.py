@@ -10,7 +10,7 @@ import torch
 from sae_lens.saes.sae import SAE
 
 from saelens_cosine.activations.norm_filter import token_norms
-from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.metrics.codes import reconstruct, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.norm_ranges import WithAndWithoutTop, group_by_norm
 from saelens_cosine.metrics.reconstruction.dead import BatchDeaths, DeadShares, dead_in_training
@@ -94,15 +94,13 @@ def diagnose_reconstruction(
     groups = group_by_norm(token_norms(activations), bins)
     sums = FitSums(groups.unions, groups.n_groups, activations.shape[-1], sae.cfg.d_sae)
     deaths = BatchDeaths(min(batch, len(activations)))
-    at_once = min(deaths.batch_tokens, tokens_at_once(sae))
+    at_once = min(deaths.batch_tokens, tokens_at_once(sae, activations))
     with on_flat_tokens(sae):
         for in_batch, group_of in zip(
             activations.split(deaths.batch_tokens), groups.group.split(deaths.batch_tokens), strict=True
         ):
             for x, group in zip(in_batch.split(at_once), group_of.split(at_once), strict=True):
-                codes = sae.encode(x.to(sae.device))
-                x_hat = sae.decode(codes)  # next to encode: SAELens keeps a normalisation from one to the other
-                codes = codes.to_dense()
+                codes, x_hat = reconstruct(sae, x)
                 sums.add(x, x_hat, codes, group)
                 deaths.add(codes)
             sums.end_batch()

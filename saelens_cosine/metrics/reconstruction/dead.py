@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
+from saelens_cosine.kernels.codes import EntryCodes
+
 ONE_IN = 1000
 """A feature is rare when it fires on at most one token in so many."""
 
@@ -58,13 +60,12 @@ class BatchDeaths:
         self._tokens = 0
         self._shares: list[float] = []
 
-    def add(self, codes: torch.Tensor) -> None:
-        """Take in `codes [tokens, d_sae]`; no piece may reach over the end of its batch."""
-        active = codes != 0
-        self._defined &= bool(codes.isfinite().all())
-        here = active.any(dim=0)
+    def add(self, codes: EntryCodes) -> None:
+        """Take in `codes [tokens, d_sae]` that are not 0; no piece may reach over the end of its batch."""
+        self._defined &= bool(codes.values.isfinite().all())
+        here = codes.entries.feature_counts > 0
         self._fired = here if self._fired is None else self._fired | here
-        self._tokens += len(active)
+        self._tokens += codes.entries.n_tokens
         if self._tokens == self.batch_tokens:
             self._shares.append(1 - self._fired.double().mean().item())
             self._fired, self._tokens = None, 0

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from sae_lens.evals import ExplainedVarianceCalculator
 
+from saelens_cosine.kernels.codes import EntryCodes
 from saelens_cosine.metrics.not_finite import finite_rows
 from saelens_cosine.metrics.reconstruction.dead import never_fired, rarely_fired
 
@@ -81,13 +82,13 @@ class FitSums:
         self._batch_vectors, self._batch_scalars = self._vectors.clone(), self._scalars.clone()
         self._within = {tuple(union): (0.0, 0.0) for union in unions}
 
-    def add(self, x: torch.Tensor, x_hat: torch.Tensor, codes: torch.Tensor, group: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, x_hat: torch.Tensor, codes: EntryCodes, group: torch.Tensor) -> None:
         """Take in tokens.
 
         Args:
             x: `[tokens, d_in]`.
             x_hat: the same.
-            codes: `[tokens, d_sae]`, on any device.
+            codes: `[tokens, d_sae]`, those that are not 0, on any device.
             group: `[tokens]` int64.
         """
         x, x_hat = x.cpu().double(), x_hat.cpu().double()
@@ -95,7 +96,9 @@ class FitSums:
         norm, norm_hat, dot = x.norm(dim=-1), x_hat.norm(dim=-1), (x * x_hat).sum(dim=-1)
         # what is NaN is not 0, and stays NaN
         there, product = norm != 0, norm * norm_hat
-        defined = finite_rows(codes)
+        token, feature = codes.entries.tokens, codes.entries.features
+        defined = torch.ones(len(x), dtype=torch.bool)
+        defined[token[~codes.values.isfinite()].cpu()] = False
         scalars = [
             torch.ones_like(norm),
             norm.square(),
@@ -111,7 +114,6 @@ class FitSums:
         self._batch_scalars.index_add_(0, group, torch.stack(scalars, dim=-1))
         self._batch_vectors.index_add_(0, group, torch.cat([x, error], dim=-1))
         groups, d_sae = self._fired.shape
-        token, feature = codes.nonzero(as_tuple=True)
         place = group.to(feature.device)[token] * d_sae + feature
         self._fired += torch.bincount(place, minlength=groups * d_sae).view(groups, d_sae).cpu()
 
