@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -163,43 +163,58 @@ def probe(
     L2-penalised logistic regression with C = 1, as SAEBench; sae-probes fits C, which this does not. Unlike SAEBench's, its inputs
     are scaled to a standard deviation of 1 on the training split, not centred, so that the penalty weighs all features alike.
     """
-    truth = _check_labels(labels, splits)
-    n_contexts, n_features = _shape(codes)
-    if len(truth) != n_contexts:
-        raise ValueError(f"{len(truth)} labels for {n_contexts} contexts.")
-    if units not in ("canonical", "scale_free"):
-        raise ValueError(f"units={units!r} is none of 'canonical', 'scale_free'.")
-    for k in ks:
-        if k is not None and not 0 < k <= n_features:
-            raise ValueError(f"k={k} features cannot be chosen out of {n_features}.")
-    scores: dict[int | None, list[tuple[float, float]]] = {k: [] for k in ks}
-    chosen: dict[int | None, list[tuple[int, ...]]] = {k: [] for k in ks}
-    for train, test in _parts(truth, splits, seed):
-        x = codes
-        if units == "scale_free":
-            x = codes.copy()
-            x.data *= (1 / _mean_nonzero_size(codes[train]))[x.indices]
-        best = np.argsort(-_difference_of_means(x, truth, train), kind="stable")
-        for k in ks:
-            scores[k].append(_fit(x if k is None else x[:, best[:k]].toarray(), truth, train, test))
-            chosen[k].append(() if k is None else tuple(best[:k].tolist()))
-    results: list[KProbe] = []
-    for k in ks:
-        accuracies, aucs = zip(*scores[k], strict=True)
-        results.append(KProbe(k, sum(accuracies) / splits, sum(aucs) / splits, accuracies, aucs, tuple(chosen[k])))
-    return tuple(results)
+    return _probe(codes, labels, ks, (units,), splits, seed)[units]
 
 
 def probe_in_both_units(
     codes: sparse.csr_array, labels: ArrayLike, ks: Sequence[int | None] = K_VALUES, splits: int = 5, seed: int = 0
 ) -> dict[Units, tuple[KProbe, ...]]:
-    """`probe` in either units; the probe on all features, which is the same in both, is fitted once."""
-    canonical = probe(codes, labels, ks, "canonical", splits, seed)
-    few = [k for k in ks if k is not None]
-    scale_free: dict[int | None, KProbe] = dict(
-        zip(few, probe(codes, labels, few, "scale_free", splits, seed), strict=True)
-    )
-    return {"canonical": canonical, "scale_free": tuple(scale_free.get(one.k, one) for one in canonical)}
+    """`probe` in either units; where these choose the same features, all of them for one, they are fitted once."""
+    return _probe(codes, labels, ks, get_args(Units), splits, seed)
+
+
+def _probe(
+    codes: sparse.csr_array,
+    labels: ArrayLike,
+    ks: Sequence[int | None],
+    units: Sequence[Units],
+    splits: int,
+    seed: int,
+) -> dict[Units, tuple[KProbe, ...]]:
+    truth = _check_labels(labels, splits)
+    n_contexts, n_features = _shape(codes)
+    if len(truth) != n_contexts:
+        raise ValueError(f"{len(truth)} labels for {n_contexts} contexts.")
+    for name in units:
+        if name not in get_args(Units):
+            raise ValueError(f"units={name!r} is none of 'canonical', 'scale_free'.")
+    for k in ks:
+        if k is not None and not 0 < k <= n_features:
+            raise ValueError(f"k={k} features cannot be chosen out of {n_features}.")
+    scores: dict[tuple[Units, int | None], list[tuple[float, float]]] = {(name, k): [] for name in units for k in ks}
+    chosen: dict[tuple[Units, int | None], list[tuple[int, ...]]] = {at: [] for at in scores}
+    for train, test in _parts(truth, splits, seed):
+        fitted: dict[tuple[int, ...], tuple[float, float]] = {}
+        for name in units:
+            x = codes
+            if name == "scale_free":
+                x = codes.copy()
+                x.data *= (1 / _mean_nonzero_size(codes[train]))[x.indices]
+            best = np.argsort(-_difference_of_means(x, truth, train), kind="stable")
+            for k in ks:
+                features = () if k is None else tuple(best[:k].tolist())
+                columns = tuple(sorted(features))
+                if columns not in fitted:
+                    x_k = codes[:, columns].toarray() if columns else codes
+                    fitted[columns] = _fit(x_k, truth, train, test)
+                scores[name, k].append(fitted[columns])
+                chosen[name, k].append(features)
+    return {name: tuple(_over_splits(k, scores[name, k], chosen[name, k]) for k in ks) for name in units}
+
+
+def _over_splits(k: int | None, scores: Sequence[tuple[float, float]], features: Sequence[tuple[int, ...]]) -> KProbe:
+    accuracies, aucs = zip(*scores, strict=True)
+    return KProbe(k, sum(accuracies) / len(scores), sum(aucs) / len(scores), accuracies, aucs, tuple(features))
 
 
 def _check_labels(labels: ArrayLike, splits: int) -> Array:
@@ -225,14 +240,17 @@ def _parts(truth: Array, splits: int, seed: int) -> Iterator[tuple[Array, Array]
 
 def _fit(x: Any, truth: Array, train: Array, test: Array) -> tuple[float, float]:
     """Test accuracy and area under the curve of one probe."""
+    from sklearn import config_context
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.preprocessing import StandardScaler
 
-    scaler: Any = StandardScaler(with_mean=False).fit(x[train])  # sparse codes stay sparse
-    model: Any = LogisticRegression(max_iter=ITERATIONS).fit(scaler.transform(x[train]), truth[train])
-    margin = model.decision_function(scaler.transform(x[test]))
-    return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
+    # what scikit-learn checks, and where it looks for data frames, takes longer than to fit a few features
+    with config_context(assume_finite=True, skip_parameter_validation=True):
+        scaler: Any = StandardScaler(with_mean=False).fit(x[train])  # sparse codes stay sparse
+        model: Any = LogisticRegression(max_iter=ITERATIONS).fit(scaler.transform(x[train]), truth[train])
+        margin = model.decision_function(scaler.transform(x[test]))
+        return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
 
 
 def _difference_of_means(x: sparse.csr_array, truth: Array, rows: Array) -> Array:
