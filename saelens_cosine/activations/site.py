@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,7 @@ class SinkTokens:
         largest_norm (float): Largest of them.
         positions (tuple[Part, ...]): In the context, at most 5, the most frequent first.
         token_ids (tuple[Part, ...]): Likewise.
+        token_texts (tuple[str, ...] | None): Text of each of these ids; None where no tokenizer tells.
     """
 
     tokens: int
@@ -54,6 +55,24 @@ class SinkTokens:
     largest_norm: float
     positions: tuple[Part, ...]
     token_ids: tuple[Part, ...]
+    token_texts: tuple[str, ...] | None = None
+
+    @property
+    def shown_positions(self) -> str:
+        """`0 (98%), 1 (2%)`."""
+        return _shown(self.positions, [str(part.value) for part in self.positions])
+
+    @property
+    def shown_tokens(self) -> str:
+        """`'The' (75%), 'A' (25%)`; ids where there are no texts."""
+        ids = [str(part.value) for part in self.token_ids]
+        return _shown(self.token_ids, ids if self.token_texts is None else list(map(repr, self.token_texts)))
+
+
+def _shown(parts: Sequence[Part], names: Sequence[str]) -> str:
+    """Without those that round to nothing, but the first."""
+    told = [f"{name} ({part.share:.0%})" for part, name in zip(parts, names, strict=True)]
+    return ", ".join(text for i, text in enumerate(told) if i == 0 or not text.endswith("(0%)"))
 
 
 @dataclass(frozen=True)
@@ -93,12 +112,13 @@ class Site:
     sinks: SinkTokens | None
 
 
-def describe_site(sample: TokenSample, hook_name: str) -> Site:
+def describe_site(sample: TokenSample, hook_name: str, decode: Callable[[int], str] | None = None) -> Site:
     """What a sample's activations are like.
 
     Args:
         sample: whole, with its sinks.
         hook_name: where it is from.
+        decode: the text of a token id, such as a tokenizer's.
 
     Raises:
         ValueError: no token of it has finite activations other than 0.
@@ -128,17 +148,12 @@ def describe_site(sample: TokenSample, hook_name: str) -> Site:
         p99_norm=torch.quantile(norms.double(), 0.99).item(),
         largest_ordinary_norm=norms[ordinary].max().item(),
         max_norm_multiple=MULTIPLE if given is None else given,
-        sinks=_sinks(sample.where(~ordinary), len(sample)),
+        sinks=_sinks(sample.where(~ordinary), len(sample), decode),
     )
 
 
-def site_lines(site: Site, decode: Callable[[int], str] | None = None) -> list[str]:
-    """A site in sentences for a terminal.
-
-    Args:
-        site: what is told.
-        decode: the text of a token id, such as a tokenizer's; ids are shown without.
-    """
+def site_lines(site: Site) -> list[str]:
+    """A site in sentences for a terminal."""
     aside = f"; {site.not_finite:,} tokens are not finite and left out" if site.not_finite else ""
     size = f"{site.tokens:,} tokens in {site.contexts:,} contexts, d_in {site.d_in:,}{aside}"
     norms = (
@@ -149,14 +164,11 @@ def site_lines(site: Site, decode: Callable[[int], str] | None = None) -> list[s
     sinks, above = site.sinks, f"{site.max_norm_multiple:g} times the median norm"
     if sinks is None:
         return [f"{gamma}; {size}.", norms, f"No sinks: no token is above {above}."]
-    positions = ", ".join(f"{part.value} ({part.share:.0%})" for part in sinks.positions)
-    shown = str if decode is None else lambda token: repr(decode(token))
-    tokens = ", ".join(f"{shown(part.value)} ({part.share:.0%})" for part in sinks.token_ids)
     return [
         f"{gamma} with sinks, {_number(site.gamma_ordinary)} without; {size}.",
         norms,
         f"Sinks: {sinks.share:.2%} of the tokens are above {above}, {_number(sinks.median_norm)} in the median and "
-        f"{_number(sinks.largest_norm)} at most; at positions {positions}; tokens {tokens}.",
+        f"{_number(sinks.largest_norm)} at most; at positions {sinks.shown_positions}; tokens {sinks.shown_tokens}.",
     ]
 
 
@@ -168,17 +180,18 @@ def _gamma(x: torch.Tensor) -> float | None:
     return mean.norm().item() / variance**0.5 if variance > 0 else None
 
 
-def _sinks(sinks: TokenSample, all_tokens: int) -> SinkTokens | None:
+def _sinks(sinks: TokenSample, all_tokens: int, decode: Callable[[int], str] | None) -> SinkTokens | None:
     if not len(sinks):
         return None
-    norms = sinks.norms
+    norms, ids = sinks.norms, _most_frequent(sinks.tokens)
     return SinkTokens(
         tokens=len(sinks),
         share=len(sinks) / all_tokens,
         median_norm=norms.median().item(),
         largest_norm=norms.max().item(),
         positions=_most_frequent(sinks.positions),
-        token_ids=_most_frequent(sinks.tokens),
+        token_ids=ids,
+        token_texts=None if decode is None else tuple(decode(part.value) for part in ids),
     )
 
 

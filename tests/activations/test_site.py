@@ -33,7 +33,10 @@ def test_a_site_by_hand():
     assert (site.hook_name, site.d_in, site.tokens, site.not_finite, site.contexts) == ("hook", 2, 8, 0, 2)
     # 3, 4, 4, 5, 5, 5, 100, 100: the lower median is the fourth; the 99th percentile is between two hundreds
     assert (site.median_norm, site.p99_norm, site.largest_ordinary_norm) == (5, 100, 5)
-    assert site.sinks == SinkTokens(2, 0.25, 100, 100, (Part(0, 1),), (Part(7, 1),))
+    sinks = SinkTokens(2, 0.25, 100, 100, (Part(0, 1),), (Part(7, 1),))
+    assert site.sinks == sinks
+    told = describe_site(sample_of(X, sinks=[0, 4], tokens=[7, 1, 1, 1, 7, 1, 1, 1]), "hook", {7: "<s>"}.__getitem__)
+    assert told.sinks == dataclasses.replace(sinks, token_texts=("<s>",))
 
 
 def test_without_a_bound_sinks_are_described_at_ten_times_the_median():
@@ -96,15 +99,19 @@ def test_nothing_to_describe(x):
 
 
 def test_lines_for_a_terminal():
-    sinks = SinkTokens(16, 1 / 128, 24991.6, 25100.2, (Part(0, 1.0),), (Part(11, 0.75), Part(5, 0.25)))
+    tokens = (Part(11, 0.75), Part(5, 0.246), Part(3, 0.004))  # the last is too rare to be named
+    sinks = SinkTokens(16, 1 / 128, 24991.6, 25100.2, (Part(0, 1.0),), tokens, ("The", "\n", "rare"))
     site = Site("model.layers.15", 576, 2048, 0, 16, 1.234, 0.5678, 151.4, 24900.0, 219.2, 10.0, sinks)
-    assert site_lines(site, {11: "The", 5: "\n"}.__getitem__) == [
+    assert site_lines(site) == [
         "model.layers.15: gamma (||mean|| / ||standard deviation||) 1.23 with sinks, 0.568 without; 2,048 tokens in 16 contexts, d_in 576.",
         "Norms: median 151, 99 % up to 24,900, the largest ordinary one 219.",
         "Sinks: 0.78% of the tokens are above 10 times the median norm, 24,992 in the median and 25,100 at most; at positions 0 (100%);"
         r" tokens 'The' (75%), '\n' (25%).",
     ]
-    assert "tokens 11 (75%), 5 (25%)." in site_lines(site)[-1]
+    by_id = dataclasses.replace(site, sinks=dataclasses.replace(sinks, token_texts=None))
+    assert "tokens 11 (75%), 5 (25%)." in site_lines(by_id)[-1]
+    rare = dataclasses.replace(sinks, positions=(Part(3, 0.002), Part(5, 0.001)))
+    assert rare.shown_positions == "3 (0%)"
     none = site_lines(dataclasses.replace(site, sinks=None, gamma=0.04))
     assert none[0].startswith("model.layers.15: gamma (||mean|| / ||standard deviation||) 0.0400; 2,048 tokens")
     assert none[-1] == "No sinks: no token is above 10 times the median norm."

@@ -66,7 +66,8 @@ class HeldOut:
                 )
         measured = Contexts(contexts.tokens[~apart], contexts.documents[~apart])
         sample = self._sample(measured)
-        self.site, self.dropped_share = describe_site(sample, model.hook_name), sample.high_norm_share
+        decode = getattr(getattr(model.model, "tokenizer", None), "decode", None)
+        self.site, self.dropped_share = describe_site(sample, model.hook_name, decode), sample.high_norm_share
         self.activations = sample.without_sinks().activations
         self.for_choice: torch.Tensor | None = None
         if apart.any():

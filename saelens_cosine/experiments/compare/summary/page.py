@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from saelens_cosine.activations.site import Part
 from saelens_cosine.experiments.compare.grid import tuned_k
 from saelens_cosine.experiments.compare.rates import about_edges
 from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
@@ -164,12 +163,8 @@ def _site(hook: HookResult) -> Iterator[tuple[str, Cell]]:
         if sinks := site.sinks:
             yield "their median norm", Estimate(sinks.median_norm)
             yield "their largest norm", Estimate(sinks.largest_norm)
-            yield "their positions", _parts(sinks.positions)
-            yield "their token ids", _parts(sinks.token_ids)
-
-
-def _parts(parts: Sequence[Part]) -> str:
-    return ", ".join(f"{part.value} ({part.share:.0%})" for part in parts)
+            yield "their positions", sinks.shown_positions
+            yield "their tokens", sinks.shown_tokens
 
 
 def _or_dash(value: float | None) -> Cell:
