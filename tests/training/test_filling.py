@@ -1,6 +1,8 @@
 """The language model runs for long before the first step, on a mixing buffer of text: that is seen."""
 
 import pytest
+import torch
+from sae_lens.training.mixing_buffer import mixing_buffer
 from small_runs import compare_flags, flags, small_batches, stop_after, write_text
 
 from saelens_cosine.cli import main
@@ -9,6 +11,7 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resuming.run import FILLING
 from saelens_cosine.training.resuming.stop import StopError
+from saelens_cosine.training.resuming.stream import MixedBatches
 from saelens_cosine.training.train import train
 
 BUFFER = 40 * 32
@@ -95,3 +98,39 @@ def test_lines_of_compare_without_a_terminal(text, tmp_path, monkeypatch, capsys
     for stage in ("Loading the model", "Gathering held-out activations", FILLING, "Training"):
         assert 1 <= stages.count(stage) <= 2, said
     assert said[stages.index("Training")] == "Training: 0 of 1,024 (0 %)"
+
+
+@pytest.mark.parametrize("mix_fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("stopped_after", [None, 1, 7])
+def test_a_buffer_that_is_filled_in_few_pieces_gives_saelens_batches(mix_fraction, stopped_after, monkeypatch):
+    settings = {"buffer_size": 160, "batch_size": 32, "mix_fraction": mix_fraction}
+    activations = torch.arange(600.0).view(-1, 1)
+    sizes = [3, 5, 2, 7, 1] * 34  # 612 tokens, of which there are 600; a buffer is full in the middle of any of them
+
+    def source(begin=0):
+        parts = activations.split([*sizes[:166], 600 - sum(sizes[:166])])
+        return iter([part for part in parts if part[0, 0] >= begin])
+
+    torch.manual_seed(0)
+    expected = list(mixing_buffer(activations_loader=source(), **settings))
+    assert len(expected) == 18
+    given, pieces = [], []
+
+    def counted(activations_loader, **settings):
+        return mixing_buffer(
+            activations_loader=(pieces.append(len(part)) or part for part in activations_loader), **settings
+        )
+
+    monkeypatch.setattr("saelens_cosine.training.resuming.stream.mixing_buffer", counted)
+    torch.manual_seed(0)
+    batches = MixedBatches(settings, source())
+    for batch in batches:
+        given.append(batch)
+        if len(given) == stopped_after:  # and goes on in another process
+            state, read = batches.state(), sum(pieces)
+            batches = MixedBatches(settings, source(read), **state)
+            break
+    given += batches
+    assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+    assert sum(pieces) >= 600
+    assert len(pieces) < 45  # of 20 tokens or what the buffer lacks, and not 167

@@ -24,6 +24,10 @@ _SHUFFLED = "BufferShuffledExamplesIterable"
 """What Hugging Face's `IterableDataset.shuffle` makes: the one kind whose `state_dict` leaves out rows that it holds."""
 
 
+FEWEST_PIECES = 8
+"""In which a mixing buffer is filled, if there are that many: fewer would take more memory beside it."""
+
+
 @dataclass(frozen=True)
 class StreamState:
     """
@@ -128,12 +132,24 @@ class MixedBatches:
         return next(self._mixed)  # pyright: ignore[reportArgumentType]
 
     def _source(self) -> Iterator[torch.Tensor]:
-        if self.storage is not None:
-            storage, self.storage = self.storage, None
-            for activations in self.source:
-                yield torch.cat([storage, activations])
-                break
-        yield from self.source
+        """The same activations in few pieces: SAELens' buffer copies all that it holds for each that is added to it.
+
+        It serves as soon as it is full, so a piece ends there.
+        """
+        size = self.settings["buffer_size"]
+        pieces = [] if self.storage is None else [self.storage]
+        held = pending = sum(map(len, pieces))
+        self.storage = None
+        for activations in self.source:
+            pieces.append(activations)
+            held, pending = held + len(activations), pending + len(activations)
+            if held >= size or pending * FEWEST_PIECES >= size:
+                piece = torch.cat(pieces)
+                pieces.clear()
+                yield piece
+                held, pending = len(_locals(self._mixed, "storage_buffer")["storage_buffer"]), 0
+        if pieces:
+            yield torch.cat(pieces)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What is handed out next, and what waits to be mixed in."""
