@@ -29,9 +29,10 @@ class Threshold(NamedTuple):
 def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> Threshold:
     """Set all thresholds of a JumpReLU SAE, in place, to the one value that gives an L0 on `[tokens, d_in]` activations.
 
-    The exact quantile of all `tokens * d_sae` scores, of which never more than about twice the active ones are held. Among
-    equal scores at the cut, all or none are active, whichever is nearer. Only positive scores can be active: if there are
-    too few, the threshold is 0 and a warning says which L0 that gives.
+    The exact quantile of all `tokens * d_sae` scores, of which never more than about twice the active ones are held: midway between
+    the last that is active and the first that is not, so that neither depends on the last bits of a score. Among equal scores at the
+    cut, all or none are active, whichever is nearer. Only positive scores can be active: if there are too few, the threshold is
+    0 and a warning says which L0 that gives.
 
     Raises:
         ValueError: the SAE is not in an inference form or has no thresholds, or target_l0 is not between 0 and d_sae.
@@ -54,12 +55,14 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
     largest = _largest(torch.cat(chunks), wanted)
     active, value = len(largest), 0.0
     if active >= wanted:
-        cut = largest.min()
-        above = int((largest > cut).sum())
-        # strictly above the cut itself, or above the number below it in the scores' own precision
-        none_of_the_ties = wanted - above <= active - wanted
-        value = (cut if none_of_the_ties else torch.nextafter(cut, torch.zeros_like(cut))).item()
-        active = above if none_of_the_ties else active
+        cut = largest.topk(wanted, sorted=False).values.min()
+        above, below = largest[largest > cut], largest[largest < cut]
+        active -= len(below)
+        if wanted - len(above) <= active - wanted:  # none of those at the cut
+            value = _between(above.min(), cut) if len(above) else cut.item()
+            active = len(above)
+        else:
+            value = _between(cut, below.max() if len(below) else torch.zeros_like(cut))
     else:
         warnings.warn(
             f"Only {active / len(activations):.4g} scores per token are positive, so L0 cannot be {target_l0:.4g}; the "
@@ -79,6 +82,16 @@ def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
+def _between(active: torch.Tensor, inactive: torch.Tensor) -> float:
+    """A threshold that lets the larger of two scores pass and not the other, as far from both as their precision has it."""
+    middle = (active.double() / 2 + inactive.double() / 2).to(active.dtype)
+    return torch.where(middle < active, middle, inactive).item()
+
+
 def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """The n largest and whatever equals the least of them; all if there are fewer."""
-    return scores if len(scores) < n else scores[scores >= scores.topk(n, sorted=False).values.min()]
+    """The n largest, whatever equals the least of them, and the next one below; all if there are fewer."""
+    if len(scores) < n:
+        return scores
+    cut = scores.topk(n, sorted=False).values.min()
+    below = scores[scores < cut]
+    return torch.cat([scores[scores >= cut], below.max()[None]]) if len(below) else scores

@@ -18,16 +18,23 @@ def jumprelu_of(scores):
 
 
 @pytest.mark.parametrize(
-    ("target", "active"),
-    # 6 5 5 5 2 1 are positive
-    [(0.5, 1), (1.0, 1), (1.5, 4), (2.0, 4), (2.5, 5), (3.0, 6)],
+    ("target", "active", "value"),
+    # 6 5 5 5 2 1 are positive; the threshold is midway
+    [(0.5, 1, 5.5), (1.0, 1, 5.5), (1.5, 4, 3.5), (2.0, 4, 3.5), (2.5, 5, 1.5), (3.0, 6, 0.5)],
 )
-def test_ties_go_to_the_nearer_side(target, active):
+def test_ties_go_to_the_nearer_side(target, active, value):
     sae, x = jumprelu_of([[5.0, 5.0, 1.0, 0.0], [5.0, 6.0, 2.0, -3.0]])
     found = fit_threshold(sae, x, target)
     assert (sae.encode(x) != 0).sum() == active
-    assert found.l0 == active / 2
-    assert sae.threshold.tolist() == [pytest.approx(found.value)] * 4
+    assert found == (value, active / 2)
+    assert sae.threshold.tolist() == [value] * 4
+
+
+def test_scores_with_nothing_between_them():
+    above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)).item()
+    sae, x = jumprelu_of([[1.0, above, 0.0, 0.0]])
+    assert fit_threshold(sae, x, 1.0) == (1.0, 1.0)
+    assert (sae.encode(x) != 0).tolist() == [[False, True, False, False]]
 
 
 def test_ties_across_chunks(monkeypatch):
@@ -36,6 +43,7 @@ def test_ties_across_chunks(monkeypatch):
     # one code of 2 tokens: both fives or neither
     assert fit_threshold(sae, x, 0.5).l0 == 0
     assert (sae.encode(x) != 0).sum() == 0
+    assert fit_threshold(sae, x, 1.0) == (3.5, 1.0)  # the next below five is in another chunk
 
 
 def test_too_few_positive_scores():
