@@ -52,11 +52,11 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
             if held > 2 * wanted:
                 chunks = [_largest(torch.cat(chunks), wanted)]
                 held, floor = chunks[0].numel(), chunks[0].min().item()
-    largest = _largest(torch.cat(chunks), wanted)
-    active, value = len(largest), 0.0
+    scores = torch.cat(chunks)
+    active, value = len(scores), 0.0
     if active >= wanted:
-        cut = largest.topk(wanted, sorted=False).values.min()
-        above, below = largest[largest > cut], largest[largest < cut]
+        cut = scores.topk(wanted, sorted=False).values.min()
+        above, below = scores[scores > cut], scores[scores < cut]
         active -= len(below)
         if wanted - len(above) <= active - wanted:  # none of those at the cut
             value = _between(above.min(), cut) if len(above) else cut.item()
@@ -89,9 +89,7 @@ def _between(active: torch.Tensor, inactive: torch.Tensor) -> float:
 
 
 def _largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """The n largest, whatever equals the least of them, and the next one below; all if there are fewer."""
-    if len(scores) < n:
-        return scores
+    """The n largest, whatever equals the least of them, and the next one below; there are n or more."""
     cut = scores.topk(n, sorted=False).values.min()
     below = scores[scores < cut]
     return torch.cat([scores[scores >= cut], below.max()[None]]) if len(below) else scores
