@@ -80,25 +80,31 @@ def _run(seconds: float, every: float, folder: Path) -> int:
     from saelens_cosine.cli import main
 
     torch.set_num_threads(1)
-    steps = 0
-    finished = threading.Event()
+    steps, held = 0, (0, 0)
+    finished, asked, answered = threading.Event(), threading.Event(), threading.Event()
 
     def count(*_):
-        nonlocal steps
+        nonlocal steps, held
         steps += 1
+        if asked.is_set():  # within a step, when no checkpoint is being written
+            held = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+            asked.clear()
+            answered.set()
 
     def sample():
         while not steps:
             time.sleep(0.01)
         wall, cpu = time.monotonic(), time.process_time()
         while not finished.wait(every):
+            answered.clear()
+            asked.set()
+            answered.wait()
             now = Sample(
                 time.monotonic() - wall,
                 time.process_time() - cpu,
                 steps,
                 int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6,
-                len(os.listdir("/proc/self/fd")),
-                len(os.listdir("/proc/self/task")),
+                *held,
             )
             os.write(stdout, (json.dumps(asdict(now)) + "\n").encode())
             if now.wall >= seconds:
