@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from sae_lens.saes.abstopk_sae import AbsTopK
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.topk_sae import TopK
 
 from saelens_cosine.kernels import operations
-from saelens_cosine.kernels.entries import Entries, offsets, stable_order
+from saelens_cosine.kernels.entries import Entries, stable_order
 from saelens_cosine.kernels.filter import Rounded, candidates
 from saelens_cosine.kernels.terms import ScoreTerms
+from saelens_cosine.kernels.whole import HERE, Whole
 
 SPARE = 1.15
 """How many candidates the next floor aims at, as a multiple of those wanted; batches differ by a few percent."""
@@ -59,12 +59,14 @@ class Encoder:
         terms (ScoreTerms): the score.
         rounded (Rounded | None): `weight` as the filter multiplies it; None on a GPU, which has no use for one.
         product_dtype (torch.dtype | None): Precision of the product on a GPU, where autocast sets one.
+        whole (Whole): The dictionary that these F features are of.
     """
 
     weight: torch.Tensor
     terms: ScoreTerms
     rounded: Rounded | None = None
     product_dtype: torch.dtype | None = None
+    whole: Whole = HERE
 
     def dense(self, inputs: UnitInputs) -> torch.Tensor:
         """All scores `[B, F]` as they are ranked."""
@@ -142,32 +144,40 @@ def best_of_batch(
         hint: `[]`, a score that somewhat more entries than wanted should exceed. It changes the time taken only.
     """
     if _on_gpu(inputs):
-        return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False)), None
+        best = _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False))
+        return best if encoder.whole is HERE else _best(best, n_wanted, encoder.whole)[0], None
     if n_wanted == 0 or len(inputs.unit) == 0:
         return _nothing(inputs, encoder), hint
+    whole = encoder.whole
     if hint is None:
         sample = _sample(inputs)
         share = len(sample.unit) / len(inputs.unit)
-        hint = _largest(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
+        (hint,) = whole.ranked(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
     hint = hint.clamp_min(0)
     scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
     for lower in LOWER_FLOORS:
-        if hint == 0 or _count_above(scored, hint) >= n_wanted:
+        if hint == 0 or whole.count(scored.score > hint) >= n_wanted:
             break
         hint = lower * hint
         scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
-    if hint > 0 and _count_above(scored, hint) < n_wanted:
-        exact = _largest(encoder.dense(inputs).flatten(), n_wanted)
+    if hint > 0 and whole.count(scored.score > hint) < n_wanted:
+        (exact,) = whole.ranked(encoder.dense(inputs).flatten(), n_wanted)
         hint = (exact - 1e-4 * exact.abs()).clamp_min(0)
         scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
+    best, next_hint = _best(scored, n_wanted, whole)
+    return best, 0.9 * hint if next_hint is None else next_hint
+
+
+def _best(scored: Scored, n_wanted: int, whole: Whole) -> tuple[Scored, torch.Tensor | None]:
+    """The `n_wanted` highest positive scores, and the score at `SPARE` times that rank; None where no more than that are there."""
     score = scored.score
-    if len(score) <= n_wanted:
-        return scored.where(score > 0), 0.9 * hint
-    cut, next_hint = _ranked(score, n_wanted, min(len(score), math.ceil(SPARE * n_wanted)))
+    if whole.count(torch.ones_like(score, dtype=torch.bool)) <= n_wanted:
+        return scored.where(score > 0), None
+    cut, spare = whole.ranked(score, n_wanted, math.ceil(SPARE * n_wanted))
     keep = score >= cut.clamp_min(torch.finfo(cut.dtype).tiny)
-    if int(keep.sum()) > n_wanted:  # ties at the cut
-        keep = _at_least(score, cut.expand(1), torch.zeros_like(scored.entries.tokens), n_wanted)
-    return scored.where(keep), next_hint
+    if whole.count(keep) > n_wanted:  # ties at the cut
+        keep = _at_least(scored, cut.expand_as(score), n_wanted, False, whole)
+    return scored.where(keep), spare
 
 
 @torch.no_grad()
@@ -181,34 +191,42 @@ def best_of_each(
             power of its norm as its scores do. It changes the time taken only.
     """
     if _on_gpu(inputs):
-        return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True)), None
+        best = _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True))
+        if encoder.whole is HERE:
+            return best, None
+        return _best_each(best.where(best.rank > 0), k, encoder.whole)[0], None
     if len(inputs.unit) == 0:
         return _nothing(inputs, encoder), hint
-    rise = encoder.terms.norm_exponent.mean()
+    whole = encoder.whole
+    rise = whole.mean(encoder.terms.norm_exponent)
     reach = (rise * inputs.log_norm).exp()
-    n_tokens = len(inputs.unit)
     if hint is None:
         sample = _sample(inputs)
-        hint = _lowest(encoder.dense(sample).topk(k, dim=-1).values[:, -1] / (rise * sample.log_norm).exp(), 0)
+        hint = _lowest(whole.largest_each(encoder.dense(sample), k)[:, -1] / (rise * sample.log_norm).exp(), 0)
     hint = hint.clamp_min(0)
     scored = score_entries(*_candidates(inputs, encoder, hint, rise), inputs, encoder)
     floor = hint * reach
     scored = scored.where(scored.rank > floor.index_select(0, scored.entries.tokens))
-    found = scored.entries.token_offsets.diff()
+    found = whole.sum(scored.entries.token_offsets.diff())
     short = ((found < k) & (floor > 0)).nonzero().squeeze(-1)
     if len(short):
         scored = _with_dense_tokens(scored, short, inputs, encoder, k)
-        found = scored.entries.token_offsets.diff()
+    best, cut = _best_each(scored, k, whole)
+    return best, 0.98 * _lowest(cut / reach, SHORT_TOKENS)
+
+
+def _best_each(scored: Scored, k: int, whole: Whole) -> tuple[Scored, torch.Tensor]:
+    """Each token's k highest positive scores or, signed, largest, and the k-th of each, `[tokens]`."""
+    entries = scored.entries
     # each token's candidates side by side, so that one top-k cuts all
+    found = entries.token_offsets.diff()
     width = max(k, int(found.max()))
-    place = torch.arange(len(scored.score), device=found.device) - scored.entries.token_offsets.index_select(
-        0, scored.entries.tokens
-    )
-    table = scored.score.new_zeros(n_tokens, width)
-    table[scored.entries.tokens, place] = scored.rank
-    cut = table.topk(k, dim=-1).values[:, -1]
-    next_hint = 0.98 * _lowest(cut / reach, SHORT_TOKENS)
-    return scored.where(_at_least(scored.rank, cut, scored.entries.tokens, k)), next_hint
+    place = torch.arange(len(scored.score), device=found.device) - entries.token_offsets.index_select(0, entries.tokens)
+    table = scored.score.new_zeros(entries.n_tokens, width)
+    table[entries.tokens, place] = scored.rank
+    cut = whole.largest_each(table, k)[:, -1]
+    keep = _at_least(scored, cut.index_select(0, entries.tokens), k, True, whole)
+    return scored.where(keep), cut
 
 
 def _candidates(
@@ -243,10 +261,6 @@ def _scored_by_gpu(inputs: UnitInputs, encoder: Encoder, places: Callable[..., t
     return Scored(entries, picked, factor, score, encoder.terms.signed)
 
 
-def _count_above(scored: Scored, floor: torch.Tensor) -> int:
-    return int((scored.score > floor).sum())
-
-
 def _sample(inputs: UnitInputs) -> UnitInputs:
     """Some tokens, spread evenly over the norms."""
     step = max(1, len(inputs.unit) // SAMPLE_TOKENS)
@@ -262,36 +276,23 @@ def _lowest(values: torch.Tensor, share: float) -> torch.Tensor:
     return finite.kthvalue(max(1, int(share * len(finite)))).values
 
 
-def _largest(values: torch.Tensor, rank: int) -> torch.Tensor:
-    """The `rank`-th largest, counted from 1; the smallest where there are fewer."""
-    return values.kthvalue(max(1, len(values) - rank + 1)).values
-
-
-def _ranked(values: torch.Tensor, *ranks: int) -> list[torch.Tensor]:
-    """The values at some ranks, 1 being the largest; numpy partitions several times faster than `kthvalue`."""
-    places = [len(values) - rank for rank in ranks]
-    return [values.new_tensor(v) for v in np.partition(values.numpy(), places)[places]]
-
-
-def _at_least(score: torch.Tensor, cut: torch.Tensor, group: torch.Tensor, quota: int) -> torch.Tensor:
-    """True where the score is above its group's cut, and at the cut for as many of the first as the quota leaves."""
-    if len(group) == 0:
-        return torch.zeros_like(group, dtype=torch.bool)
-    cut_of = cut.index_select(0, group)
-    sure, tied = score > cut_of, score == cut_of
-    n_groups = len(cut)
-    room = quota - torch.zeros_like(group[:1]).expand(n_groups).index_add(0, group, sure.to(group.dtype))
+def _at_least(scored: Scored, cut: torch.Tensor, quota: int, each: bool, whole: Whole) -> torch.Tensor:
+    """True where a score is above the cut `[N]`, and at the cut for as many of the first as the quota leaves, see `Whole.rooms`."""
+    entries, rank = scored.entries, scored.rank
+    sure, tied = rank > cut, rank == cut
+    room = whole.rooms(quota, *(entries.sum_by_token(mask.to(torch.int64)) for mask in (sure, tied)), each=each)
     before = tied.cumsum(0) - tied.to(torch.int64)
-    starts = offsets(group, n_groups)[:-1].clamp_max(max(len(group) - 1, 0))
-    rank = before - before.index_select(0, starts.index_select(0, group))
-    return sure | (tied & (rank < room.index_select(0, group)))
+    starts = entries.token_offsets[:-1].clamp_max(max(len(entries) - 1, 0))
+    if len(entries):
+        before = before - before.index_select(0, starts).index_select(0, entries.tokens)
+    return sure | (tied & (before < room.index_select(0, entries.tokens)))
 
 
 def _with_dense_tokens(scored: Scored, tokens: torch.Tensor, inputs: UnitInputs, encoder: Encoder, k: int) -> Scored:
     """`scored` with the entries of some tokens replaced by their k best of a dense product."""
     some = UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
     dense = encoder.dense(some)
-    cut = dense.topk(k, dim=-1).values[:, -1:]
+    cut = encoder.whole.largest_each(dense, k)[:, -1:]
     # with ties and neighbours by rounding, which the caller's cut decides between
     row, features = ((dense >= cut - 1e-5 * cut.abs()) & (dense > 0)).nonzero(as_tuple=True)
     again = torch.zeros(len(inputs.unit), dtype=torch.bool).index_fill(0, tokens, True)

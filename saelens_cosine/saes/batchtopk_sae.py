@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes
 from saelens_cosine.kernels.selection import EntrySelector, above
+from saelens_cosine.kernels.whole import least
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
 from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAEConfig, PerFeatureCosineJumpReLUSAEConfig
@@ -76,9 +77,7 @@ class BatchTopKThreshold(ScoredTrainingSAE):
         """One step of the average; called by SAELens with this batch's codes. A batch without codes changes nothing."""
         old = self.topk_threshold
         codes = acts_topk.values if isinstance(acts_topk, EntryCodes) else acts_topk
-        if codes.numel() == 0:
-            return
-        smallest = torch.where(codes > 0, codes, torch.inf).min().to(old.dtype)
+        smallest = self.whole.smallest(least(torch.where(codes > 0, codes, torch.inf))).to(old.dtype)
         average = old + self.cfg.topk_threshold_lr * (smallest - old)
         new = torch.where(old > 0, average, smallest)
         self.topk_threshold = torch.where(smallest < torch.inf, new, old)

@@ -13,6 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from saelens_cosine.activations.norm_filter import token_norms
+from saelens_cosine.kernels.whole import least
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE, ScoredTrainingSAE
 from saelens_cosine.score import ScoreParameters, cosine_score, fold_scale, folded_score, wide
 
@@ -126,7 +127,7 @@ class CosineScore(ScoredTrainingSAE):
 
     def spread(self, own: torch.Tensor) -> torch.Tensor:
         """Values in the shape of `log_scale` as each feature has them: `[]` or `[d_sae]`."""
-        return own
+        return own if own.ndim else self.whole.shared(own)
 
     @override
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
@@ -170,11 +171,11 @@ class CosineScore(ScoredTrainingSAE):
         exponent, log_scale, _ = self.inference_parameters()
         return {
             **super().training_metrics(),
-            "norm_exponent_mean": exponent.mean(),
-            "norm_exponent_min": exponent.min(),
-            "norm_exponent_max": exponent.max(),
-            "norm_exponent_share_above_0.5": (exponent > 0.5).float().mean(),
-            "log_scale_mean": log_scale.mean(),
+            "norm_exponent_mean": self.whole.mean(exponent),
+            "norm_exponent_min": self.whole.smallest(least(exponent)),
+            "norm_exponent_max": -self.whole.smallest(least(-exponent)),
+            "norm_exponent_share_above_0.5": self.whole.mean((exponent > 0.5).float()),
+            "log_scale_mean": self.whole.mean(log_scale),
         }
 
     @override
@@ -197,8 +198,9 @@ class CosineScore(ScoredTrainingSAE):
         """Penalties on the exponents at a training step, by the name they are logged under; those of weight 0 left out."""
         if not self.cfg.norm_exponent_l2:
             return {}
-        exponent = self.spread(self.own_exponent())
-        return {"norm_exponent_l2_loss": self.cfg.norm_exponent_l2 * exponent.pow(2).sum()}
+        own = self.own_exponent()
+        squares = self.whole.total(self.spread(own).pow(2).sum()) if own.ndim else own.pow(2)
+        return {"norm_exponent_l2_loss": self.cfg.norm_exponent_l2 * squares}
 
     @override
     @torch.no_grad()

@@ -58,7 +58,7 @@ def fast_encode(sae: ScoredEncoder, x: torch.Tensor) -> tuple[EntryCodes, Scores
     if decoder_norm is not None:
         factor = factor / decoder_norm.detach()
     batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square, scored.signed)
-    b_dec = sae.b_dec if sae.cfg.apply_b_dec_to_input else None
+    b_dec = sae.whole.shared(sae.b_dec) if sae.cfg.apply_b_dec_to_input else None
     values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
     if decoder_norm is not None:
         values = values * decoder_norm
@@ -192,7 +192,7 @@ def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Scored, UnitI
             decoder_norm = sae.W_dec.norm(dim=-1)
             gain, bias = gain * decoder_norm, bias * decoder_norm
         terms = ScoreTerms(norm_exponent.detach(), log_scale.detach(), gain, bias)
-        encoder = Encoder(weight, terms, rounded, product_dtype)
+        encoder = Encoder(weight, terms, rounded, product_dtype, sae.whole)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"
         hint = sae.floor_hint if sae.floor_hint is None or sae.floor_hint.isfinite() else None

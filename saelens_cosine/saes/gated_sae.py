@@ -145,8 +145,8 @@ class GatedTraining(GatedSelector, RecipeTrainingSAE):
     ) -> dict[str, torch.Tensor]:
         sae: Any = self
         gate = (self.score(self.process_sae_in(step_input.sae_in)) + self.b_gate).relu().to(self.dtype)
-        l1 = (gate * self.W_dec.norm(dim=-1)).sum(dim=-1).mean()
-        error = (sae.run_time_activation_norm_fn_out(gate @ self.W_dec + self.b_dec) - step_input.sae_in).pow(2)
+        l1 = self.whole.total((gate * self.W_dec.norm(dim=-1)).sum(dim=-1).mean())
+        error = (sae.run_time_activation_norm_fn_out(self.add_up(gate) + self.b_dec) - step_input.sae_in).pow(2)
         return {"l1_loss": step_input.coefficients["l1"] * l1, "gate_reconstruction_loss": error.sum(dim=-1).mean()}
 
 

@@ -32,6 +32,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput
 from torch import nn
 from typing_extensions import override
 
+from saelens_cosine.kernels.whole import HERE, Whole, least
 from saelens_cosine.registry import register_training
 from saelens_cosine.saes.cosine import CosineScore, CosineScoreConfig
 from saelens_cosine.saes.per_feature_cosine import PerFeatureCosineScore, PerFeatureCosineScoreConfig
@@ -134,13 +135,12 @@ class LearnedThreshold(RecipeTrainingSAE):
     @torch.no_grad()
     def initialize_from_data(self, batch: torch.Tensor) -> None:
         super().initialize_from_data(batch)  # b_dec and scale, which scores depend on
-        sample = batch[: max(1, SAMPLE_SCORES // self.cfg.d_sae)]
+        sample = batch[: max(1, SAMPLE_SCORES // self.whole.size(self.cfg.d_sae))]
         scores = self.score(self.process_sae_in(sample))
-        self.threshold_unit = root_mean_square_positive(scores).to(self.threshold_unit.dtype)
+        self.threshold_unit = root_mean_square_positive(scores, self.whole).to(self.threshold_unit.dtype)
         start = self.threshold_unit * self.cfg.jumprelu_init_threshold
         if self.cfg.target_l0 is not None:
-            rank = min(scores.numel(), math.ceil(self.cfg.target_l0 * len(scores)))
-            start = scores.flatten().kthvalue(scores.numel() - rank + 1).values.clamp_min(0)
+            start = self.whole.ranked(scores.flatten(), math.ceil(self.cfg.target_l0 * len(scores)))[0].clamp_min(0)
         self.threshold.copy_(
             (start / (self.cfg.threshold_lr_multiplier * self.threshold_unit)).expand_as(self.threshold)
         )
@@ -166,22 +166,23 @@ class LearnedThreshold(RecipeTrainingSAE):
         cfg, threshold = self.cfg, self.score_thresholds().to(hidden_pre.dtype)
         decoder_norm = self.W_dec.norm(dim=-1)
         if cfg.jumprelu_sparsity_loss_mode == "tanh":
-            loss = torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * decoder_norm).sum(dim=-1).mean()
+            loss = self.whole.total(torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * decoder_norm).sum(dim=-1).mean())
         else:
             active: Any = Step.apply(hidden_pre, threshold, self._window(), cfg.jumprelu_ste_to_input)
-            loss = active.sum(dim=-1).mean()
+            loss = self.whole.total(active.sum(dim=-1).mean())
             if cfg.jumprelu_sparsity_loss_mode == "quadratic":
                 loss = 2 / cfg.target_l0 * (loss - cfg.target_l0) ** 2
         loss = step_input.coefficients["l0"] * loss
         if cfg.relative_l0_loss:
             loss = loss * (sae_out - step_input.sae_in).detach().pow(2).sum(dim=-1).mean()
-        now = root_mean_square_positive(hidden_pre.detach()).to(self.threshold_unit.dtype)
+        now = root_mean_square_positive(hidden_pre.detach(), self.whole).to(self.threshold_unit.dtype)
         self.threshold_unit = self.threshold_unit.lerp(now, UNIT_RATE)
         losses = {"l0_loss": loss}
         if cfg.pre_act_loss_coefficient is not None:
-            losses["pre_act_loss"] = calculate_pre_act_loss(
+            loss = calculate_pre_act_loss(
                 cfg.pre_act_loss_coefficient, threshold, hidden_pre, step_input.dead_neuron_mask, decoder_norm
             )
+            losses["pre_act_loss"] = self.whole.total(loss)
         return losses
 
     @override
@@ -189,9 +190,9 @@ class LearnedThreshold(RecipeTrainingSAE):
         thresholds = self.score_thresholds().detach()
         return {
             **super().training_metrics(),
-            "threshold_mean": thresholds.mean(),
-            "threshold_min": thresholds.min(),
-            "threshold_max": thresholds.max(),
+            "threshold_mean": self.whole.mean(thresholds),
+            "threshold_min": self.whole.smallest(least(thresholds)),
+            "threshold_max": -self.whole.smallest(least(-thresholds)),
         }
 
     @override
@@ -200,10 +201,10 @@ class LearnedThreshold(RecipeTrainingSAE):
         state_dict["threshold"] = self.score_thresholds().detach().clamp_min(0)
 
 
-def root_mean_square_positive(scores: torch.Tensor) -> torch.Tensor:
+def root_mean_square_positive(scores: torch.Tensor, whole: Whole = HERE) -> torch.Tensor:
     """Root mean square of the positive scores, `[]`; the smallest normal number if there are none."""
     positive = scores.relu()
-    mean = positive.square().sum() / (positive > 0).sum().clamp_min(1)
+    mean = whole.sum(positive.square().sum()) / whole.sum((positive > 0).sum()).clamp_min(1)
     return mean.sqrt().clamp_min(torch.finfo(scores.dtype).tiny)
 
 

@@ -32,7 +32,6 @@ from saelens_cosine.saes.cosine import PLUGIN_NOTE, FoldedCosineScore, refuse_no
 from saelens_cosine.saes.jumprelu_sae import ThresholdSelector
 from saelens_cosine.saes.recipe.dead_features import DeadFeatures
 from saelens_cosine.saes.recipe.training_sae import RecipeTrainingSAE, TopKRecipeConfig
-from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ConfigMixin, ScoredSAE
 from saelens_cosine.score import NORM_FLOOR, ScoreParameters, centred_norm, cosine_score, fold_scale, folded_score, wide
 
@@ -87,9 +86,7 @@ class NormRestore(ScoredSAE):
 
     def gain(self, codes: torch.Tensor, x_centered: torch.Tensor) -> torch.Tensor:
         """`||x_c|| / ||codes W_dec||`, `[..., 1]`; a token without codes has none to scale."""
-        if rescales_by_decoder_norm(self.cfg):
-            codes = codes * (1 / self.W_dec.norm(dim=-1))
-        restored = codes.to(self.dtype) @ self.W_dec
+        restored = self.whole.shared(self.add_up(codes.to(self.dtype)))
         norm = restored.to(wide(self.dtype)).norm(dim=-1, keepdim=True)
         return centred_norm(x_centered) / norm.clamp_min(RESTORED_FLOOR)
 
@@ -195,7 +192,7 @@ class MagnitudeBypass(NormRestore, RecipeTrainingSAE):
         scores = scores_of(feature_acts, hidden_pre)
         if isinstance(feature_acts, EntryCodes):
             scores = feature_acts.with_values(scores)
-        codes, scores = feature_acts.sum(dim=-1), scores.sum(dim=-1)
+        codes, scores = (self.whole.sum(part.sum(dim=-1)) for part in (feature_acts, scores))
         return torch.where(scores > 0, codes / scores, 1).unsqueeze(-1)
 
     @override

@@ -18,6 +18,7 @@ from sae_lens.saes.matryoshka_batchtopk_sae import (
     MatryoshkaBatchTopKTrainingSAEConfig,
 )
 from sae_lens.saes.sae import SAEConfig, TrainStepInput
+from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
 from saelens_cosine.kernels.codes import EntryCodes
@@ -87,19 +88,24 @@ class MatryoshkaLevels(RecipeTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
     def _iterable_decode(
         self, feature_acts: torch.Tensor, include_outer_loss: bool = False
     ) -> Generator[tuple[int, torch.Tensor], None, None]:
-        if not isinstance(feature_acts, EntryCodes):
-            yield from super()._iterable_decode(feature_acts, include_outer_loss)
-            return
-        widths = self.cfg.matryoshka_widths
+        widths, edges = self.cfg.matryoshka_widths, self._edges()
         codes: Any = feature_acts
         if self.cfg.rescale_acts_by_decoder_norm:
             codes = codes * (1 / self.W_dec.norm(dim=-1))
-        # one product for all levels: each level's share of the codes is a token of its own
-        shares = codes.split_features([0, *widths]) @ self.W_dec
-        nested = shares.view(len(widths), -1, self.cfg.d_in).cumsum(dim=0) + self.b_dec
+        if isinstance(codes, EntryCodes):
+            # one product for all levels: each level's share of the codes is a token of its own
+            shares = (codes.split_features(edges) @ self.W_dec).view(len(widths), -1, self.cfg.d_in)
+        else:
+            levels = ((codes[:, first:end], self.W_dec[first:end]) for first, end in pairwise(edges))
+            shares = torch.stack([act_times_W_dec(*level, rescale_acts_by_decoder_norm=False) for level in levels])
+        nested = self.whole.total(shares).cumsum(dim=0) + self.b_dec
         for width, decoded in zip(widths, nested, strict=True):
             if include_outer_loss or width != widths[-1]:
                 yield width, self.run_time_activation_norm_fn_out(decoded)
+
+    def _edges(self) -> list[int]:
+        """Where the levels begin and end among the features that are held here."""
+        return [min(max(edge - self.whole.first, 0), self.cfg.d_sae) for edge in (0, *self.cfg.matryoshka_widths)]
 
     @override
     def aux_loss(
@@ -113,7 +119,7 @@ class MatryoshkaLevels(RecipeTrainingSAE, MatryoshkaBatchTopKTrainingSAE):
         if not self.cfg.use_matryoshka_aux_loss:
             return super().aux_loss(step_input, feature_acts, hidden_pre, sae_out, dead)
         losses = []
-        levels = pairwise([0, *self.cfg.matryoshka_widths])
+        levels = pairwise(self._edges())
         decoded = (part.detach() for _, part in self._iterable_decode(feature_acts, include_outer_loss=True))
         for (first, end), nested in zip(levels, decoded, strict=True):
             here = dead.certain & (dead.features >= first) & (dead.features < end)

@@ -91,17 +91,18 @@ class PerFeatureCosineScore(CosineScore):
     def own_exponent(self) -> torch.Tensor:
         own = super().own_exponent()
         if self.cfg.exponent_sharing == "base_delta":
-            return own + times(self.norm_exponent_base, self.cfg.norm_exponent_lr_multiplier)
+            return own + times(self.whole.shared(self.norm_exponent_base), self.cfg.norm_exponent_lr_multiplier)
         return own
 
     @override
     def spread(self, own: torch.Tensor) -> torch.Tensor:
         if self.cfg.exponent_sharing != "groups":
             return own
-        d_sae, n_groups = self.cfg.d_sae, len(own)
+        d_sae, n_groups = self.whole.size(self.cfg.d_sae), len(own)
         sizes = torch.full((n_groups,), d_sae // n_groups, device=own.device)
         sizes[-1] += d_sae % n_groups
-        return own.repeat_interleave(sizes, output_size=d_sae)
+        every = self.whole.shared(own).repeat_interleave(sizes, output_size=d_sae)
+        return every[self.whole.first :][: self.cfg.d_sae]
 
     @override
     def exponents(self, in_training: bool) -> torch.Tensor:
@@ -122,7 +123,8 @@ class PerFeatureCosineScore(CosineScore):
             # count is one behind in a checkpoint
             rng = torch.Generator().manual_seed(int(self.dropout_draws))
             self.dropout_draws += 1
-            self._dropped = (torch.rand(self.cfg.d_sae, generator=rng) < p).to(self.W_dec.device)
+            every = torch.rand(self.whole.size(self.cfg.d_sae), generator=rng) < p
+            self._dropped = every[self.whole.first :][: self.cfg.d_sae].to(self.W_dec.device)
         return super().training_forward_pass(step_input)
 
     @override
@@ -131,7 +133,7 @@ class PerFeatureCosineScore(CosineScore):
         first, last = self.cfg.norm_exponent_variance_constant_steps, self.cfg.norm_exponent_variance_end_step
         weight = self.cfg.norm_exponent_variance_penalty * min(1.0, max(0.0, (last - step) / (last - first)))
         if weight:
-            penalties["norm_exponent_variance_loss"] = weight * self.spread(self.own_exponent()).var()
+            penalties["norm_exponent_variance_loss"] = weight * self.whole.variance(self.spread(self.own_exponent()))
         return penalties
 
     @override

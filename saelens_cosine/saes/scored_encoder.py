@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAE
+from sae_lens.saes.topk_sae import act_times_W_dec
 from typing_extensions import override
 
 from saelens_cosine.kernels.selection import ENTRY_SELECTORS, EntrySelector
+from saelens_cosine.kernels.whole import HERE, Whole
 from saelens_cosine.score import ScoreParameters, cosine_score, folded_score, wide
 
 
@@ -40,13 +42,16 @@ class ScoredEncoder(SAE[Any]):
     floor_hint: Any = None
     """What the last selection by entries suggests to the next. It changes the time taken, never the result."""
 
+    whole: Whole = HERE
+    """The dictionary whose features these are; where it is split over ranks, they are a block of it."""
+
     def score(self, x_centered: torch.Tensor) -> torch.Tensor:
         """Pre-activations `[..., d_sae]` of centred inputs `[..., d_in]`, both float32 or wider."""
         raise NotImplementedError(f"{type(self).__name__} has no score: mix in a class that defines one.")
 
     def select(self, hidden_pre: torch.Tensor) -> torch.Tensor:
         """Codes `[..., d_sae]` from pre-activations: SAELens' activation function unless a selector says otherwise."""
-        return self.activation_fn(hidden_pre)
+        return self.whole.activate(self.activation_fn, hidden_pre)
 
     def finish(self, codes: torch.Tensor, x_centered: torch.Tensor) -> torch.Tensor:
         """What a selector does with its codes `[..., d_sae]` that takes the centred input `[..., d_in]`: by default nothing."""
@@ -86,6 +91,16 @@ class ScoredEncoder(SAE[Any]):
         return self.hook_sae_acts_post(codes.to(self.dtype)), hidden_pre
 
     @override
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Reconstructions `[..., d_in]` of codes `[..., d_sae]`, SAELens' way."""
+        sae_out = self.hook_sae_recons(self.add_up(feature_acts) + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
+
+    def add_up(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes times decoder rows, summed over the features of the whole dictionary: `[..., d_sae] -> [..., d_in]`."""
+        return self.whole.total(act_times_W_dec(codes, self.W_dec, rescales_by_decoder_norm(self.cfg)))
+
+    @override
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
         """SAELens' input processing, with the centring in float32 or wider.
 
@@ -96,7 +111,7 @@ class ScoredEncoder(SAE[Any]):
 
     def centre(self, sae_in: torch.Tensor) -> torch.Tensor:
         """`sae_in - b_dec` (or `sae_in`, without `apply_b_dec_to_input`) in float32 or wider."""
-        return sae_in.to(wide(sae_in.dtype)) - self.b_dec * self.cfg.apply_b_dec_to_input
+        return sae_in.to(wide(sae_in.dtype)) - self.whole.shared(self.b_dec) * self.cfg.apply_b_dec_to_input
 
     def sae_input(self, sae_in: torch.Tensor) -> torch.Tensor:
         """The first half of `process_sae_in`, up to the centring."""

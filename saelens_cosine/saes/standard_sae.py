@@ -120,8 +120,8 @@ class L1Penalty(RecipeTrainingSAE):
         hidden_pre: torch.Tensor,
         sae_out: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        sae: Any = self
-        return StandardTrainingSAE.calculate_aux_loss(sae, step_input, feature_acts, hidden_pre, sae_out)
+        size = self.whole.norm(feature_acts * self.W_dec.norm(dim=1), p=self.cfg.lp_norm)
+        return {"l1_loss": (step_input.coefficients["l1"] * size).mean()}
 
 
 class InnerProductStandardTrainingSAE(InnerProductScore, L1Penalty, StandardTrainingSAE):

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainingSAEConf
 from torch import nn
 from typing_extensions import override
 
+from saelens_cosine.kernels.whole import HERE, Whole, keep_best
 from saelens_cosine.registry import register_inference, register_training
 from saelens_cosine.saes.choices import check_choices
 from saelens_cosine.saes.cosine import PLUGIN_NOTE
@@ -39,6 +40,7 @@ def afa_prefix(
     match: Literal["nearest", "first_exceed"] = "nearest",
     k_min: int = 1,
     k_max: int | None = None,
+    whole: Whole = HERE,
 ) -> torch.Tensor:
     """The features that the top-AFA activation keeps: a token's largest, up to a norm.
 
@@ -55,27 +57,29 @@ def afa_prefix(
         match: which prefix matches.
         k_min: least k; a token with fewer positive coefficients keeps those.
         k_max: greatest k; None is F - 1.
+        whole: the dictionary that these F features are a part of.
 
     Returns:
         `[..., F]` booleans, False where a coefficient is 0.
     """
-    d_sae = coefficients.shape[-1]
+    d_sae = whole.size(coefficients.shape[-1])
     most = max(1, d_sae - 1) if k_max is None else min(k_max, d_sae)
-    rows, goals = coefficients.reshape(-1, d_sae), target.reshape(-1)
+    rows, goals = coefficients.reshape(-1, coefficients.shape[-1]), target.reshape(-1)
     positive = rows > 0
     keep = positive.clone()
-    open_rows = ((rows.norm(dim=-1) > goals) | (positive.sum(dim=-1) > most)).nonzero().squeeze(-1)
+    open_rows = ((whole.norm(rows) > goals) | (whole.sum(positive.sum(dim=-1)) > most)).nonzero().squeeze(-1)
     width = min(max(FIRST_WIDTH, k_min), most)
     # C_j does not decrease. So if C_width >= goal, the first C_j >= goal is among those sorted, every later one is at least as
     # far from the goal as that one, and every one before C_(j-1) at least as far as C_(j-1): the match is j or j - 1, whatever
     # the rest of the row holds. At width = most the rest cannot be kept anyway.
     while len(open_rows) > 0:
         row, goal = rows[open_rows], goals[open_rows].unsqueeze(-1)
-        largest = row.topk(width, dim=-1).values
+        largest = whole.largest_each(row, width)
         norms = largest.square().cumsum(dim=-1).sqrt()
         k = _matching(norms, goal, match).clamp(k_min, most)
         done = (norms[:, -1:] >= goal).squeeze(-1) | (width == most)
-        keep[open_rows[done]] = _first_k(row[done], largest[done], k[done])
+        cut, quota = largest[done].gather(-1, k[done] - 1), k[done].squeeze(-1)
+        keep[open_rows[done]] = keep_best(row[done], cut, quota, True, whole)
         open_rows = open_rows[~done]
         width = min(4 * width, most)
     return (keep & positive).view(coefficients.shape)
@@ -89,18 +93,6 @@ def _matching(norms: torch.Tensor, goal: torch.Tensor, match: str) -> torch.Tens
     below = torch.where(n_below == 0, 0, norms.gather(-1, (n_below - 1).clamp_min(0)))
     reached = norms.gather(-1, n_below.clamp_max(norms.shape[-1] - 1))
     return torch.where(goal - below <= reached - goal, n_below, n_below + 1)
-
-
-def _first_k(rows: torch.Tensor, largest: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Masks `[n, F]` of the k `[n, 1]` largest of each row, the first ones among equals; `largest`: the row, sorted."""
-    cut = largest.gather(-1, k - 1)
-    keep = rows >= cut
-    crowded = (keep.sum(dim=-1, keepdim=True) > k).squeeze(-1).nonzero().squeeze(-1)
-    if len(crowded) > 0:
-        above, tied = rows[crowded] > cut[crowded], rows[crowded] == cut[crowded]
-        room = k[crowded] - above.sum(dim=-1, keepdim=True)
-        keep[crowded] = above | (tied & (tied.cumsum(dim=-1) <= room))
-    return keep
 
 
 @dataclass
@@ -198,7 +190,7 @@ class AFASelection(InnerProductScore):
             if not self.cfg.apply_b_dec_to_input:
                 x_centered = x_centered - self.b_dec
             coefficients, target = self.unit_coefficients(codes), x_centered.norm(dim=-1)
-            keep = afa_prefix(coefficients, target, self.cfg.match, self.cfg.k_min, self.cfg.k_max)
+            keep = afa_prefix(coefficients, target, self.cfg.match, self.cfg.k_min, self.cfg.k_max, self.whole)
         return codes * keep
 
     def unit_coefficients(self, codes: torch.Tensor) -> torch.Tensor:
@@ -218,12 +210,6 @@ class AFASelection(InnerProductScore):
 class TopAFASAE(AFASelection):
     """A top-AFA SAE, inference form: SAELens' four tensors, no threshold and no statistic of the training data."""
 
-    @override
-    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        """Reconstructions `[..., d_in]` of codes `[..., d_sae]`, in the units of the activations."""
-        sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
-
 
 class TopAFATrainingSAE(AFASelection, RecipeTrainingSAE):
     """A top-AFA SAE in training: the same selection, and a loss that pulls the norm of the codes to the input's."""
@@ -236,12 +222,6 @@ class TopAFATrainingSAE(AFASelection, RecipeTrainingSAE):
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {"afa": TrainCoefficientConfig(self.cfg.afa_coefficient, self.cfg.afa_warm_up_steps)}
-
-    @override
-    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-        if self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts / self.W_dec.norm(dim=-1)
-        return super().decode(feature_acts)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -282,7 +262,7 @@ class TopAFATrainingSAE(AFASelection, RecipeTrainingSAE):
         """`[tokens]`: norm of the coefficients less that of the input, which is data and takes no gradient."""
         x = x.to(wide(x.dtype))
         target = (x - self.b_dec.detach() if centered else x).norm(dim=-1)
-        return self.unit_coefficients(codes.to(x.dtype)).norm(dim=-1) - target
+        return self.whole.norm(self.unit_coefficients(codes.to(x.dtype))) - target
 
     @torch.no_grad()
     def selection_metrics(self, output: TrainStepOutput) -> dict[str, torch.Tensor]:
@@ -292,7 +272,7 @@ class TopAFATrainingSAE(AFASelection, RecipeTrainingSAE):
         target. `afa_relative_norm_gap` is the mean of (||f|| - ||x - b_dec||) / ||x - b_dec||, and `afa_squared_gap` is the
         AFA loss before its coefficient.
         """
-        l0 = (output.feature_acts != 0).sum(dim=-1)
+        l0 = self.whole.sum((output.feature_acts != 0).sum(dim=-1))
         target = (output.sae_in - self.b_dec).norm(dim=-1).clamp_min(1e-8)
         gap = self._norm_gap(output.feature_acts, output.sae_in, centered=True)
         loss_gap = self._norm_gap(output.feature_acts, output.sae_in, self.cfg.afa_loss_target == "centered")
@@ -300,7 +280,7 @@ class TopAFATrainingSAE(AFASelection, RecipeTrainingSAE):
             "l0_mean": l0.float().mean(),
             "l0_min": l0.min(),
             "l0_max": l0.max(),
-            "saturated_share": (l0 == (output.hidden_pre > 0).sum(dim=-1)).float().mean(),
+            "saturated_share": (l0 == self.whole.sum((output.hidden_pre > 0).sum(dim=-1))).float().mean(),
             "afa_relative_norm_gap": (gap / target).mean(),
             "afa_squared_gap": loss_gap.square().mean(),
         }

@@ -21,7 +21,7 @@ class DeadFeatures(NamedTuple):
     The dead features, and maybe some more.
 
     Args:
-        features (torch.Tensor): `[n]` int64, all dead features and then living ones.
+        features (torch.Tensor): `[n]` int64, all dead features and then living ones, of those that are held here.
         certain (torch.Tensor): `[n]` booleans, which are the dead ones.
     """
 
@@ -52,7 +52,7 @@ class DeadFeatureRevival(ScoredTrainingSAE):
     def training_metrics(self) -> dict[str, torch.Tensor]:
         return {
             **super().training_metrics(),
-            "dead_features_in_token_window": self.dead_features.sum(),
+            "dead_features_in_token_window": self.whole.sum(self.dead_features.sum()),
             "dead_feature_window_tokens": torch.tensor(self.cfg.dead_feature_window_tokens),
         }
 
@@ -134,14 +134,14 @@ class DeadFeatureRevival(ScoredTrainingSAE):
             scores = scores.relu()
         most = self.cfg.d_in // 2
         rank = scores.abs() if self.signed_codes else scores
-        top = torch.where(dead.certain, rank, -torch.inf).topk(min(most, len(dead.features)), dim=-1, sorted=False)
+        top = self.whole.best_each(torch.where(dead.certain, rank.detach(), -torch.inf), most)
         values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
         codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
-        prediction = act_times_W_dec(
-            codes.to(self.dtype), self.W_dec[dead.features], rescales_by_decoder_norm(self.cfg)
+        prediction = self.whole.total(
+            act_times_W_dec(codes.to(self.dtype), self.W_dec[dead.features], rescales_by_decoder_norm(self.cfg))
         )
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
-        n_dead = dead.certain.sum()
+        n_dead = self.whole.sum(dead.certain.sum())
         if not self.cfg.normalize_aux_loss:
             return (n_dead.to(error.dtype) / most).clamp_max(1) * error
         variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
@@ -153,20 +153,26 @@ class DeadFeatureRevival(ScoredTrainingSAE):
 
         How many could be dead was counted a step ago, so that a device that runs ahead is not waited for.
         """
-        n_tokens, window = feature_acts.shape[0], self.cfg.dead_feature_window_tokens
-        at_most = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
-        if at_most is None:  # what the step before would have counted, so that a resumed run sums in the same order
-            at_most = int((self.tokens_since_fired + n_tokens >= window).sum())
+        n_tokens = feature_acts.shape[0]
+        known = self._at_risk.get(self.tokens_since_fired) if n_tokens <= self._at_risk_tokens else None
+        if known is None:  # what the step before would have counted, so that a resumed run sums in the same order
+            known = self._count_at_risk(n_tokens).tolist()
+        here, anywhere = known
         if isinstance(feature_acts, EntryCodes):
             fired = feature_acts.fired()
         else:
             codes = feature_acts.to_dense() if feature_acts.is_sparse else feature_acts
             fired = (codes != 0).any(dim=0)
         self.tokens_since_fired = torch.where(fired, 0, self.tokens_since_fired + n_tokens)
-        self._at_risk.put((self.tokens_since_fired + n_tokens >= window).sum(), self.tokens_since_fired)
+        self._at_risk.put(self._count_at_risk(n_tokens), self.tokens_since_fired)
         self._at_risk_tokens = n_tokens
         dead = self.dead_features
-        if at_most == 0:
+        if anywhere == 0:
             return None
         dead_first = dead.to(torch.int8).sort(descending=True, stable=True)
-        return DeadFeatures(dead_first.indices[:at_most], dead_first.values[:at_most].bool())
+        return DeadFeatures(dead_first.indices[:here], dead_first.values[:here].bool())
+
+    def _count_at_risk(self, n_tokens: int) -> torch.Tensor:
+        """`[2]`: features that are dead after so many more tokens without firing, here and in the whole dictionary."""
+        here = (self.tokens_since_fired + n_tokens >= self.cfg.dead_feature_window_tokens).sum()
+        return torch.stack([here, self.whole.sum(here)])

@@ -1,0 +1,165 @@
+"""The whole dictionary of which each rank holds a block of consecutive features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sae_lens.saes.abstopk_sae import AbsTopK
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.topk_sae import TopK
+from typing_extensions import override
+
+from saelens_cosine.kernels.whole import HERE, Best, Whole, keep_best
+from saelens_cosine.ranks.world import World
+
+DIGIT_BITS = 8
+"""Bits that a round of `ranked` decides: histograms of 256 counters, four rounds for a float32."""
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+class OverRanks(Whole):
+    """Answers of all ranks together.
+
+    Args:
+        world: the ranks.
+        edges: `size + 1` places in the whole dictionary; rank r holds the features `edges[r]` to `edges[r + 1] - 1`, maybe none.
+    """
+
+    def __init__(self, world: World, edges: Sequence[int]):
+        self.world, self.edges = world, tuple(edges)
+        self.part, self.first = world.rank, self.edges[world.rank]
+
+    @override
+    def size(self, here: int) -> int:
+        return self.edges[-1]
+
+    @override
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return self.world.sum(x)
+
+    @override
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self.world.gather(x)
+
+    @override
+    def smallest(self, x: torch.Tensor) -> torch.Tensor:
+        return self.world.smallest(x)
+
+    @override
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return _Total.apply(x, self.world)  # pyright: ignore[reportReturnType]
+
+    @override
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        return _Shared.apply(x, self.world) if x.requires_grad else x  # pyright: ignore[reportReturnType]
+
+    @override
+    def norm(self, x: torch.Tensor, p: float = 2) -> torch.Tensor:
+        if p == 1:
+            return self.total(x.abs().sum(dim=-1))
+        return self.total(x.abs().pow(p).sum(dim=-1)).pow(1 / p)
+
+    @override
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim == 0 else self.sum(x.sum()) / self.edges[-1]
+
+    @override
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.shared(self.total(x.sum())) / self.edges[-1]
+        return self.total((x - mean).square().sum()) / (self.edges[-1] - 1)
+
+    @override
+    def activate(self, activation: Any, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(activation, (BatchTopK, TopK, AbsTopK)):
+            return activation(x)
+        rows = x.reshape(-1, x.shape[-1])
+        with torch.no_grad():
+            rank = rows.abs() if isinstance(activation, AbsTopK) else rows.relu()
+            if isinstance(activation, BatchTopK):
+                n_wanted = int(activation.k * len(rows))
+                keep = keep_best(rank, self.ranked(rank.flatten(), n_wanted)[0], n_wanted, False, self)
+            else:
+                cut = self.largest_each(rank, activation.k)[:, -1:]
+                keep = keep_best(rank, cut, activation.k, True, self)
+        codes = rows if isinstance(activation, AbsTopK) else rows.relu()
+        return (codes * keep).view(x.shape)
+
+    @override
+    def ranked(self, values: torch.Tensor, *ranks: int) -> list[torch.Tensor]:
+        """As in one process, by counting: 256 counters per rank and eight bits of the value, whatever the number of values."""
+        bits = values.view(_BITS[values.dtype])
+        width = 8 * values.element_size()
+        mask = torch.iinfo(bits.dtype).max
+        keys = torch.where(bits < 0, bits ^ mask, bits).long()  # ordered as the values are
+        found = [self._key_at(keys, rank, width) for rank in ranks]
+        keys = torch.stack(found).to(bits.dtype)
+        return list(torch.where(keys < 0, keys ^ mask, keys).view(values.dtype))
+
+    def _key_at(self, keys: torch.Tensor, rank: int, width: int) -> torch.Tensor:
+        n_bins, wanted = 2**DIGIT_BITS, torch.tensor(rank, device=keys.device)
+        prefix = torch.zeros((), dtype=torch.int64, device=keys.device)
+        for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
+            digits = keys >> shift
+            if shift == width - DIGIT_BITS:  # the first has the sign: from -128 to 127
+                digits, inside = digits + n_bins // 2, torch.ones_like(keys, dtype=torch.bool)
+            else:
+                digits, inside = digits & (n_bins - 1), (keys >> (shift + DIGIT_BITS)) == prefix
+            counts = self.sum(torch.bincount(digits[inside], minlength=n_bins))
+            reached = counts.flip(0).cumsum(0).flip(0)  # in a bin or above it
+            wanted = torch.minimum(wanted, reached[0])  # the smallest where there are fewer
+            digit = (reached >= wanted.clamp_min(1)).sum() - 1
+            wanted = wanted - (reached[digit] - counts[digit])
+            prefix = digit - n_bins // 2 if shift == width - DIGIT_BITS else (prefix << DIGIT_BITS) + digit
+        return prefix
+
+    @override
+    def largest_each(self, values: torch.Tensor, k: int) -> torch.Tensor:
+        parts = self.gather(HERE.largest_each(values, k))
+        return parts.permute(1, 0, 2).flatten(1).topk(k, dim=-1).values
+
+
+    @override
+    def best_each(self, values: torch.Tensor, k: int) -> Best:
+        found = HERE.best_each(values, k)
+        order = found.indices.sort(dim=-1)  # among equals the first count
+        ours = found.values.gather(-1, order.indices)
+        parts = self.gather(_filled(ours, k)).permute(1, 0, 2).flatten(1)
+        cut = parts.topk(k, dim=-1).values[:, -1:]
+        keep = keep_best(ours, cut, k, True, self)
+        return Best(torch.where(keep, ours, -torch.inf), order.values)
+
+
+def _filled(values: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, k - values.shape[-1]), value=-torch.inf)
+
+
+class _Total(torch.autograd.Function):
+    """Sum forward, the same gradient for each part backward."""
+
+    @override
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, world: World) -> torch.Tensor:
+        return world.sum(x)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class _Shared(torch.autograd.Function):
+    """The same forward, the sum of the parts' gradients backward."""
+
+    @override
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, world: World) -> torch.Tensor:
+        ctx.world = world
+        return x.view_as(x)
+
+    @override
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.world.sum(gradients[0]), None
