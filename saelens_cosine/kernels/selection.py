@@ -233,6 +233,9 @@ def _candidates(
     inputs: UnitInputs, encoder: Encoder, floor: torch.Tensor, floor_exponent: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert encoder.rounded is not None
+    if len(encoder.weight) == 0:  # a part without features
+        nothing = _nothing(inputs, encoder).entries
+        return nothing.tokens, nothing.features
     return candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor, floor_exponent)
 
 

@@ -64,7 +64,7 @@ class OverRanks(Whole):
 
     @override
     def mean(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.ndim == 0 else self.sum(x.sum()) / self.edges[-1]
+        return x.mean() if x.ndim == 0 else self.sum(x.sum()) / self.edges[-1]
 
     @override
     def variance(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,16 +120,12 @@ class OverRanks(Whole):
         parts = self.gather(HERE.largest_each(values, k))
         return parts.permute(1, 0, 2).flatten(1).topk(k, dim=-1).values
 
-
     @override
     def best_each(self, values: torch.Tensor, k: int) -> Best:
-        found = HERE.best_each(values, k)
-        order = found.indices.sort(dim=-1)  # among equals the first count
-        ours = found.values.gather(-1, order.indices)
-        parts = self.gather(_filled(ours, k)).permute(1, 0, 2).flatten(1)
-        cut = parts.topk(k, dim=-1).values[:, -1:]
-        keep = keep_best(ours, cut, k, True, self)
-        return Best(torch.where(keep, ours, -torch.inf), order.values)
+        ours = HERE.best_each(values, k)
+        parts = self.gather(_filled(ours.values, k)).permute(1, 0, 2).flatten(1)
+        keep = keep_best(ours.values, parts.topk(k, dim=-1).values[:, -1:], k, True, self)
+        return ours._replace(values=torch.where(keep, ours.values, -torch.inf))
 
 
 def _filled(values: torch.Tensor, k: int) -> torch.Tensor:

@@ -166,7 +166,9 @@ class LearnedThreshold(RecipeTrainingSAE):
         cfg, threshold = self.cfg, self.score_thresholds().to(hidden_pre.dtype)
         decoder_norm = self.W_dec.norm(dim=-1)
         if cfg.jumprelu_sparsity_loss_mode == "tanh":
-            loss = self.whole.total(torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * decoder_norm).sum(dim=-1).mean())
+            loss = self.whole.total(
+                torch.tanh(cfg.jumprelu_tanh_scale * feature_acts * decoder_norm).sum(dim=-1).mean()
+            )
         else:
             active: Any = Step.apply(hidden_pre, threshold, self._window(), cfg.jumprelu_ste_to_input)
             loss = self.whole.total(active.sum(dim=-1).mean())

@@ -64,7 +64,7 @@ def afa_prefix(
     """
     d_sae = whole.size(coefficients.shape[-1])
     most = max(1, d_sae - 1) if k_max is None else min(k_max, d_sae)
-    rows, goals = coefficients.reshape(-1, coefficients.shape[-1]), target.reshape(-1)
+    rows, goals = coefficients.reshape(target.numel(), coefficients.shape[-1]), target.reshape(-1)
     positive = rows > 0
     keep = positive.clone()
     open_rows = ((whole.norm(rows) > goals) | (whole.sum(positive.sum(dim=-1)) > most)).nonzero().squeeze(-1)

@@ -303,15 +303,15 @@ def test_inference_between_fused_steps_sees_the_new_weights():
 def test_lagged_count():
     count, source, other = LaggedCount(), torch.zeros(4), torch.zeros(4)
     assert count.get(source) is None
-    count.put(torch.tensor(3), source)
-    assert [count.get(source), count.get(source)] == [3, 3]
+    count.put(torch.tensor([3, 8]), source)
+    assert [count.get(source), count.get(source)] == [[3, 8], [3, 8]]
     assert [count.get(source.clone()), count.get(source[:])] == [None, None]
     for copied in (copy.deepcopy(count), copy.copy(count), pickle.loads(pickle.dumps(count))):
         assert isinstance(copied, LaggedCount)
         assert copied.get(source) is None
     source.add_(1)
     assert count.get(source) is None
-    count.put(torch.tensor(5), source)
-    assert count.get(source) == 5
-    count.put(torch.tensor(0), other)
-    assert [count.get(other), count.get(source)] == [0, None]
+    count.put(torch.tensor([5, 5]), source)
+    assert count.get(source) == [5, 5]
+    count.put(torch.tensor([0, 1]), other)
+    assert [count.get(other), count.get(source)] == [[0, 1], None]

@@ -12,9 +12,11 @@ from kernel_cases import (
 )
 
 from saelens_cosine.kernels import filter, selection
+from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.kernels.filter import Rounded
 from saelens_cosine.kernels.selection import Encoder, UnitInputs
 from saelens_cosine.kernels.terms import ScoreTerms
+from saelens_cosine.kernels.whole import HERE
 
 
 @pytest.mark.parametrize("per_feature", [False, True])
@@ -203,14 +205,20 @@ def test_above_by_hand():
 
 
 def test_parts_of_the_selection_by_hand():
-    assert [v.item() for v in selection._ranked(t(3, 1, 4, 1, 5), 1, 2, 3, 4, 5)] == [5, 4, 3, 1, 1]
-    assert [selection._largest(t(3, 1, 4), rank).item() for rank in (1, 2, 3, 9)] == [4, 3, 1, 1]
+    assert [v.item() for v in HERE.ranked(t(3, 1, 4, 1, 5), 1, 2, 3, 4, 5, 9)] == [5, 4, 3, 1, 1, 1]
 
-    def at_least(score, group, quota, n_groups):
-        return selection._at_least(score, torch.full((n_groups,), 3.0), torch.tensor(group), quota).int().tolist()
+    def at_least(score, tokens, quota, each, n_tokens=4):
+        features = torch.arange(len(tokens))
+        entries = Entries(torch.tensor(tokens), features, n_tokens, 9)
+        scored = selection.Scored(entries, score, score, score)
+        return selection._at_least(scored, torch.full_like(score, 3.0), quota, each, HERE).int().tolist()
 
-    # cut 3, two of each: 5 is sure and leaves a place for the first 3; 4 is sure and leaves one for the 3 before it
-    score, group = t(5, 3, 3, 2, 3, 4), [0, 0, 0, 0, 1, 1]
-    assert at_least(score, group, 2, 2) == [1, 1, 0, 0, 1, 1]
-    assert at_least(score, group, 1, 2) == [1, 0, 0, 0, 0, 1]
-    assert at_least(t(3, 3, 3), [0, 0, 2], 1, 4) == [1, 0, 1]  # groups 1 and 3 are empty
+    # cut 3, two of each token: 5 is sure and leaves a place for the first 3; 4 is sure and leaves one for the 3 before it
+    score, tokens = t(5, 3, 3, 2, 3, 4), [0, 0, 0, 0, 1, 1]
+    assert at_least(score, tokens, 2, True) == [1, 1, 0, 0, 1, 1]
+    assert at_least(score, tokens, 1, True) == [1, 0, 0, 0, 0, 1]
+    assert at_least(t(3, 3, 3), [0, 0, 2], 1, True) == [1, 0, 1]  # tokens 1 and 3 are empty
+    # four of the batch: 5 and 4 are sure, the first two of the 3s go with them
+    assert at_least(score, tokens, 4, False) == [1, 1, 1, 0, 0, 1]
+    assert at_least(score, tokens, 2, False) == [1, 0, 0, 0, 0, 1]
+    assert at_least(t(3, 3, 3), [0, 2, 2], 2, False) == [1, 1, 0]
