@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from saelens_cosine.progress import unread
 from saelens_cosine.saebench import SAEBenchError
 from saelens_cosine.sharing.command import add_share_command
 from saelens_cosine.terminal.options import Parser
+from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.command import add_train_command, run_train
 from saelens_cosine.training.resuming.stop import StopError, exit_status, raising_on_signals
 
@@ -36,14 +38,19 @@ COMMANDS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
     with raising_on_signals(), logged_without_secrets(), unread():
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return _run(args)
+        from saelens_cosine.ranks.launch import run_ranks  # nothing distributed is imported by one process
+
+        return run_ranks(args, _run)
 
 
-def _run(args: list[str]) -> int:
+def _run(args: list[str], processes: Alone = ALONE) -> int:
     parser = _parser()
     if args[:1] == ["train"]:  # everything behind it is SAELens' own
-        options = argparse.Namespace(command="train", run=lambda _: run_train(args[1:]))
+        options = argparse.Namespace(command="train", run=lambda _: run_train(args[1:], processes))
     else:
         options, unknown = parser.parse_known_args(args)
         if unknown:

@@ -60,6 +60,8 @@ class _Turning:
 
     def __call__(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
         result = self.init_group(group, *lists)
+        for tensors in lists:  # a DTensor's own part, in which Adam's step is the same
+            tensors[:] = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
         parameters, gradients, *moments = lists
         for i, parameter in enumerate(parameters):
             torch.autograd.graph.increment_version(parameter)

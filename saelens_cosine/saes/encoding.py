@@ -72,7 +72,7 @@ def fast_encode(sae: ScoredEncoder, x: torch.Tensor) -> tuple[EntryCodes, Scores
 
     hidden_pre = ScoresOnDemand(
         scores,
-        list(sae.parameters()),
+        [parameter for _, parameter in sae.named_parameters()],
         values.detach(),
         shape=(len(x), sae.cfg.d_sae),
         dtype=x_centered.dtype,

@@ -8,7 +8,6 @@ coefficient gives SAELens' form, which sees negative scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from sae_lens.saes.sae import SAEConfig, TrainStepInput

@@ -7,6 +7,7 @@ from typing import Any
 from saelens_cosine.console import tell
 from saelens_cosine.terminal.bar import progress_lines
 from saelens_cosine.terminal.options import Parser, add_run_options, multiple
+from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.resuming.stop import exit_status, raising_on_signals
 from saelens_cosine.training.train import train
@@ -27,6 +28,8 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
 --model_name bundled and --dataset_path bundled name the language model and the corpus that ship with the package.
 --model_name smollm2 or FILE.gguf reads a model in a GGUF file, --dataset_path sae-probes real text; see the guide.
 --checkpoint_path none writes no checkpoints.
+
+torchrun --nproc-per-node N -m saelens_cosine train ... trains the same SAE with N processes, each with a part of its features.
 """
 
 
@@ -37,7 +40,7 @@ def add_train_command(commands: Any) -> None:
     )
 
 
-def run_train(arguments: list[str]) -> int:
+def run_train(arguments: list[str], processes: Alone = ALONE) -> int:
     """Train one SAE, and say where it is."""
     extra = Parser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
     extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=multiple, default=10.0)
@@ -61,6 +64,7 @@ def run_train(arguments: list[str]) -> int:
                 keep=options.keep,
                 stop_signals=options.stop_on,
                 on_progress=progress,
+                processes=processes,
             )
     except KeyboardInterrupt as stopped:
         tell("Interrupted outside of training. Run the same command with --resume to go on.")

@@ -24,12 +24,14 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import scrubbed, without_secrets
 from saelens_cosine.files.whole import read_json, scratch_folder
 from saelens_cosine.progress import Progress, shown
+from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.check import N_CHECKPOINTS, check_run, parse_flags
 from saelens_cosine.training.next_norm import take_next_norms
 from saelens_cosine.training.randomness import seed_everything
 from saelens_cosine.training.recorded import record_training
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import FILLING, ResumableRun, SavedState, check_same
+from saelens_cosine.training.resuming.run import FILLING, ResumableRun, SavedState
+from saelens_cosine.training.resuming.settings import check_same
 from saelens_cosine.training.resuming.stop import StopRequests
 from saelens_cosine.training.short_text import name_sizes_of_short_text
 from saelens_cosine.training.wandb_log import wandb_never_stops
@@ -47,6 +49,7 @@ def train(
     keep: int = 2,
     stop_signals: Sequence[int] = (),
     on_progress: Progress | None = None,
+    processes: Alone = ALONE,
 ) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
 
@@ -60,6 +63,7 @@ def train(
         keep: checkpoints that are kept, the newest.
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it is done, and how much there is. SAELens has its own bar.
+        processes: those that train one SAE together (`ranks`); the first writes the files.
 
     Raises:
         ValueError: `max_norm_multiple` is no bound, `d_in` is not the size of the activations at the hook, contexts are longer than the model takes, there is no
@@ -73,13 +77,16 @@ def train(
     check_run(cfg)
     seed_everything(cfg.seed)
     with ExitStack() as open_folders:
-        output = _open_output(cfg, open_folders)
-        checkpoints = _open_checkpoints(cfg, resume, overwrite, keep, open_folders)
-        state = _newest(checkpoints) if checkpoints is not None and resume else None
-        if output is not None:
-            _begin(output, overwrite, state)
+        output = checkpoints = state = None
+        if processes.first:
+            output = _open_output(cfg, open_folders)
+            checkpoints = _open_checkpoints(cfg, resume, overwrite, keep, open_folders)
+            state = _newest(checkpoints) if checkpoints is not None and resume else None
+            if output is not None:
+                _begin(output, overwrite, state)
+        state = _seen_by_all(state, processes)
         norm_filter = _train(
-            cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals), shown(on_progress)
+            cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals), shown(on_progress), processes
         )
         if checkpoints is not None:
             checkpoints.remove_set_aside()
@@ -98,6 +105,7 @@ def _train(
     state: SavedState | None,
     stop_signals: tuple[int, ...],
     progress: Progress,
+    processes: Alone,
 ) -> HighNormFilter:
     progress("Loading the model and the text", 0, 1)
     model = _loaded(cfg) if cfg.model_name == BUNDLED or is_gguf(cfg.model_name) else None
@@ -134,15 +142,17 @@ def _train(
         stop=StopRequests(stop_signals),
         on_step=partial(progress, "Training"),
         on_fill=partial(progress, FILLING),
+        processes=processes,
     )
+    processes.check_alike(run.settings)
+    processes.share(runner.activations_store)
     if state is not None:
         run.resume(state)
         tell(f"Going on from {state.path}.")
         about = state.about_budget(run.settings)
         if about:
             tell(about)
-    if output is not None:
-        vars(runner)["save_final_sae"] = _saving_to(output, runner.save_final_sae)
+    vars(runner)["save_final_sae"] = _nowhere if output is None else _saving_to(output, runner.save_final_sae)
     if checkpoints is not None and state is None:
         checkpoints.set_aside()
     with wandb_never_stops(cfg.logger):
@@ -220,12 +230,22 @@ def _checkpoint_folder(cfg: Any) -> Path | None:
     return given
 
 
+def _seen_by_all(state: SavedState | None, processes: Alone) -> SavedState | None:
+    """The checkpoint that the first process goes on from."""
+    path = processes.from_first(None if state is None else str(state.path))
+    return state if path is None or state is not None else SavedState.load(Path(path))
+
+
 def _newest(checkpoints: Checkpoints) -> SavedState | None:
     newest = checkpoints.newest(tell)
     if newest is None:
         tell(f"There is no checkpoint in {checkpoints.folder} to go on from; training from the start.")
         return None
     return SavedState.load(newest)
+
+
+def _nowhere(*_: Any, **__: Any) -> None:
+    """Another process saves the SAE, or nobody shall."""
 
 
 def _saving_to(output: Output, save: Any) -> Any:

@@ -13,6 +13,7 @@ FOLDER = Path(saelens_cosine.__file__).parent
 ROOMS = [
     "__main__",
     "cli",
+    "ranks",
     "sharing",
     "experiments",
     "saebench",

@@ -1,6 +1,6 @@
 """Where the cut lies and who may keep what lies at it, when features are split over ranks."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -110,4 +110,4 @@ def test_entries_with_ties_are_those_of_one_process(select, signed, hint):
     expected = entries(HERE, slice(0, 24))
     assert len(expected) == (4 if select is best_of_batch else 4 * 6)
     for edges in ([0, 12, 24], [0, 9, 9, 18, 24]):
-        assert sorted(sum(on_parts(edges, entries), [])) == expected
+        assert sorted(chain.from_iterable(on_parts(edges, entries))) == expected

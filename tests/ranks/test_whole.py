@@ -8,9 +8,8 @@ from helpers import FAST, TRAINING, make_activations, make_sae, selector_of, tra
 from thread_world import over_ranks
 
 from saelens_cosine.kernels.codes import EntryCodes
-from saelens_cosine.kernels.whole import HERE, keep_best
+from saelens_cosine.kernels.whole import HERE
 from saelens_cosine.ranks.split import edges_of, joined, split
-from saelens_cosine.ranks.whole import OverRanks
 
 D, F, K, B, STEPS = 12, 29, 2, 12, 6
 SIZE = {"d_in": D, "d_sae": F, "dtype": "float64", "dead_feature_window_tokens": B}

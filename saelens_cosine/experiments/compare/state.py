@@ -20,7 +20,8 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.whole import read_json, whole_folder
 from saelens_cosine.plain import from_plain
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-from saelens_cosine.training.resuming.run import ResumableRun, SavedState, check_same, settings_of
+from saelens_cosine.training.resuming.run import ResumableRun, SavedState, settings_of
+from saelens_cosine.training.resuming.settings import check_same
 
 Found = TypeVar("Found")
 

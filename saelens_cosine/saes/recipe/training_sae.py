@@ -191,7 +191,8 @@ class RecipeTrainingSAE(DeadFeatureRevival):
         if self._adam_watch is not None:
             self._adam_watch.remove()
         elif self.cfg.kernels != "reference" and torch.is_grad_enabled():
-            self._adam_watch = fuse_adam_of(self.W_dec)
+            learned: Any = [p for p in self.parameters() if p.requires_grad]
+            self._adam_watch = fuse_adam_of(learned[0])
 
     @override
     @torch.no_grad()

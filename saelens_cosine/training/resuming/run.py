@@ -10,7 +10,7 @@ Wrapped, for want of a seam, are the runner's method that calls `fit` and the tr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 
 from saelens_cosine.files.whole import read_json, write_text
+from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import generator_states, restore_generators
 from saelens_cosine.training.resuming.checkpoints import OWN_FOLDER, Checkpoints
+from saelens_cosine.training.resuming.settings import check_same
 from saelens_cosine.training.resuming.stop import StopError, StopRequests, handled
 from saelens_cosine.training.resuming.stream import ResumableStream, StreamState
 
@@ -30,28 +32,6 @@ FILLING = "Filling the mixing buffer"
 """What `on_fill` tells of."""
 
 _STATE, _TENSORS = Path(OWN_FOLDER) / "state.json", Path(OWN_FOLDER) / "state.safetensors"
-
-MAY_DIFFER = frozenset(
-    {
-        "output_path",
-        "checkpoint_path",
-        "n_checkpoints",
-        "save_final_checkpoint",
-        "resume_from_checkpoint",
-        "logger",
-        "verbose",
-        "n_eval_batches",
-        "eval_batch_size_prompts",
-        "sae_lens_version",
-        "sae_lens_training_version",
-        "tokens_per_buffer",
-        "device",
-        "llm_device",
-        "act_store_device",
-        "training_tokens",
-    }
-)
-"""Fields of SAELens' runner configs that change no weight, or of which the run says what they change."""
 
 
 class HasState(Protocol):
@@ -153,6 +133,7 @@ class ResumableRun:
         stop (StopRequests): Signals that stop it.
         on_step (Callable[[int, int], None] | None): Called before the first step and after each with the tokens trained on, and all there are.
         on_fill (Callable[[int, int], None] | None): Called before that with the tokens that wait in the mixing buffer, and those it takes.
+        processes (Alone): Those that train together.
     """
 
     runner: Any
@@ -164,6 +145,7 @@ class ResumableRun:
     stop: StopRequests = field(default_factory=StopRequests)
     on_step: Callable[[int, int], None] | None = None
     on_fill: Callable[[int, int], None] | None = None
+    processes: Alone = ALONE
     _generators: tuple[dict[str, Any], dict[str, Any]] | None = field(default=None, init=False, repr=False)
     _trainer: Any = field(default=None, init=False, repr=False)
     _due: int = field(default=0, init=False, repr=False)
@@ -205,12 +187,13 @@ class ResumableRun:
         final, trainer.cfg.save_final_checkpoint = trainer.cfg.save_final_checkpoint, False
         if self._generators is not None and not self.runner.cfg.prefetch_llm_batches:
             restore_generators(*self._generators)
+        self.processes.split(trainer)
         if self._stream.begun or trainer.n_training_samples >= trainer.cfg.total_training_samples:
             self._tell(trainer.n_training_samples, trainer.cfg.total_training_samples)
         with handled(dict.fromkeys(self.stop.signals, self.stop)):
             result = trainer.fit()
-        if final and self.checkpoints is not None:
-            self.checkpoints.add_final(trainer.n_training_samples, self._save)
+        if final and self.checkpoints is not None:  # the trainer is whole again
+            self.checkpoints.add_final(trainer.n_training_samples, lambda folder: self._save(trainer, folder))
         return result
 
     def _estimating(self, trainer: Any) -> int:
@@ -232,17 +215,19 @@ class ResumableRun:
     def _after_step(self) -> None:
         tokens, total = self._trainer.n_training_samples, self._trainer.cfg.total_training_samples
         self._tell(tokens, total)
-        stopped = self.stop.received is not None and tokens < total
+        received = self.processes.signal(self.stop.received)
+        stopped = received is not None and tokens < total
         if not (stopped or tokens >= self._due or tokens >= total):
             return
         self._due = self._next_due()
         where = "nothing of it is saved, for this run has no checkpoints."
+        whole = self.processes.whole(self._trainer)
         if self.checkpoints is not None:
-            saved = self.checkpoints.add(tokens, self._write)
+            saved = self.checkpoints.add(tokens, lambda folder: self._write(whole, folder))
             where = f"all of it is in {saved}. {self.go_on}"
         if stopped:
-            assert self.stop.received is not None
-            raise StopError(self.stop.received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
+            assert received is not None
+            raise StopError(received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
 
     def _filling(self, tokens: int, size: int) -> None:
         if tokens < size or self._fills:  # else a checkpoint holds the first batch already
@@ -256,14 +241,13 @@ class ResumableRun:
         if self.on_step is not None:
             self.on_step(min(tokens, total), total)
 
-    def _write(self, folder: Path) -> None:
-        trainer = self._trainer
+    def _write(self, trainer: Any, folder: Path) -> None:
         counted = [trainer, *self._trainers(trainer)] if self._multiple else [trainer]
         for one in counted:
             one.n_training_steps += 1  # SAELens counts the step after it has saved
         try:
             state = self._stream.state(self._batches_before + trainer.n_training_steps)
-            self._save(folder)
+            self._save(trainer, folder)
         finally:
             for one in counted:
                 one.n_training_steps -= 1
@@ -284,12 +268,12 @@ class ResumableRun:
         tensors = {f"{group}.{name}": t.cpu().clone() for group, found in groups.items() for name, t in found.items()}
         save_file(tensors, folder / _TENSORS)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self, trainer: Any, folder: Path) -> None:
         """SAELens' own files."""
-        cfg = self._trainer.cfg
+        cfg = trainer.cfg
         before, cfg.checkpoint_path = cfg.checkpoint_path, str(folder.parent)
         try:
-            self._trainer.save_checkpoint(checkpoint_name=folder.name)
+            trainer.save_checkpoint(checkpoint_name=folder.name)
         finally:
             cfg.checkpoint_path = before
 
@@ -301,41 +285,3 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
         OSError, ValueError, KeyError: there is nothing of ours.
     """
     return read_json(checkpoint / _STATE)["settings"]
-
-
-def check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Compare the settings of a run with those of one that is to go on.
-
-    Raises:
-        ValueError: they differ in what decides the weights; names each setting with both values.
-    """
-    before, here = dict(_flat(then)), dict(_flat(now))
-    differing = [
-        f"{name} is {_shown(before.get(name))} there and {_shown(here.get(name))} here"
-        for name in sorted(before.keys() | here.keys())
-        if before.get(name) != here.get(name) and not _may_differ(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"Cannot go on from {path}: {'; '.join(differing)}. Resume with the settings of that run, or start another one in "
-            "another folder."
-        )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, list(value) if isinstance(value, tuple) else value
-
-
-def _may_differ(name: str) -> bool:
-    parts = name.split(".")
-    return parts[0] in MAY_DIFFER or "metadata" in parts or parts[-1] == "device"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return repr(value) if isinstance(value, str) else str(value)
