@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
 from saelens_cosine.console import tell
 from saelens_cosine.ranks.team import Team
+from saelens_cosine.training.resuming.stop import SignalError, exit_status
 
 COMMANDS = ("train",)
 """Commands that several ranks run together."""
@@ -45,24 +46,40 @@ def run_ranks(arguments: Sequence[str], run: Callable[[list[str], Any], int]) ->
         os.environ["WANDB_MODE"] = "disabled"
         sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
     device = _device()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
-    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    store = _joined("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
-        status = run(list(arguments), Team(device))
+        return _run(list(arguments), run, Team(device), store, told)
+    except SignalError as stopped:  # by torchrun, since another rank has failed
+        return exit_status(stopped)
+
+
+def _joined(backend: str) -> dist.Store:
+    """Join the ranks; the store that they met at. Ranks that torchrun has started again do not meet at the addresses of the dead."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start{again}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return store
+
+
+def _run(
+    arguments: list[str], run: Callable[[list[str], Any], int], team: Team, store: dist.Store, told: TextIO
+) -> int:
+    try:
+        status = run(arguments, team)
     except RuntimeError as error:
         if not _others_are_gone(error):
-            _keep_for(told, rank)
+            sys.stderr = told  # a traceback of any rank is to be seen
             raise
-        status = 2  # they say why
-        if rank > 0:
-            return status
-        tell("Another rank has stopped, see above; checkpoints written so far are kept.")
-    if status != 0 and rank > 0:
-        _speak_for(store, told, rank)
-    elif status != 0:
-        store.set("first", "has spoken")
+        if team.first:
+            tell("Another rank has stopped, see there; checkpoints written so far are kept.")
+        return 2
     if status == 0:
         dist.destroy_process_group()
+    elif team.first:
+        store.set("first", "has spoken")
+    else:
+        _speak(store, told, team.world.rank)
     return status
 
 
@@ -78,7 +95,7 @@ def _others_are_gone(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "closed by peer" in str(error)
 
 
-def _speak_for(store: Any, told: Any, rank: int) -> None:
+def _speak(store: dist.Store, told: TextIO, rank: int) -> None:
     """Print this rank's last line, unless the first rank has said its own."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
@@ -88,9 +105,3 @@ def _speak_for(store: Any, told: Any, rank: int) -> None:
     if store.compare_set("speaks", "", str(rank)).decode() == str(rank):
         lines = [line for line in sys.stderr.getvalue().splitlines() if line.strip()]  # pyright: ignore
         print(f"rank {rank}: {lines[-1] if lines else 'stopped without a word'}", file=told)
-
-
-def _keep_for(told: Any, rank: int) -> None:
-    """Let a traceback of another rank be seen."""
-    if rank > 0:
-        sys.stderr = told

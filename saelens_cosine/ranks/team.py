@@ -181,4 +181,3 @@ class Team(Alone):
             evaluated() if (trainer.n_training_steps + 1) % every == 0 else None
         )
         vars(trainer)["_build_sparsity_log_dict"] = of_whole(sparsity)
-

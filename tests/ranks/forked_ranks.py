@@ -1,0 +1,160 @@
+"""Ranks of a command as forks of one process that has imported everything, ended as torchrun ends them: when one fails, so do all.
+
+As a script it answers requests, a line of JSON each: the command line of each rank, and what goes wrong on which. The answer is a line too:
+the exit status of each rank (negative: ended by that signal), the seconds until the last of them had ended, and what all wrote to stderr.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GRACE_S = 20
+
+
+class ForkedRanks:
+    """A process that runs commands on several ranks."""
+
+    def __init__(self):
+        self.server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def __call__(self, *commands, fault="", on=0) -> dict:
+        """A command line for each rank; `fault` is a function of this file that is called on rank `on` before its command."""
+        request = {"commands": [[*map(str, command)] for command in commands], "fault": fault, "on": on}
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait(timeout=60)
+        self.server.stdout.close()
+
+
+def die_at_step_9():
+    """This rank is killed in the middle of the run."""
+    from saelens_cosine.training.resuming.run import ResumableRun
+
+    before = ResumableRun._after_step
+
+    def after_step(run):
+        if run._trainer.n_training_steps == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        before(run)
+
+    ResumableRun._after_step = after_step
+
+
+def stop_at_step_9():
+    """This rank alone gets SIGTERM in the middle of the run."""
+    from small_runs import ResumableRun
+
+    before = ResumableRun._after_step
+
+    def after_step(run):
+        if run._trainer.n_training_steps == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        before(run)
+
+    ResumableRun._after_step = after_step
+
+
+def lose_an_activation():
+    """The language model of this rank alone gives a NaN."""
+    from sae_lens import ActivationsStore
+
+    get = ActivationsStore.get_activations
+
+    def broken(store, tokens):
+        found = get(store, tokens)
+        found[0, 0] = float("nan")
+        return found
+
+    ActivationsStore.get_activations = broken
+
+
+def _rank(request, rank, port, folder):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(len(request["commands"])),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
+    from saelens_cosine.cli import main
+
+    if request["fault"] and request["on"] == rank:
+        globals()[request["fault"]]()
+    status = main(request["commands"][rank])
+    sys.stderr.flush()
+    return status
+
+
+def _run(request):
+    began = time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        children, statuses = {}, {}
+        for rank in range(len(request["commands"])):
+            child = os.fork()
+            if child == 0:
+                try:
+                    status = _rank(request, rank, port, folder)
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                    status = 1
+                sys.stderr.flush()
+                os._exit(status)
+            children[child] = rank
+        failed = None
+        while children:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child:
+                statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
+                if status and failed is None:
+                    failed = time.monotonic()
+                    for other in children:
+                        os.kill(other, signal.SIGTERM)
+            elif failed and time.monotonic() > failed + GRACE_S:
+                for other in children:
+                    os.kill(other, signal.SIGKILL)
+            time.sleep(0.02)
+        told = [Path(folder, f"stderr{rank}").read_text() for rank in sorted(statuses)]
+    return {"statuses": [statuses[r] for r in sorted(statuses)], "seconds": time.monotonic() - began, "told": told}
+
+
+def _serve():
+    answers = os.fdopen(os.dup(1), "w")
+    sys.path.append(str(Path(__file__).parents[1]))
+    import torch.distributed  # noqa: F401
+    from small_runs import small_batches
+
+    import saelens_cosine.cli
+    import saelens_cosine.ranks.launch
+
+    _ = saelens_cosine.cli, small_batches
+    for line in sys.stdin:
+        answers.write(json.dumps(_run(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve()

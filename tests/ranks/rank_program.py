@@ -1,0 +1,81 @@
+"""Run by torchrun: SAELens' trainer over all ranks against the same trainer in one process, for every architecture.
+
+The first rank writes, for each case, the largest difference of each tensor over the largest value of it.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+from helpers import FAST, TRAINING, make_sae, make_trainer, planted_batches, selector_of
+
+from saelens_cosine.ranks.team import Team
+
+D, F, B, STEPS = 12, 29, 24, 20
+
+
+def trainer_of(sae):
+    data = planted_batches(d_in=D, n_features=20, active=3, batch=B)
+    return make_trainer(sae, data, steps=STEPS, batch=B)
+
+
+def numbers(trainer):
+    moments = {
+        f"{name}.{key}": value
+        for (name, parameter) in trainer.sae.named_parameters()
+        for key, value in trainer.optimizer.state.get(parameter, {}).items()
+    }
+    counts = {name: getattr(trainer, name) for name in ("act_freq_scores", "n_forward_passes_since_fired")}
+    return {**trainer.sae.state_dict(), **moments, **counts}
+
+
+def difference(ours, theirs):
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-300)) if theirs.numel() else 0.0
+
+
+def compared(name, kernels, dtype, **options):
+    k = {"k": 3} if selector_of(name) in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk") else {}
+    sae = make_sae(
+        name, kernels=kernels, d_in=D, d_sae=F, dtype=dtype, dead_feature_window_tokens=2 * B, **{**k, **options}
+    )
+    sae.tokens_since_fired[::3] = 2 * B
+    one, many = trainer_of(copy.deepcopy(sae)), trainer_of(copy.deepcopy(sae))
+    one.fit()
+    Team("cpu").split(many)
+    held = many.sae.W_dec.shape[0]
+    many.fit()
+    expected, found = numbers(one), numbers(many)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    assert many.sae.cfg.d_sae == F
+    assert held < F
+    return {key: difference(found[key], value) for key, value in expected.items()}
+
+
+def main(file, dtype, both):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = {
+        f"{name} {kernels}": compared(name, kernels, dtype)
+        for name in TRAINING
+        for kernels in ("reference", "fast")
+        if (name in FAST) == (kernels == "fast") or (both == "both" and kernels == "reference")
+    }
+    for name, options in (
+        ("cosine_topk", {"normalize_activations": "expected_average_only_in"}),
+        ("per_feature_cosine_batchtopk", {"exponent_sharing": "groups", "n_exponent_groups": 4}),
+        ("per_feature_cosine_batchtopk", {"exponent_sharing": "base_delta"}),
+    ):
+        cases[f"{name} {options}"] = compared(name, "auto", dtype, **options)
+    if dist.get_rank() == 0:
+        Path(file).write_text(json.dumps(cases))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
