@@ -60,8 +60,8 @@ class _Turning:
 
     def __call__(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
         result = self.init_group(group, *lists)
-        for tensors in lists:  # a DTensor's own part, in which Adam's step is the same
-            tensors[:] = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        for tensors in lists:
+            tensors[:] = map(_held, tensors)
         parameters, gradients, *moments = lists
         for i, parameter in enumerate(parameters):
             torch.autograd.graph.increment_version(parameter)
@@ -71,6 +71,11 @@ class _Turning:
                 for tensors in (parameters, *matrices):
                     tensors[i] = tensors[i].T
         return result
+
+
+def _held(tensor: Any) -> torch.Tensor:
+    """Of a DTensor the part that this rank holds, whose step is its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _feature_major(matrix: torch.Tensor) -> bool:

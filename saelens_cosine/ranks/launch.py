@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from saelens_cosine.console import tell
 from saelens_cosine.ranks.team import Team
@@ -53,18 +55,16 @@ def run_ranks(arguments: Sequence[str], run: Callable[[list[str], Any], int]) ->
         return exit_status(stopped)
 
 
-def _joined(backend: str) -> dist.Store:
+def _joined(backend: str) -> Store:
     """Join the ranks; the store that they met at. Ranks that torchrun has started again do not meet at the addresses of the dead."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"start{again}", store)
+    store = PrefixStore(f"start{again}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return store
 
 
-def _run(
-    arguments: list[str], run: Callable[[list[str], Any], int], team: Team, store: dist.Store, told: TextIO
-) -> int:
+def _run(arguments: list[str], run: Callable[[list[str], Any], int], team: Team, store: Store, told: TextIO) -> int:
     try:
         status = run(arguments, team)
     except RuntimeError as error:
@@ -95,7 +95,7 @@ def _others_are_gone(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "closed by peer" in str(error)
 
 
-def _speak(store: dist.Store, told: TextIO, rank: int) -> None:
+def _speak(store: Store, told: TextIO, rank: int) -> None:
     """Print this rank's last line, unless the first rank has said its own."""
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:

@@ -62,13 +62,11 @@ def split(sae: SAE, world: World) -> SAE:
         )
     edges = edges_of(sae.cfg.d_sae, world.size)
     mine = slice(edges[world.rank], edges[world.rank + 1])
-    for tensors in (sae._parameters, sae._buffers):  # pyright: ignore[reportPrivateUsage]
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                part = block(name, tensor.data, sae.cfg, mine)
-                tensors[name] = (
-                    part if not isinstance(tensor, nn.Parameter) else nn.Parameter(part, tensor.requires_grad)
-                )
+    for name, parameter in list(sae.named_parameters()):
+        part = block(name, parameter.data, sae.cfg, mine)
+        setattr(sae, name, nn.Parameter(part, parameter.requires_grad))
+    for name, buffer in list(sae.named_buffers()):
+        setattr(sae, name, block(name, buffer, sae.cfg, mine))
     sae.cfg = copy.copy(sae.cfg)
     sae.cfg.d_sae = mine.stop - mine.start
     sae.whole = OverRanks(world, edges)

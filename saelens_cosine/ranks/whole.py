@@ -94,25 +94,28 @@ class OverRanks(Whole):
         width = 8 * values.element_size()
         mask = torch.iinfo(bits.dtype).max
         keys = torch.where(bits < 0, bits ^ mask, bits).long()  # ordered as the values are
-        found = [self._key_at(keys, rank, width) for rank in ranks]
-        keys = torch.stack(found).to(bits.dtype)
+        keys = self._keys_at(keys, torch.tensor(ranks, device=keys.device), width).to(bits.dtype)
         return list(torch.where(keys < 0, keys ^ mask, keys).view(values.dtype))
 
-    def _key_at(self, keys: torch.Tensor, rank: int, width: int) -> torch.Tensor:
-        n_bins, wanted = 2**DIGIT_BITS, torch.tensor(rank, device=keys.device)
-        prefix = torch.zeros((), dtype=torch.int64, device=keys.device)
-        for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
-            digits = keys >> shift
-            if shift == width - DIGIT_BITS:  # the first has the sign: from -128 to 127
-                digits, inside = digits + n_bins // 2, torch.ones_like(keys, dtype=torch.bool)
-            else:
-                digits, inside = digits & (n_bins - 1), (keys >> (shift + DIGIT_BITS)) == prefix
-            counts = self.sum(torch.bincount(digits[inside], minlength=n_bins))
-            reached = counts.flip(0).cumsum(0).flip(0)  # in a bin or above it
-            wanted = torch.minimum(wanted, reached[0])  # the smallest where there are fewer
-            digit = (reached >= wanted.clamp_min(1)).sum() - 1
-            wanted = wanted - (reached[digit] - counts[digit])
-            prefix = digit - n_bins // 2 if shift == width - DIGIT_BITS else (prefix << DIGIT_BITS) + digit
+    def _keys_at(self, keys: torch.Tensor, wanted: torch.Tensor, width: int) -> torch.Tensor:
+        """The keys at the wanted ranks `[n]`, digit by digit: `[n]`."""
+        n_bins, top = 2**DIGIT_BITS, width - DIGIT_BITS
+        prefix = torch.zeros_like(wanted)
+        for shift in range(top, -1, -DIGIT_BITS):
+            digits = (
+                (keys >> shift) + n_bins // 2 if shift == top else (keys >> shift) & (n_bins - 1)
+            )  # the top one has the sign
+            inside = [
+                keys >= torch.iinfo(torch.int64).min if shift == top else keys >> (shift + DIGIT_BITS) == p
+                for p in prefix
+            ]
+            counts = self.sum(torch.stack([torch.bincount(digits[mine], minlength=n_bins) for mine in inside]))
+            reached = counts.flip(1).cumsum(1).flip(1)  # in a bin or above it
+            wanted = torch.minimum(wanted, reached[:, 0])  # the smallest where there are fewer
+            digit = (reached >= wanted.clamp_min(1).unsqueeze(1)).sum(dim=1, keepdim=True) - 1
+            wanted = wanted - (reached - counts).gather(1, digit).squeeze(1)
+            digit = digit.squeeze(1)
+            prefix = digit - n_bins // 2 if shift == top else (prefix << DIGIT_BITS) + digit
         return prefix
 
     @override
