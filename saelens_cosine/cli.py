@@ -14,6 +14,7 @@ from saelens_cosine.experiments.benchmark.command import add_benchmark_command
 from saelens_cosine.experiments.compare.command import add_compare_command
 from saelens_cosine.experiments.evaluate.command import add_evaluate_command
 from saelens_cosine.experiments.ground_truth.command import add_ground_truth_command
+from saelens_cosine.experiments.plan.command import add_plan_command
 from saelens_cosine.faults import FAULTS, line_of
 from saelens_cosine.files.secrets import as_typed, logged_without_secrets, without_secrets
 from saelens_cosine.loading.command import add_convert_command
@@ -29,6 +30,7 @@ COMMANDS = (
     add_train_command,
     add_compare_command,
     add_benchmark_command,
+    add_plan_command,
     add_evaluate_command,
     add_ground_truth_command,
     add_convert_command,
