@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sae_lens.training._interruption import InterruptedException
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_ranks(args, _run)
 
 
-def _run(args: list[str], processes: Alone = ALONE) -> int:
+def _run(args: list[str], processes: Alone = ALONE, instead: Mapping[str, Callable[[Any], int]] | None = None) -> int:
     parser = _parser()
     if args[:1] == ["train"]:  # everything behind it is SAELens' own
         options = argparse.Namespace(command="train", run=lambda _: run_train(args[1:], processes))
@@ -61,7 +62,7 @@ def _run(args: list[str], processes: Alone = ALONE) -> int:
             return 2
     options.command_line = (parser.prog, *args)
     try:
-        return options.run(options)
+        return (instead or {}).get(options.command, options.run)(options)
     except StopError as stopped:
         tell(str(stopped))
         return exit_status(stopped)

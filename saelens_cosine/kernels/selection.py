@@ -155,12 +155,14 @@ def best_of_batch(
         (hint,) = whole.ranked(encoder.dense(sample).flatten(), math.ceil(1.5 * n_wanted * share))
     hint = hint.clamp_min(0)
     scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
+    enough = hint == 0 or whole.count(scored.score > hint) >= n_wanted
     for lower in LOWER_FLOORS:
-        if hint == 0 or whole.count(scored.score > hint) >= n_wanted:
+        if enough:
             break
         hint = lower * hint
         scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
-    if hint > 0 and whole.count(scored.score > hint) < n_wanted:
+        enough = whole.count(scored.score > hint) >= n_wanted
+    if not enough:
         (exact,) = whole.ranked(encoder.dense(inputs).flatten(), n_wanted)
         hint = (exact - 1e-4 * exact.abs()).clamp_min(0)
         scored = score_entries(*_candidates(inputs, encoder, hint), inputs, encoder)
@@ -295,7 +297,7 @@ def _with_dense_tokens(scored: Scored, tokens: torch.Tensor, inputs: UnitInputs,
     """`scored` with the entries of some tokens replaced by their k best of a dense product."""
     some = UnitInputs(inputs.unit[tokens], inputs.log_norm[tokens])
     dense = encoder.dense(some)
-    cut = encoder.whole.largest_each(dense, k)[:, -1:]
+    cut = HERE.largest_each(dense, k)[:, -1:]  # none of what is kept here lies below
     # with ties and neighbours by rounding, which the caller's cut decides between
     row, features = ((dense >= cut - 1e-5 * cut.abs()) & (dense > 0)).nonzero(as_tuple=True)
     again = torch.zeros(len(inputs.unit), dtype=torch.bool).index_fill(0, tokens, True)

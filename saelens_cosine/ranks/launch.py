@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from saelens_cosine.console import tell
+from saelens_cosine.ranks.benchmark import run_benchmark
 from saelens_cosine.ranks.team import Team
 from saelens_cosine.training.resuming.stop import SignalError, exit_status
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "benchmark")
 """Commands that several ranks run together."""
 
 PATIENCE_S = 5.0
@@ -29,7 +30,7 @@ TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective, such as while the first one writes a checkpoint. torchrun ends those that wait for a dead one."""
 
 
-def run_ranks(arguments: Sequence[str], run: Callable[[list[str], Any], int]) -> int:
+def run_ranks(arguments: Sequence[str], run: Callable[..., int]) -> int:
     """Run a command on this rank, whose first one has the terminal; the exit status.
 
     Args:
@@ -37,7 +38,7 @@ def run_ranks(arguments: Sequence[str], run: Callable[[list[str], Any], int]) ->
         run: runs it, with the ranks.
     """
     rank = int(os.environ["RANK"])
-    if tuple(arguments[:1]) not in [(command,) for command in COMMANDS] or {"-h", "--help"} & set(arguments):
+    if not arguments or arguments[0] not in COMMANDS or {"-h", "--help"} & set(arguments):
         if rank == 0:
             tell(
                 f"torchrun starts saelens-cosine {' or '.join(COMMANDS)}, not {' '.join(arguments[:1]) or 'nothing'}; start it without torchrun."
@@ -64,9 +65,9 @@ def _joined(backend: str) -> Store:
     return store
 
 
-def _run(arguments: list[str], run: Callable[[list[str], Any], int], team: Team, store: Store, told: TextIO) -> int:
+def _run(arguments: list[str], run: Callable[..., int], team: Team, store: Store, told: TextIO) -> int:
     try:
-        status = run(arguments, team)
+        status = run(arguments, team, {"benchmark": lambda options: run_benchmark(options, team.device)})
     except RuntimeError as error:
         if not _others_are_gone(error):
             sys.stderr = told  # a traceback of any rank is to be seen

@@ -29,8 +29,8 @@ PLACES = ("device", "llm_device", "act_store_device", "checkpoint_path")
 class Team(Alone):
     """The processes that `torch.distributed` has joined, each with a block of the features and a share of the text."""
 
-    def __init__(self, device: str) -> None:
-        self.world = Processes()
+    def __init__(self, device: str, timed: bool = False) -> None:
+        self.world = Processes(timed)
         self.device = device
         self.first = self.world.rank == 0
         self._leaves: dict[int, Leaves] = {}

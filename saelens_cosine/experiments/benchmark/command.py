@@ -35,10 +35,19 @@ def add_benchmark_command(commands: Any) -> None:
     add("--repeats", type=int, default=default.repeats, help="timed steps of each arm")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--quiet", action="store_true", help="print only the tables")
+    add(
+        "--distributed",
+        action="store_true",
+        help="under torchrun: a step over its ranks, and what it moves between them",
+    )
 
 
 def run_benchmark(options: Any) -> int:
     """Measure, print the tables, and write the JSON if that was asked for."""
+    if options.distributed:
+        raise ValueError(
+            "--distributed measures several ranks: torchrun --nproc-per-node 2 -m saelens_cosine benchmark --distributed."
+        )
     with progress_bar(options.quiet) as progress:
         result = benchmark(settings_from(BenchmarkSettings, options), progress)
     print_tables(result.tables(), 140)

@@ -35,7 +35,7 @@ def benchmark(settings: BenchmarkSettings, on_progress: Progress | None = None) 
     check_device(settings.device)
     report = shown(on_progress)
     clock = Clock(settings.device)
-    batches = [_activations(settings, seed) for seed in range(4)]
+    batches = [activations(settings, seed) for seed in range(4)]
     with _matmul_precision(settings):
         floor = _Floor(settings)
         arms = {}
@@ -96,7 +96,7 @@ def _compare(rows: list[Row], floor_ms: float) -> None:
         row.ratio_to_saelens = None if base is None else row.step_ms / base
 
 
-def _activations(settings: BenchmarkSettings, seed: int) -> torch.Tensor:
+def activations(settings: BenchmarkSettings, seed: int) -> torch.Tensor:
     """Random directions, the least sparse of all data, with norms around sqrt(d_in) that differ by a third or so."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(settings.batch, settings.d_in, generator=rng)
