@@ -97,7 +97,7 @@ def _measured(name: str, settings: BenchmarkSettings) -> Row:
         arm.step(batches[0])
     usual = statistics.mode(moved)  # a floor that is too high for its batch adds a count
     measured = {
-        name: found + (of_dtensors.moved[name], of_dtensors.bytes[name])
+        name: found.more(of_dtensors.moved[name], of_dtensors.bytes[name])
         for name, found in zip(COLLECTIVES, usual, strict=True)
     }
     mine = torch.tensor([waited, moving], device=settings.device) / sum(steps[WARM_UP:])

@@ -14,6 +14,7 @@ in is counted, whatever the ring does with it.
 | TopK's cut: the k best of each token | all-gather | 1 | 4 B k |
 | TopK's counts: found, above and at the cut | all-reduce, all-gather | 1 + 1 | 8 B + 16 B |
 | another such count, where the last batch's floor is too high for this one | all-reduce | 0 or more | 8 each |
+| TopK's mean of exponents of its own per feature, for the floor | all-reduce | 1 | 4 |
 | features that may be dead next | all-reduce | 1 | 8 |
 | norms of the gradients of P parameters, for clipping | all-reduce, all-gather | 1 + 1 | 4 P + 4 P |
 | a signal to stop, in a run | all-reduce | 1 | 8 |
@@ -47,8 +48,9 @@ class Moved(NamedTuple):
     calls: int
     bytes: int
 
-    def __add__(self, other: tuple[Any, ...]) -> Moved:
-        return Moved(self.calls + other[0], self.bytes + other[1])
+    def more(self, calls: int, bytes: int) -> Moved:
+        """With others."""
+        return Moved(self.calls + calls, self.bytes + bytes)
 
 
 Traffic = dict[str, Moved]
@@ -72,7 +74,7 @@ def formula(architecture: str, tokens: int, d_in: int, k: int, parameters: int) 
     if selector == "batchtopk":
         reduced += [2 * COUNTERS * 8] * 4 + [8] * 3 + [4]
     else:
-        reduced += [8 * tokens]
+        reduced += [8 * tokens] + [4] * (score == "per_feature_cosine")
         gathered += [4 * tokens * k, 16 * tokens]
     found = {"all_reduce": reduced, "all_gather": gathered}
     return {name: Moved(len(parts), sum(parts)) for name, parts in found.items()}

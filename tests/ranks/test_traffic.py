@@ -23,7 +23,7 @@ def test_formula_by_hand():
     assert found["all_gather"] == (1, 24)
     # of a TopK the cut is the k best of each token, and counts of each
     found = formula("per_feature_cosine_topk", tokens=100, d_in=8, k=3, parameters=6)
-    assert found["all_reduce"] == (1 + 1 + 1 + 1 + 1, 3200 + 32 + 800 + 8 + 24)
+    assert found["all_reduce"] == (1 + 1 + 1 + 1 + 1 + 1, 3200 + 32 + 800 + 4 + 8 + 24)
     assert found["all_gather"] == (1 + 1 + 1, 1200 + 1600 + 24)
     with pytest.raises(ValueError, match="no formula for 'cosine_gated'"):
         formula("cosine_gated", 100, 8, 3, 6)
