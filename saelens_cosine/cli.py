@@ -62,7 +62,8 @@ def _run(args: list[str], processes: Alone = ALONE, instead: Mapping[str, Callab
             return 2
     options.command_line = (parser.prog, *args)
     try:
-        return (instead or {}).get(options.command, options.run)(options)
+        run = options.run if instead is None else instead.get(options.command, options.run)
+        return run(options)
     except StopError as stopped:
         tell(str(stopped))
         return exit_status(stopped)

@@ -110,7 +110,8 @@ def _measured(name: str, settings: BenchmarkSettings) -> Row:
         name,
         statistics.median(times),
         1e3 * statistics.median(steps[WARM_UP:]),
-        *shares,
+        shares[0],
+        shares[1],
         measured,
         expected if name.endswith("/fast") else None,
     )
@@ -137,7 +138,7 @@ def tables(rows: list[Row], settings: BenchmarkSettings) -> list[Table]:
     for row in rows:
         steps.add_row(row.arm, f"{row.one_ms:.1f}", f"{row.step_ms:.1f}", f"{row.waiting:.1%}", f"{row.moving:.1%}")
         for name, found in row.measured.items():
-            expected = row.formula and row.formula[name]
+            expected = None if row.formula is None else row.formula[name]
             told = f"{expected.calls} calls, {expected.bytes:,} bytes" if expected else "-"
             equal = "-" if expected is None else "yes" if expected == found else "NO"
             moved.add_row(row.arm, name.replace("_", "-"), str(found.calls), f"{found.bytes:,}", told, equal)

@@ -16,11 +16,12 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from saelens_cosine.console import tell
+from saelens_cosine.experiments.compare.command import run_compare
 from saelens_cosine.ranks.benchmark import run_benchmark
 from saelens_cosine.ranks.team import Team
 from saelens_cosine.training.resuming.stop import SignalError, exit_status
 
-COMMANDS = ("train", "benchmark")
+COMMANDS = ("train", "compare", "benchmark")
 """Commands that several ranks run together."""
 
 PATIENCE_S = 5.0
@@ -51,7 +52,7 @@ def run_ranks(arguments: Sequence[str], run: Callable[..., int]) -> int:
     device = _device()
     store = _joined("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
-        return _run(list(arguments), run, Team(device), store, told)
+        return _run(list(arguments), run, Team(device, store), store, told)
     except SignalError as stopped:  # by torchrun, since another rank has failed
         return exit_status(stopped)
 
@@ -67,7 +68,11 @@ def _joined(backend: str) -> Store:
 
 def _run(arguments: list[str], run: Callable[..., int], team: Team, store: Store, told: TextIO) -> int:
     try:
-        status = run(arguments, team, {"benchmark": lambda options: run_benchmark(options, team.device)})
+        instead = {
+            "benchmark": lambda options: run_benchmark(options, team.device),
+            "compare": lambda options: run_compare(options, team),
+        }
+        status = run(arguments, team, instead)
     except RuntimeError as error:
         if not _others_are_gone(error):
             sys.stderr = told  # a traceback of any rank is to be seen

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from typing_extensions import override
 
 from saelens_cosine.ranks.leaves import Leaves
@@ -22,15 +24,25 @@ Value = TypeVar("Value")
 COUNTS = ("act_freq_scores", "n_forward_passes_since_fired")
 """What SAELens' trainer keeps of each feature."""
 
+LONGEST = timedelta(days=30)
+"""That a rank waits for work of the others, for the last training may take days. torchrun ends those that wait for a dead one."""
+
 PLACES = ("device", "llm_device", "act_store_device", "checkpoint_path")
 """Settings in which ranks may differ: where each computes, and where the first one alone writes."""
 
 
 class Team(Alone):
-    """The processes that `torch.distributed` has joined, each with a block of the features and a share of the text."""
+    """The processes that `torch.distributed` has joined, each with a block of the features and a share of the text, or of the work.
 
-    def __init__(self, device: str, timed: bool = False) -> None:
+    Args:
+        device: where they compute.
+        store: where they have met, for sharing work.
+        timed: see `Processes`.
+    """
+
+    def __init__(self, device: str, store: Store | None = None, timed: bool = False) -> None:
         self.world = Processes(timed)
+        self._store, self._waits = store, 0
         self.device = device
         self.first = self.world.rank == 0
         self._leaves: dict[int, Leaves] = {}
@@ -106,6 +118,20 @@ class Team(Alone):
         result = copy.copy(trainer)
         vars(result).update(self._whole(trainer))
         return result
+
+    @override
+    def claim(self, name: str) -> bool:
+        assert self._store is not None
+        return self._store.add(f"claim {name}", 1) == 1
+
+    @override
+    def wait(self) -> None:
+        assert self._store is not None
+        self._waits += 1
+        name = f"wait {self._waits}"
+        if self._store.add(name, 1) == self.world.size:
+            self._store.set(f"{name} is over", "")
+        self._store.wait([f"{name} is over"], LONGEST)
 
     @override
     def signal(self, received: int | None) -> int | None:

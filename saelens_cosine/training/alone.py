@@ -39,6 +39,13 @@ class Alone:
         """The trainer as one process would have it, for saving."""
         return trainer
 
+    def claim(self, name: str) -> bool:
+        """Whether a piece of work is this process's; nobody else is told so."""
+        return True
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+
     def signal(self, received: int | None) -> int | None:
         """A signal that any process has received."""
         return received

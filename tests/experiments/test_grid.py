@@ -18,8 +18,7 @@ from saelens_cosine.activations.text import load_text
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.compare.grid import points, trainings
 from saelens_cosine.experiments.compare.heldout import HeldOut, heldout_contexts
-from saelens_cosine.experiments.compare.rates import about_edges, chosen_rates, rates_tried
-from saelens_cosine.experiments.compare.results import Trained, TrainedArm
+from saelens_cosine.experiments.compare.results import Trained, TrainedArm, about_edges, chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import Setting
 from saelens_cosine.metrics.reconstruction.by_norm import Reconstruction

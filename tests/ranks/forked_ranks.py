@@ -42,32 +42,30 @@ class ForkedRanks:
         self.server.stdout.close()
 
 
-def die_at_step_9():
-    """This rank is killed in the middle of the run."""
+def at_step(step, number):
+    """This process gets a signal in the middle of its training."""
     from saelens_cosine.training.resuming.run import ResumableRun
 
     before = ResumableRun._after_step
 
     def after_step(run):
-        if run._trainer.n_training_steps == 8:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if run._trainer.n_training_steps == step - 1:
+            os.kill(os.getpid(), number)
         before(run)
 
     ResumableRun._after_step = after_step
+
+
+def die_at_step_9():
+    at_step(9, signal.SIGKILL)
+
+
+def die_at_step_3():
+    at_step(3, signal.SIGKILL)
 
 
 def stop_at_step_9():
-    """This rank alone gets SIGTERM in the middle of the run."""
-    from small_runs import ResumableRun
-
-    before = ResumableRun._after_step
-
-    def after_step(run):
-        if run._trainer.n_training_steps == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        before(run)
-
-    ResumableRun._after_step = after_step
+    at_step(9, signal.SIGTERM)
 
 
 def lose_an_activation():
@@ -144,13 +142,15 @@ def _run(request):
 def _serve():
     answers = os.fdopen(os.dup(1), "w")
     sys.path.append(str(Path(__file__).parents[1]))
-    import torch.distributed  # noqa: F401
+    import torch.distributed
     from small_runs import small_batches
 
     import saelens_cosine.cli
     import saelens_cosine.ranks.launch
+    from saelens_cosine.training.recipe import RECIPES
 
-    _ = saelens_cosine.cli, small_batches
+    RECIPES["paper"] = small_batches  # of `compare`
+    _ = torch.distributed, saelens_cosine.cli, saelens_cosine.ranks.launch
     for line in sys.stdin:
         answers.write(json.dumps(_run(json.loads(line))) + "\n")
         answers.flush()

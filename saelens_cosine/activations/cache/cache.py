@@ -45,10 +45,11 @@ class ActivationCache:
     Args:
         folder: where it is.
         identity: what it is of.
+        writes: Whether what is added goes into the folder; else it is held in memory.
     """
 
-    def __init__(self, folder: Path, identity: CacheIdentity):
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: CacheIdentity, writes: bool = True):
+        self.folder, self.identity, self.writes = folder, identity, writes
         self.lock = threading.RLock()
         """Held while it is used: SAELens' prefetcher reads in a thread of its own."""
         self._places: dict[bytes, tuple[int, int]] = {}
@@ -105,6 +106,9 @@ class ActivationCache:
         """Write what has been added since the last file."""
         if not self._unwritten:
             return
+        if not self.writes:
+            self._unwritten = 0
+            return
         if not (self.folder / FILE).exists():
             write_json({"schema": SCHEMA, **plain(self.identity)}, self.folder / FILE)
         path = self.folder / f"contexts-{self._next:05d}.safetensors"
@@ -140,12 +144,13 @@ class ActivationCache:
 
 
 @contextmanager
-def open_cache(folder: str | Path, identity: CacheIdentity) -> Generator[ActivationCache]:
+def open_cache(folder: str | Path, identity: CacheIdentity, writes: bool = True) -> Generator[ActivationCache]:
     """Lock a folder of activations for this run, and write what was added when the block has ended, however it ends.
 
     Args:
         folder: an earlier cache's, or a new or empty one.
         identity: what is asked for; a cache that has more hooks serves.
+        writes: False for a process beside the one that has locked the folder: it reads what is there now.
 
     Raises:
         ValueError: the cache there is of something else, naming each difference, or a file of it is damaged.
@@ -154,6 +159,9 @@ def open_cache(folder: str | Path, identity: CacheIdentity) -> Generator[Activat
         NotADirectoryError, OSError: it cannot be written.
     """
     place = Path(folder)
+    if not writes:
+        yield ActivationCache(place, _kept(place, identity), writes)
+        return
     with open_output(place, "activations", keep_empty=False):
         cache = ActivationCache(place, _kept(place, identity))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.summary.page import write_page
 from saelens_cosine.experiments.compare.summary.picture import draw
 from saelens_cosine.experiments.compare.tables import as_tables, write_json
+from saelens_cosine.files.output import Output
 from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
+from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.resuming.stop import raising_on_signals
 
@@ -107,7 +110,7 @@ def add_compare_command(commands: Any) -> None:
     add("--quiet", action="store_true", help="print only the tables")
 
 
-def run_compare(options: Any) -> int:
+def run_compare(options: Any, processes: Alone = ALONE) -> int:
     """Compare, write `comparison.json`, `comparison.html` and `comparison.png` after each point of the grid, and print the tables."""
     folder: Path = options.output
     settings = settings_from(ComparisonSettings, options)
@@ -117,19 +120,20 @@ def run_compare(options: Any) -> int:
         print_tables([as_table(found)], 110)
         return 0
     options.interrupted = f"What was finished is in {folder}; --resume goes on."
-
-    def keep(comparison: Comparison) -> None:
-        options.interrupted = f"What was finished is in {output.results}; --resume goes on."
-        for write, name in zip((write_json, draw, write_page), SUMMARY, strict=True):
-            with output.file(name) as path:
-                write(comparison, path)
-
     with (
         raising_on_signals(options.stop_on),
         deterministic_algorithms(options.deterministic),
-        open_comparison(folder) as output,
-        progress_bar(options.quiet) as progress,
+        open_comparison(folder) if processes.first else nullcontext(folder) as output,
+        progress_bar(options.quiet or not processes.first) as progress,
     ):
+
+        def keep(comparison: Comparison) -> None:
+            assert isinstance(output, Output)
+            options.interrupted = f"What was finished is in {output.results}; --resume goes on."
+            for write, name in zip((write_json, draw, write_page), SUMMARY, strict=True):
+                with output.file(name) as path:
+                    write(comparison, path)
+
         comparison = compare(
             settings,
             output,
@@ -139,7 +143,10 @@ def run_compare(options: Any) -> int:
             stop_signals=options.stop_on,
             on_progress=progress,
             on_point=keep,
+            processes=processes,
         )
+    if not processes.first:
+        return 0
     console = print_tables(as_tables(comparison), 110)
     if not options.quiet:
         say(console, f"Written to {folder}: comparison.html, comparison.json, comparison.png, and a folder per SAE:")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from saelens_cosine.activations.cache.cache import open_cache
@@ -24,29 +22,19 @@ from saelens_cosine.activations.models import HookedModel, load_hooked_model
 from saelens_cosine.activations.planted_sinks import plant_sinks
 from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.devices import check_device
-from saelens_cosine.experiments.compare.grid import Point, is_tuned, points, trainings
+from saelens_cosine.experiments.compare.grid import is_tuned, points
 from saelens_cosine.experiments.compare.heldout import HeldOut, context_size, heldout_contexts
-from saelens_cosine.experiments.compare.rates import chosen_rates, rates_tried
 from saelens_cosine.experiments.compare.results import (
-    ArmResult,
     Comparison,
-    FailedArm,
-    HookResult,
-    PointResult,
-    Trained,
 )
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
-from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, begun
+from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, Place, begun
 from saelens_cosine.experiments.compare.training import Setting, buffer_tokens
+from saelens_cosine.experiments.compare.work import SAE_FILES, Work
 from saelens_cosine.files.output import Output, open_output
-from saelens_cosine.files.whole import scratch_folder
-from saelens_cosine.plain import digest
+from saelens_cosine.plain import digest, plain
 from saelens_cosine.progress import Progress, shown
-
-Placed = TypeVar("Placed", ArmResult, FailedArm)
-
-SAE_FILES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, "README.md")
-"""What the folder of a trained SAE holds."""
+from saelens_cosine.training.alone import ALONE, Alone
 
 SUMMARY = ("comparison.json", "comparison.png", "comparison.html")
 """What the command writes beside these folders."""
@@ -62,6 +50,7 @@ def compare(
     stop_signals: Sequence[int] = (),
     on_progress: Progress | None = None,
     on_point: Callable[[Comparison], None] | None = None,
+    processes: Alone = ALONE,
 ) -> Comparison:
     """Train all arms on one stream per seed, save them, and measure the saved SAEs on held-out text.
 
@@ -80,6 +69,7 @@ def compare(
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it, and out of how much.
         on_point: called with everything measured so far after each point of the grid.
+        processes: those that share the trainings; the first keeps the results, and `output` is the same folder of all.
 
     Raises:
         FileExistsError: the folder holds an earlier comparison and `overwrite` is off, or somebody's file in the place of ours.
@@ -90,18 +80,30 @@ def compare(
         StopError: a signal has come during training, which is saved.
     """
     check_device(settings.device)
-    with ExitStack() as afterwards, open_comparison(output) as opened:
-        saes = [point.path(arm) for point in points(settings) for arm in settings.arms]
-        opened.begin(
-            before=written_before(opened.folder),
-            places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
-            overwrite=overwrite,
-            resume=resume and begun(opened),
-        )
+    processes.check_alike(plain(settings))
+    with ExitStack() as afterwards:
+        place = None
+        if processes.first:
+            opened = afterwards.enter_context(open_comparison(output))
+            saes = [point.path(arm) for point in points(settings) for arm in settings.arms]
+            opened.begin(
+                before=written_before(opened.folder),
+                places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
+                overwrite=overwrite,
+                resume=resume and begun(opened),
+            )
+            place = opened
+        folders = processes.from_first(None if place is None else Place(place.folder, place.results))
+        assert folders is not None
         state = ComparisonState(
-            settings, opened, resume=resume, overwrite=overwrite, keep=keep, stop_signals=stop_signals
+            settings,
+            place or folders,
+            resume=resume,
+            overwrite=overwrite,
+            keep=keep,
+            stop_signals=stop_signals,
         )
-        return _compare(settings, opened, state, on_progress, on_point, afterwards)
+        return _compare(settings, state, on_progress, on_point, afterwards, processes)
 
 
 def open_comparison(output: str | Path | Output) -> AbstractContextManager[Output]:
@@ -111,11 +113,11 @@ def open_comparison(output: str | Path | Output) -> AbstractContextManager[Outpu
 
 def _compare(
     settings: ComparisonSettings,
-    output: Output,
     state: ComparisonState,
     on_progress: Progress | None,
     on_point: Callable[[Comparison], None] | None,
     afterwards: ExitStack,
+    processes: Alone,
 ) -> Comparison:
     progress = shown(on_progress)
     progress("Loading the model", 0, 1)
@@ -124,26 +126,34 @@ def _compare(
         afterwards.callback(plant_sinks(hooked[0].model, hooked[0].hook_name))
     text = load_text(settings.dataset)
     state.settings |= {"heldout_rule": text.rule, "text": text.fingerprint, SHA256: hooked[0].kwargs.get(SHA256)}
-    found: dict[Point, PointResult] = {}
-    comparison = None
-    with _documents(settings, hooked, text, state, progress) as documents:
+    if not processes.first:
+        processes.wait()  # for activations
+    with _documents(settings, hooked, text, state, progress, processes) as documents:
         progress("Gathering held-out activations", 0, 1)
         contexts = heldout_contexts(settings, hooked[0], text.heldout)
         at = [
             Setting(settings, model, HeldOut(settings, model, contexts, progress), text.rule, documents, state)
             for model in hooked
         ]
-        for i, point in enumerate(points(settings)):
-            found[point] = state.finished(point) or _run_point(
-                point, at[point.hook], found, output, progress, _called(point, i, settings)
-            )
-            state.forget(point)
-            comparison = _gathered(settings, at, found)
-            if on_point is not None:
-                on_point(comparison)
-    state.forget_activations()
-    assert comparison is not None  # there is at least one seed
-    return comparison
+        if processes.first:
+            processes.wait()
+        work = Work(settings, at, state, progress, on_point, processes)
+        every = points(settings)
+        tuned = [point for point in every if is_tuned(point, settings)]
+        for point in tuned:
+            work.try_rates(point)
+        processes.wait()
+        for some in (tuned, [point for point in every if point not in tuned]):
+            for point in some:
+                work.finish(point)
+            processes.wait()
+            work.take(some)
+            processes.wait()
+            work.know(some)
+    if processes.first:
+        state.forget_activations()
+    processes.wait()
+    return work.gathered()
 
 
 @contextmanager
@@ -153,6 +163,7 @@ def _documents(
     text: TextSplits,
     state: ComparisonState,
     progress: Progress,
+    processes: Alone,
 ) -> Generator[Callable[[int], Any]]:
     """The training text of a seed, as SAELens' store takes it: documents, or where activations are kept, contexts that have been run.
 
@@ -168,11 +179,11 @@ def _documents(
     planted = [model.hook_name] if settings.plant_sinks else []
     identity = CacheIdentity.of(model, [one.hook_name for one in hooked], form, settings.dataset, text, planted)
     buffer = max(buffer_tokens(settings, one.d_in) for one in hooked)
-    with open_cache(folder, identity) as cache:
+    with open_cache(folder, identity, writes=processes.first) as cache:
         contexts = training_contexts(model, text.train, form, settings.tokens, progress, buffer)
         state.settings["contexts"] = digest(None, {"contexts": contexts})  # another number of them is another order
         state.check()
-        if not all(state.finished(point) for point in points(settings)):
+        if processes.first and not all(state.finished(point) for point in points(settings)):
             fill(cache, model.model, contexts, progress)
         with standing_in(model.model, cache):
             yield partial(as_dataset, contexts)
@@ -193,95 +204,6 @@ def load_at_hooks(settings: ComparisonSettings) -> list[HookedModel]:
     if len(set(names)) < len(names):
         raise ValueError(f"hooks {', '.join(settings.hooks)} name one twice: this model has {', '.join(names)}.")
     return hooked
-
-
-def _called(point: Point, number: int, settings: ComparisonSettings) -> str:
-    """What tells the training of a point from the others, after the name of a stage."""
-    if settings.is_grid:
-        return f", {' '.join(point.parts)}"
-    return "" if settings.seeds == 1 else f", seed {number + 1} of {settings.seeds}"
-
-
-def _run_point(
-    point: Point,
-    at: Setting,
-    found: Mapping[Point, PointResult],
-    output: Output,
-    progress: Progress,
-    which: str,
-) -> PointResult:
-    """Train what a point takes, choose learning rates if it is the one for that, and put SAEs and record in their places.
-
-    Raises:
-        FloatingPointError: no arm was trained to its end, at any rate.
-    """
-    settings, state, hook_name = at.settings, at.state, at.model.hook_name
-    tuned = is_tuned(point, settings)
-    tried = [one for result in found.values() for one in result.rates]
-    runs = trainings(point, settings, None if tuned else chosen_rates(tried, hook_name))
-    with ExitStack() as until_noted, scratch_folder(output.folder) as workspace:
-        trained: list[Trained] = []
-        folders: list[Path] = []
-        for run in runs:
-            done = state.trained(run) if len(runs) > 1 else None
-            folder = workspace / run.name
-            if done is None:
-                folder.mkdir()
-                called = which if run.lr is None or len(settings.rates) < 2 else f"{which} lr {run.lr:g}"
-                with ExitStack() as until_kept:
-                    checkpoints = until_kept.enter_context(state.checkpoints(run))
-                    done = at.train(run, folder, checkpoints, progress, called)
-                    if len(runs) > 1:
-                        state.keep_trained(run, done, folder)
-                    else:
-                        until_noted.push(until_kept.pop_all())
-            trained.append(done)
-            folders.append(state.saes(run) if len(runs) > 1 else folder)
-        rates = rates_tried(trained, settings.arms, hook_name, point.k) if tuned else ()
-        best = chosen_rates(rates, hook_name)
-        good = {
-            arm.architecture: (arm, run.lr, folder / arm.architecture)
-            for run, folder in zip(trained, folders, strict=True)
-            for arm in run.arms
-            if not tuned or best.get(arm.architecture) == run.lr
-        }
-        failed = {arm.architecture: arm for run in trained for arm in run.failed if arm.architecture not in good}
-        if not good:
-            raise FloatingPointError("; ".join(f"{arm.architecture}: {arm.reason}" for arm in failed.values()))
-        arms = at.measure(point, [good[arm] for arm in settings.arms if arm in good], progress)
-        made = workspace / "made"
-        for arm, (_, _, folder) in good.items():
-            place = made / point.path(arm)
-            place.mkdir(parents=True)
-            for file in SAE_FILES:
-                shutil.copy2(folder / file, place / file)
-        output.add(made)
-        share = sum(run.dropped_share for run in trained) / len(trained)
-        result = PointResult(arms, tuple(failed[arm] for arm in settings.arms if arm in failed), share, rates)
-        state.note(point, result)
-    return result
-
-
-def _gathered(settings: ComparisonSettings, at: Sequence[Setting], found: Mapping[Point, PointResult]) -> Comparison:
-    """Everything so far, hook by hook, k by k and seed by seed."""
-    ordered = sorted(found, key=lambda point: (point.hook, point.k, point.seed))
-    hooks: list[HookResult] = []
-    for number, one in enumerate(at):
-        shares = [result.dropped_share for point, result in found.items() if point.hook == number]
-        mean = sum(shares) / len(shares) if shares else 0.0
-        hooks.append(HookResult(one.model.hook_name, one.model.d_in, mean, one.heldout.dropped_share, one.heldout.site))
-    return Comparison(
-        settings,
-        tuple(hooks),
-        tuple(_placed(arm, point, hooks) for point in ordered for arm in found[point].arms),
-        tuple(_placed(arm, point, hooks) for point in ordered for arm in found[point].failed),
-        tuple(one for point in ordered for one in found[point].rates),
-    )
-
-
-def _placed(arm: Placed, point: Point, hooks: Sequence[HookResult]) -> Placed:
-    """Records of earlier versions don't say where on the grid they belong."""
-    return replace(arm, hook_name=hooks[point.hook].hook_name, k=point.k)
 
 
 def written_before(folder: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from saelens_cosine.console import tell
 from saelens_cosine.experiments.compare.grid import Point, Training
@@ -28,13 +28,26 @@ Found = TypeVar("Found")
 FOLDER = ".comparison-run"
 """In the folder of the results."""
 
-_SEED = re.compile(r"(?!broken-)(?:.+-)?seed(\d+)(?:-lr[^/]+?)?(?:\.json|-saes)?")
+_SEED = re.compile(r"(?!broken-)(?:.+-)?seed(\d+)(?:-lr[^/]+?)?(?:\.json|-saes|-done)?")
 """Names of records, of checkpoints and of SAEs among which a learning rate will be chosen."""
 
-_RECORD = "record.json"
+_RECORD, _MADE = "record.json", "made"
 
 MAY_DIFFER = frozenset({"seeds", "device", "activations"})
 """Settings that change nothing of a seed that is finished or begun; that activations are kept does, and where does not."""
+
+
+class Place(NamedTuple):
+    """
+    Where the results of a comparison are that another process keeps.
+
+    Args:
+        folder (Path): The output folder.
+        results (Path): Where results are until it has ended.
+    """
+
+    folder: Path
+    results: Path
 
 
 class ComparisonState:
@@ -43,7 +56,7 @@ class ComparisonState:
 
     Args:
         settings: of the comparison.
-        output: where its results go; `begin` has been called.
+        output: where its results go; `begin` has been called. Of a process that keeps no results, their place.
         resume: go on with what is there.
         overwrite: replace it.
         keep: checkpoints that are kept of a seed.
@@ -56,7 +69,7 @@ class ComparisonState:
     def __init__(
         self,
         settings: ComparisonSettings,
-        output: Output,
+        output: Output | Place,
         *,
         resume: bool,
         overwrite: bool,
@@ -80,8 +93,17 @@ class ComparisonState:
                         f"{output.folder} holds a comparison that is not finished ({path}). Pass --resume to go on with it, "
                         "--overwrite to replace it, or choose another folder."
                     )
-        if not resume:
+        if not resume and isinstance(output, Output):
             self.forget_activations()
+            self._forget_records()
+
+    def _forget_records(self) -> None:
+        """What an earlier comparison has left that was stopped between two trainings."""
+        for path, _ in _seeds(self.output.results):
+            if path.is_file():
+                path.unlink()
+            elif not Checkpoints(path).all():
+                shutil.rmtree(path, ignore_errors=True)
 
     def check(self) -> None:
         """Before the first training, once the settings are complete.
@@ -135,7 +157,7 @@ class ComparisonState:
 
     def _read(self, path: Path, kind: type[Found], then: str) -> Found | None:
         """A record of these settings; None if there is none, or, with a word and out of the way, if it is broken."""
-        if not self.resume or not path.is_file():
+        if not path.is_file():
             return None
         try:
             content: Any = read_json(path)
@@ -180,8 +202,33 @@ class ComparisonState:
         if newest is not None:
             run.resume(SavedState.load(newest))
 
+    def put(self, point: Point, found: PointResult, made: Path) -> None:
+        """A point is finished: its SAEs, in `made`, and its record go to their places."""
+        assert isinstance(self.output, Output)
+        self.output.add(made)
+        self.note(point, found)
+
+    def hand_over(self, point: Point, found: PointResult, made: Path) -> None:
+        """A point is finished, and its SAEs, in `made`, and its record are for the process that keeps the results."""
+        with whole_folder(self._handed_over(point)) as unfinished:
+            made.replace(unfinished / _MADE)
+            (unfinished / _RECORD).write_text(json.dumps(self._record(found)))
+
+    def take_over(self, point: Point) -> PointResult | None:
+        """Put in its place what was handed over of a point; None if nothing was."""
+        folder = self._handed_over(point)
+        found = self._read(folder / _RECORD, PointResult, f"{point.name} is trained again") if folder.is_dir() else None
+        if found is not None:
+            self.put(point, found, folder / _MADE)
+            shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def _handed_over(self, point: Point) -> Path:
+        return self.output.results / FOLDER / f"{point.name}-done"
+
     def note(self, point: Point, found: PointResult) -> None:
         """A point is finished, and its SAEs are in their places."""
+        assert isinstance(self.output, Output)
         with self.output.file(f"{FOLDER}/{point.name}.json") as unfinished:
             # NaN as Python has it, for `comparison.json` is what others read
             unfinished.write_text(json.dumps(self._record(found)))

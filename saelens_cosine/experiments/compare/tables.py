@@ -18,8 +18,7 @@ from rich.text import Text
 from saelens_cosine.activations.site import site_lines
 from saelens_cosine.console import literal, plain_table, shown_number
 from saelens_cosine.experiments.compare.file import SCHEMAS
-from saelens_cosine.experiments.compare.rates import about_edges
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, RateTried, about_edges
 from saelens_cosine.experiments.compare.summary import matched
 from saelens_cosine.experiments.compare.summary.measures import CE, DEAD, FVE, L0, SECONDS
 from saelens_cosine.files import whole

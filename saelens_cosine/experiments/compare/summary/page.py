@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from saelens_cosine.experiments.compare.grid import tuned_k
-from saelens_cosine.experiments.compare.rates import about_edges
-from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult
+from saelens_cosine.experiments.compare.results import ArmResult, Comparison, HookResult, about_edges
 from saelens_cosine.experiments.compare.summary.charts import against_l0, by_norm, exponents, learning_rates, training
 from saelens_cosine.experiments.compare.summary.matched import matched, notes
 from saelens_cosine.experiments.compare.summary.measures import (
