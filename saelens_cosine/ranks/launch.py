@@ -104,10 +104,14 @@ def _others_are_gone(error: RuntimeError) -> bool:
 def _speak(store: Store, told: TextIO, rank: int) -> None:
     """Print this rank's last line, unless the first rank has said its own."""
     until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        if store.check(["first"]):
-            return
-        time.sleep(0.1)
-    if store.compare_set("speaks", "", str(rank)).decode() == str(rank):
+    try:
+        while time.monotonic() < until:
+            if store.check(["first"]):
+                return
+            time.sleep(0.1)
+        ours = store.compare_set("speaks", "", str(rank)).decode() == str(rank)
+    except dist.DistError:  # the first one kept the store, and has spoken and gone
+        return
+    if ours:
         lines = [line for line in sys.stderr.getvalue().splitlines() if line.strip()]  # pyright: ignore
         print(f"rank {rank}: {lines[-1] if lines else 'stopped without a word'}", file=told)

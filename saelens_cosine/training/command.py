@@ -22,6 +22,9 @@ saelens-cosine train takes the flags of SAELens' training runner, which follow, 
   --overwrite            replace an earlier run in these folders
   --keep N               newest checkpoints that are kept (default 2)
   --stop-on SIGNAL       a signal that ends the run with a checkpoint, as SIGINT and SIGTERM do: USR1 for Slurm's --signal
+  --device-map MAP       where Transformers puts the language model's layers, such as auto: over all GPUs that this process sees
+  --tp-plan PLAN         split the language model over the ranks of torchrun as Transformers does it, such as auto; else each rank
+                         has all of it and runs a share of the text. Both take --model_class_name AutoModelForCausalLM.
   --deterministic        the same bits every time on a GPU too; slower there
   --quiet                no progress: neither SAELens' bar nor, where there is no terminal, its lines
 
@@ -44,6 +47,8 @@ def run_train(arguments: list[str], processes: Alone = ALONE) -> int:
     """Train one SAE, and say where it is."""
     extra = Parser(prog="saelens-cosine train", add_help=False, allow_abbrev=False)
     extra.add_argument("--max-norm-multiple", "--max_norm_multiple", type=multiple, default=10.0)
+    extra.add_argument("--device-map", "--device_map")
+    extra.add_argument("--tp-plan", "--tp_plan")
     extra.add_argument("--overwrite", action="store_true")
     extra.add_argument("--quiet", action="store_true")
     add_run_options(extra)
@@ -64,6 +69,7 @@ def run_train(arguments: list[str], processes: Alone = ALONE) -> int:
                 keep=options.keep,
                 stop_signals=options.stop_on,
                 on_progress=progress,
+                placing={"device_map": options.device_map, "tp_plan": options.tp_plan},
                 processes=processes,
             )
     except KeyboardInterrupt as stopped:

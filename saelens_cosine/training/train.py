@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ def train(
     keep: int = 2,
     stop_signals: Sequence[int] = (),
     on_progress: Progress | None = None,
+    placing: Mapping[str, str | None] | None = None,
     processes: Alone = ALONE,
 ) -> HighNormFilter:
     """Parse SAELens' flags, train one SAE with SAELens' runner, and return the filter with its counts.
@@ -63,6 +64,8 @@ def train(
         keep: checkpoints that are kept, the newest.
         stop_signals: signals beside SIGINT and SIGTERM that end the run with a checkpoint, such as Slurm's.
         on_progress: called with what is being done, how much of it is done, and how much there is. SAELens has its own bar.
+        placing: `device_map` and `tp_plan` of Transformers' `from_pretrained`, which say where the language model's weights are; they go into no
+            metadata. With a `tp_plan` the ranks of `processes` share the model, else the text.
         processes: those that train one SAE together (`ranks`); the first writes the files.
 
     Raises:
@@ -75,6 +78,7 @@ def train(
     check_max_norm_multiple(max_norm_multiple)
     cfg = parse_flags(arguments)
     check_run(cfg)
+    places = _places(cfg, placing or {}, processes)
     seed_everything(cfg.seed)
     with ExitStack() as open_folders:
         output = checkpoints = state = None
@@ -86,7 +90,15 @@ def train(
                 _begin(output, overwrite, state)
         state = _seen_by_all(state, processes)
         norm_filter = _train(
-            cfg, max_norm_multiple, output, checkpoints, state, tuple(stop_signals), shown(on_progress), processes
+            cfg,
+            max_norm_multiple,
+            output,
+            checkpoints,
+            state,
+            tuple(stop_signals),
+            shown(on_progress),
+            places,
+            processes,
         )
         if checkpoints is not None:
             checkpoints.remove_set_aside()
@@ -105,6 +117,7 @@ def _train(
     state: SavedState | None,
     stop_signals: tuple[int, ...],
     progress: Progress,
+    places: Mapping[str, str],
     processes: Alone,
 ) -> HighNormFilter:
     progress("Loading the model and the text", 0, 1)
@@ -114,9 +127,13 @@ def _train(
         with refused_kwargs(cfg.model_name, cfg.model_from_pretrained_kwargs), warnings.catch_warnings():
             # what is passed in is what the configuration names, and its run is reproducible
             warnings.filterwarnings("ignore", message="You just passed in a (dataset|model)")
+            cfg.model_from_pretrained_kwargs = {**cfg.model_from_pretrained_kwargs, **places}
             runner = LanguageModelSAETrainingRunner(cfg, override_model=model, override_dataset=text.train)
     except StopIteration:
         raise ValueError(f"Dataset {cfg.dataset_path!r} is empty; there is nothing to train on.") from None
+    cfg.model_from_pretrained_kwargs = {
+        name: value for name, value in cfg.model_from_pretrained_kwargs.items() if name not in places
+    }
     _forget_secrets(cfg, runner.sae.cfg.metadata)
     _check_fit(cfg, runner.model)
     # cached activations are of a text that was chosen when they were made, and an SAE that goes on has read another
@@ -145,7 +162,8 @@ def _train(
         processes=processes,
     )
     processes.check_alike(run.settings)
-    processes.share(runner.activations_store)
+    if "tp_plan" not in places:
+        processes.share(runner.activations_store)
     if state is not None:
         run.resume(state)
         tell(f"Going on from {state.path}.")
@@ -158,6 +176,25 @@ def _train(
     with wandb_never_stops(cfg.logger):
         runner.run()
     return norm_filter
+
+
+def _places(cfg: Any, placing: Mapping[str, str | None], processes: Alone) -> dict[str, str]:
+    """Where the language model's weights shall be, of those that say so.
+
+    Raises:
+        ValueError: the model is not Transformers', or there are no ranks to split it over.
+    """
+    places = {name: value for name, value in placing.items() if value is not None}
+    for name in places:
+        flag = f"--{name.replace('_', '-')}"
+        if cfg.model_class_name != "AutoModelForCausalLM" or is_gguf(cfg.model_name):
+            raise ValueError(
+                f"{flag} says where Transformers puts a model's weights, and {cfg.model_name} is loaded as {cfg.model_class_name}; pass "
+                "--model_class_name AutoModelForCausalLM, and hooks as module paths (model.layers.15)."
+            )
+        if name == "tp_plan" and processes is ALONE:
+            raise ValueError(f"{flag} splits the language model over the ranks of torchrun; start it with torchrun.")
+    return places
 
 
 def _evaluation_during_training(cfg: Any) -> list[int] | None:

@@ -82,6 +82,20 @@ def lose_an_activation():
     ActivationsStore.get_activations = broken
 
 
+def tell_weights():
+    """What the language model's weights are on this rank."""
+    from sae_lens import ActivationsStore
+
+    get = ActivationsStore.get_activations
+
+    def told(store, tokens):
+        weight = next(p for name, p in store.model.named_parameters() if "up_proj" in name)
+        sys.stderr.write(f"weights: {type(weight).__name__}\n")
+        return get(store, tokens)
+
+    ActivationsStore.get_activations = told
+
+
 def _rank(request, rank, port, folder):
     os.environ.update(
         RANK=str(rank),

@@ -178,7 +178,7 @@ def test_a_dead_rank_ends_the_others(ranks, text, tmp_path):
 def test_other_commands_are_refused(ranks, tmp_path):
     found = ranks(*[["convert", str(tmp_path)]] * 2)
     assert found["statuses"] == [2, 2]
-    assert "torchrun starts saelens-cosine train, not convert" in told_once(found, "torchrun")
+    assert "torchrun starts saelens-cosine train or compare or benchmark, not convert" in told_once(found, "torchrun")
 
 
 def test_one_process_imports_nothing_distributed():
