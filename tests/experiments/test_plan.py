@@ -8,10 +8,10 @@ import pytest
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.plan.arithmetic import best, fewest_gpus, plan, plans
 from saelens_cosine.experiments.plan.model import model_size
-from saelens_cosine.experiments.plan.settings import Cluster, Device, Training
+from saelens_cosine.experiments.plan.settings import DEVICES, Cluster, Device, Training
 
-GPU = Device(memory=1, bandwidth=1, flops=1, low_flops=4, link=2, node_link=0.5, latency=10)
-"""1 GB, 1 GB/s, 1 TFLOP/s, links of 2 and 0.5 GB/s, 10 microseconds."""
+GPU = Device(memory=1, bandwidth=1, flops=1, low_flops=4, link=2, node_link=0.5, latency=10, launches=3)
+"""1 GB, 1 GB/s, 1 TFLOP/s, links of 2 and 0.5 GB/s, 10 microseconds, 3 ms of launches."""
 
 SMALL = Training(
     d_in=100, d_sae=1000, k=10, tokens=5000, batch=50, buffer=10_000, model_parameters=1e6, model_dtype="float32"
@@ -30,10 +30,11 @@ def test_one_device_by_hand():
     times = found.times
     assert times.language_model == pytest.approx(2 * 1e6 * 50 / 0.5e12)
     assert times.product == pytest.approx(2 * 50 * 100 * 1000 / 1e12)
-    assert times.selection == pytest.approx(50 * 1000 * 4 / 1e9)
-    assert times.rows == pytest.approx(4 * (50 * 10) * 100 * 4 / 1e9)
+    assert times.selection == pytest.approx(6 * 50 * 1000 * 4 / 1e9)
+    assert times.rows == pytest.approx(4 * (50 * 10) * 100 * 4 / 0.5e9)
     assert times.optimizer == pytest.approx(28 * 200_000 / 1e9)
     assert times.communication == 0
+    assert times.launches == 3e-3
     assert found.hours == pytest.approx(100 * times.total / 3600)
     assert found.fits
     assert not plan(SMALL, Cluster(1, 8, replace(GPU, memory=0.005)), "features").fits
@@ -42,7 +43,7 @@ def test_one_device_by_hand():
 def test_low_precision_and_the_dense_formula_by_hand():
     low = plan(replace(SMALL, dtype="bfloat16", model_dtype="bfloat16"), Cluster(1, 8, GPU), "features")
     assert low.times.product == pytest.approx(2 * 50 * 100 * 1000 / 4e12)
-    assert low.times.selection == pytest.approx(50 * 1000 * 2 / 1e9)
+    assert low.times.selection == pytest.approx(6 * 50 * 1000 * 2 / 1e9)
     assert low.memory.language_model == 2e6
     dense = plan(replace(SMALL, step="dense"), Cluster(1, 8, GPU), "features")
     assert dense.times.product == pytest.approx(6 * 2 * 50 * 100 * 1000 / 1e12)
@@ -163,3 +164,13 @@ def test_command(tmp_path, capsys):
 def test_impossible_plans_are_refused(options, said, capsys):
     assert main(["plan", "--d-sae", "1000", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("d_in", "d_sae", "batch", "k", "measured"), [(2304, 65536, 4096, 64, 14.0), (768, 16384, 2048, 32, 6.2)]
+)
+def test_steps_that_were_measured_on_an_h200(d_in, d_sae, batch, k, measured):
+    """docs/speed.md: milliseconds in bfloat16; a plan is to be within 30 %."""
+    training = Training(d_in, d_sae, k, 10**9, batch, 10**6, 0, dtype="bfloat16")
+    step = 1e3 * plan(training, Cluster(1, 8, DEVICES["h200"]), "features").times.total
+    assert step == pytest.approx(measured, rel=0.3)

@@ -19,7 +19,8 @@ SPLITS = ("features", "nodes", "parameters", "replicas")
 
 ASSUMED = (
     "parameters, gradients and Adam's moments are float32; Adam is fused and reads and writes 28 bytes per parameter",
-    "a sparse step is the encoder's product, four passes over the active rows of D floats, one over the scores, and Adam; a dense one six products and twenty passes over the scores",
+    "a sparse step is the encoder's product, six passes over the scores, four over the active rows of D floats at half of the bandwidth, since they lie anywhere, and Adam; a dense one six products and twenty passes over the scores",
+    "the host's launches take as long whatever they launch, and nothing runs meanwhile",
     "scores are made for 2,048 tokens at most at a time where they would take more than a tenth of the memory",
     "collectives are rings: an all-reduce moves 2 (n - 1) / n of its bytes over each link, a gather (n - 1) / n; nothing overlaps",
     "the language model runs at half of the product's rate, and every token passes it once",
@@ -32,7 +33,8 @@ SMALL_COLLECTIVES = 14
 """Of a step with features split, besides the two that move activations: the selection's histograms and counts, the threshold, biases, clipping."""
 
 LM_EFFICIENCY = 0.5
-ROW_PASSES, SCORE_PASSES, DENSE_SCORE_PASSES, DENSE_PRODUCTS = 4, 1, 20, 6
+ROW_PASSES, SCORE_PASSES, DENSE_SCORE_PASSES, DENSE_PRODUCTS = 4, 6, 20, 6
+ROW_EFFICIENCY = 0.5
 ADAM_BYTES = 28
 CHUNK_TOKENS = 2048
 
@@ -79,6 +81,7 @@ class Times:
         gather (float): Activations, or parameters, to where they are needed.
         reduce (float): Sums of reconstructions, or of gradients.
         small (float): Collectives that move next to nothing.
+        launches (float): The host's.
     """
 
     language_model: float
@@ -89,6 +92,7 @@ class Times:
     gather: float
     reduce: float
     small: float
+    launches: float
 
     @property
     def total(self) -> float:
@@ -174,11 +178,12 @@ def plan(training: Training, cluster: Cluster, split: str) -> Plan:
         language_model=2 * t.model_parameters * t.batch / n / model_rate,
         product=(DENSE_PRODUCTS if dense else 1) * 2 * tokens * t.d_in * columns / rate,
         selection=(DENSE_SCORE_PASSES if dense else SCORE_PASSES) * tokens * columns * score_bytes / bandwidth,
-        rows=0.0 if dense else ROW_PASSES * active * t.d_in * FLOAT / bandwidth,
+        rows=0.0 if dense else ROW_PASSES * active * t.d_in * FLOAT / (ROW_EFFICIENCY * bandwidth),
         optimizer=ADAM_BYTES / FLOAT * weights / bandwidth,
         gather=gather,
         reduce=reduce,
         small=small,
+        launches=device.launches * 1e-3,
     )
     return Plan(split, n, memory, times, t.steps * times.total / 3600, memory.total <= device.memory * 1e9)
 

@@ -52,6 +52,7 @@ def add_plan_command(commands: Any) -> None:
     add("--link", type=float, metavar="GB_S", help="to the others of its node, each way")
     add("--node-link", type=float, metavar="GB_S", help="to other nodes, each way, per GPU")
     add("--latency", type=float, metavar="US", help="microseconds of a collective")
+    add("--launches", type=float, metavar="MS", help="milliseconds of the host's launches in a step")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
@@ -94,7 +95,7 @@ def planned_from(options: Any) -> Planned:
         model_dtype=options.model_dtype,
         step=options.step,
     )
-    names = ("memory", "bandwidth", "flops", "low_flops", "link", "node_link", "latency")
+    names = ("memory", "bandwidth", "flops", "low_flops", "link", "node_link", "latency", "launches")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     device = replace(DEVICES[options.gpu], **given)
     clusters = tuple(Cluster(n, options.gpus_per_node, device) for n in options.gpus)
