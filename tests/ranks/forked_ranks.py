@@ -109,9 +109,14 @@ def _rank(request, rank, port, folder):
         os.dup2(os.open(f"{folder}/{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
     from saelens_cosine.cli import main
 
+    command = request["commands"][rank]
+    if command[0] == "every-architecture":
+        from rank_program import main as every_architecture
+
+        return every_architecture(*command[1:])
     if request["fault"] and request["on"] == rank:
         globals()[request["fault"]]()
-    status = main(request["commands"][rank])
+    status = main(command)
     sys.stderr.flush()
     return status
 

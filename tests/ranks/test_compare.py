@@ -2,7 +2,7 @@
 
 import pytest
 from small_runs import assert_bit_identical, compare_flags, comparison_without_times, small_batches
-from test_train import ranks, text, told_once  # noqa: F401
+from test_train import told_once
 
 from saelens_cosine.cli import main
 from saelens_cosine.training.recipe import RECIPES

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import VOCABULARY, tiny_tokenizer
-from test_train import assert_same_run, command, ranks, text  # noqa: F401
+from test_train import assert_same_run, command
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saelens_cosine.cli import main

@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_train import ranks  # noqa: F401
 
 from saelens_cosine.cli import main
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_train import ranks  # noqa: F401
 
 from saelens_cosine.cli import main
 from saelens_cosine.ranks.traffic import formula

@@ -1,5 +1,6 @@
 """`saelens-cosine train` on several ranks: the files of one process, and an end that all ranks share."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -8,27 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import ForkedRanks
-from helpers import run_python
 from safetensors.torch import load_file
-from small_runs import flags, write_text
-from test_processes import torchrun
+from small_runs import flags
 
+import saelens_cosine
 from saelens_cosine.cli import main
 
 CHANGES = {"architecture": "per_feature_cosine_batchtopk", "d_sae": 47, "dead_feature_window_tokens": 512}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    server = ForkedRanks()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +51,11 @@ def checkpoints(output):
     return output.with_name(f"{output.name}-checkpoints")
 
 
-def test_torchrun_writes_what_one_process_writes(text, alone, tmp_path):
+def test_two_ranks_write_what_one_process_writes(ranks, text, alone, tmp_path):
     output = tmp_path / "sae"
-    run = torchrun(2, "-m", "saelens_cosine", *command(text, output, "--keep", "9"), cwd=tmp_path)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stderr.count("Written: ") == 1
+    found = ranks(*[command(text, output, "--keep", "9")] * 2)
+    assert found["statuses"] == [0, 0], found["told"]
+    assert "".join(found["told"]).count("Written: ") == 1
     assert_same_run(output, alone)
     names = [sorted(path.name for path in checkpoints(folder).iterdir()) for folder in (output, alone)]
     assert names[0] == names[1]
@@ -181,6 +168,14 @@ def test_other_commands_are_refused(ranks, tmp_path):
     assert "torchrun starts saelens-cosine train or compare or benchmark, not convert" in told_once(found, "torchrun")
 
 
-def test_one_process_imports_nothing_distributed():
-    code = "import sys, saelens_cosine.cli; print([m for m in sys.modules if m.startswith('saelens_cosine.ranks')])"
-    assert run_python(code).stdout.strip().splitlines()[-1] == "[]"
+def test_nothing_outside_this_room_imports_it_or_anything_distributed():
+    """But the command line, once torchrun has started it."""
+    found = {}
+    for path in Path(saelens_cosine.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith(("saelens_cosine.ranks", "torch.distributed")) and path.parent.name != "ranks":
+                    found[path.name] = (name, node.col_offset > 0)
+    assert found == {"cli.py": ("saelens_cosine.ranks.launch", True)}
