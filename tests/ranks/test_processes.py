@@ -18,5 +18,6 @@ def test_every_architecture_is_that_of_one_process(size, dtype, paths, ranks, tm
         exact = 1e-6 if dtype == "float32" or "jumprelu" in case else 1e-12
         for name, difference in differences.items():
             # Adam turns a gradient near zero, such as that of a column's length, into a step of its own
-            room = 10 if "exp_avg" in name or "bypass" in case else 1
+            sensitive = 100 if case.startswith("top_afa") else 10
+            room = sensitive if "exp_avg" in name or "bypass" in case or "top_afa" in case else 1
             assert difference <= room * exact, (case, name)
