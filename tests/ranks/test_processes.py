@@ -19,5 +19,6 @@ def test_every_architecture_is_that_of_one_process(size, dtype, paths, ranks, tm
         for name, difference in differences.items():
             # Adam turns a gradient near zero, such as that of a column's length, into a step of its own; the gradients of a top-AFA SAE's
             # b_dec, through the encoder and past it, all but cancel
-            room = 10_000 if "top_afa" in case else 10 if "exp_avg" in name or "bypass" in case else 1
+            cancels = "top_afa" in case and dtype == "float64"
+            room = 10_000 if cancels else 10 if "exp_avg" in name or "bypass" in case else 1
             assert difference <= room * exact, (case, name)
