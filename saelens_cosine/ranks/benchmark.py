@@ -17,7 +17,7 @@ from rich.table import Table
 from saelens_cosine.console import plain_table, print_tables
 from saelens_cosine.experiments.benchmark.arm import Arm
 from saelens_cosine.experiments.benchmark.clock import Clock
-from saelens_cosine.experiments.benchmark.run import activations
+from saelens_cosine.experiments.benchmark.run import activations, matmul_precision
 from saelens_cosine.experiments.benchmark.settings import DEFAULT_ARMS as ONE_PROCESS_ARMS
 from saelens_cosine.experiments.benchmark.settings import BenchmarkSettings
 from saelens_cosine.files.whole import write_json
@@ -64,7 +64,8 @@ def run_benchmark(options: Any, device: str) -> int:
     settings = BenchmarkSettings(
         arms, options.d_in, options.d_sae, options.batch, options.k, device, options.dtype, options.repeats
     )
-    rows = [_measured(name, settings) for name in arms]
+    with matmul_precision(settings):
+        rows = [_measured(name, settings) for name in arms]
     if dist.get_rank() == 0:
         print_tables(tables(rows, settings), 140)
         if options.json:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
+from typing_extensions import override
 
 from saelens_cosine.console import tell
 from saelens_cosine.experiments.compare.command import run_compare
@@ -31,6 +32,17 @@ TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in a collective, such as while the first one writes a checkpoint. torchrun ends those that wait for a dead one."""
 
 
+class _Tail(io.TextIOBase):
+    """The end of what is written."""
+
+    text = ""
+
+    @override
+    def write(self, text: str, /) -> int:
+        self.text = (self.text + text)[-4000:]
+        return len(text)
+
+
 def run_ranks(arguments: Sequence[str], run: Callable[..., int]) -> int:
     """Run a command on this rank, whose first one has the terminal; the exit status.
 
@@ -39,7 +51,9 @@ def run_ranks(arguments: Sequence[str], run: Callable[..., int]) -> int:
         run: runs it, with the ranks.
     """
     rank = int(os.environ["RANK"])
-    if not arguments or arguments[0] not in COMMANDS or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
+        return run(list(arguments)) if rank == 0 else 0
+    if not arguments or arguments[0] not in COMMANDS:
         if rank == 0:
             tell(
                 f"torchrun starts saelens-cosine {' or '.join(COMMANDS)}, not {' '.join(arguments[:1]) or 'nothing'}; start it without torchrun."
@@ -48,7 +62,7 @@ def run_ranks(arguments: Sequence[str], run: Callable[..., int]) -> int:
     told = sys.stderr
     if rank > 0:
         os.environ["WANDB_MODE"] = "disabled"
-        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        sys.stdout, sys.stderr = _Tail(), _Tail()
     device = _device()
     store = _joined("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
@@ -113,5 +127,6 @@ def _speak(store: Store, told: TextIO, rank: int) -> None:
     except dist.DistError:  # the first one kept the store, and has spoken and gone
         return
     if ours:
-        lines = [line for line in sys.stderr.getvalue().splitlines() if line.strip()]  # pyright: ignore
+        assert isinstance(sys.stderr, _Tail)
+        lines = [line for line in sys.stderr.text.splitlines() if line.strip()]
         print(f"rank {rank}: {lines[-1] if lines else 'stopped without a word'}", file=told)

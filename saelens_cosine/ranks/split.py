@@ -82,8 +82,13 @@ def block(name: str, tensor: torch.Tensor, cfg: Any, features: slice) -> torch.T
     return feature_major(part) if name == "W_enc" else part.clone(memory_format=torch.contiguous_format)
 
 
-def joined(sae: SAE) -> SAE:
-    """The whole SAE of all ranks' blocks, on each; `sae` stays what it is. Draws no random numbers."""
+def joined(sae: SAE, host: bool = False) -> SAE:
+    """The whole SAE of all ranks' blocks, on each; `sae` stays what it is. Draws no random numbers.
+
+    Args:
+        sae: this rank's block.
+        host: put it into the host's memory.
+    """
     whole: Any = sae.whole
     if whole is HERE:
         return sae
@@ -91,8 +96,8 @@ def joined(sae: SAE) -> SAE:
     result.cfg = copy.copy(sae.cfg)
     result.cfg.d_sae = whole.edges[-1]
     result.whole = HERE
-    result._buffers = join_all(sae, sae._buffers)  # pyright: ignore[reportPrivateUsage]
-    parameters = join_all(sae, sae._parameters)  # pyright: ignore[reportPrivateUsage]
+    result._buffers = join_all(sae, sae._buffers, host)  # pyright: ignore[reportPrivateUsage]
+    parameters = join_all(sae, sae._parameters, host)  # pyright: ignore[reportPrivateUsage]
     result._parameters = {
         name: tensor if tensor is None else nn.Parameter(tensor, sae._parameters[name].requires_grad)  # pyright: ignore
         for name, tensor in parameters.items()
@@ -100,20 +105,20 @@ def joined(sae: SAE) -> SAE:
     return result
 
 
-def join_all(sae: Any, tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+def join_all(sae: Any, tensors: Mapping[str, torch.Tensor | None], host: bool) -> dict[str, torch.Tensor | None]:
     """Tensors of all features, by name, from those of each rank's."""
-    return {name: None if tensor is None else join(name, tensor.data, sae) for name, tensor in tensors.items()}
+    return {name: None if tensor is None else join(name, tensor.data, sae, host) for name, tensor in tensors.items()}
 
 
-def join(name: str, tensor: torch.Tensor, sae: Any) -> torch.Tensor:
-    """One of them; also what has the shape of a parameter by this name, such as its moments."""
+def join(name: str, tensor: torch.Tensor, sae: Any, host: bool = False) -> torch.Tensor:
+    """One of them; also what has the shape of a parameter by this name, such as its moments. One after the other passes through the device."""
     dimension, whole = feature_dimension(name, tensor, sae.cfg), sae.whole
     if dimension is None:
-        return tensor.clone()
+        return tensor.to("cpu", copy=True) if host else tensor.clone()
     longest = max(end - start for start, end in zip(whole.edges, whole.edges[1:], strict=False))
     rows = tensor.movedim(dimension, 0)
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = whole.gather(padded)
     rows = torch.cat([part[: b - a] for part, a, b in zip(parts, whole.edges, whole.edges[1:], strict=False)])
-    return rows.movedim(0, dimension)  # W_enc stays feature-major
+    return (rows.cpu() if host else rows).movedim(0, dimension)  # W_enc stays feature-major

@@ -108,7 +108,7 @@ class Team(Alone):
         at_end = trainer.set_final_sae_metadata
 
         def join_first() -> None:
-            vars(trainer).update(self._whole(trainer))
+            vars(trainer).update(self._whole(trainer, host=True))
             at_end()
 
         vars(trainer)["set_final_sae_metadata"] = join_first
@@ -116,7 +116,7 @@ class Team(Alone):
     @override
     def whole(self, trainer: Any) -> Any:
         result = copy.copy(trainer)
-        vars(result).update(self._whole(trainer))
+        vars(result).update(self._whole(trainer, host=True))
         return result
 
     @override
@@ -138,15 +138,26 @@ class Team(Alone):
         largest = -self.world.smallest(torch.tensor(-(received or 0), device=self.device))
         return int(largest) or None
 
-    def _whole(self, trainer: Any) -> dict[str, Any]:
-        """SAE, optimizer and counts of all features; nothing where they have been joined."""
-        sae, leaves = trainer.sae, self._leaves[id(trainer)]
+    def _whole(self, trainer: Any, host: bool) -> dict[str, Any]:
+        """SAE, optimizer and counts of all features, in the host's memory or on the device; nothing where they have been joined."""
+        sae = trainer.sae
         if "parameters" not in vars(sae):
             return {}
-        whole = joined(sae)
+        whole = self._joined(sae, host)
+        return {"sae": whole, "optimizer": self._optimizer(trainer, whole, host), **self._counts(trainer, host)}
+
+    def _joined(self, sae: Any, host: bool) -> Any:
+        whole: Any = joined(sae, host)
         del vars(whole)["parameters"]
+        return whole
+
+    def _counts(self, trainer: Any, host: bool) -> dict[str, torch.Tensor]:
+        return {name: join("tokens_since_fired", getattr(trainer, name), trainer.sae, host) for name in COUNTS}
+
+    def _optimizer(self, trainer: Any, whole: Any, host: bool) -> Any:
+        """The optimizer as one process has it, of the whole SAE's parameters."""
         parameters = dict(whole.named_parameters())
-        name_of = {leaf: name for name, leaf in leaves.by_name.items()}
+        name_of = {leaf: name for name, leaf in self._leaves[id(trainer)].by_name.items()}
         optimizer = copy.copy(trainer.optimizer)
         optimizer.param_groups = [
             {**group, "params": [parameters[name_of[leaf]] for leaf in group["params"]]}
@@ -154,13 +165,12 @@ class Team(Alone):
         ]
         optimizer.state = {
             parameters[name_of[leaf]]: {
-                key: join(name_of[leaf], value.to_local(), sae) if hasattr(value, "to_local") else value
+                key: join(name_of[leaf], value.to_local(), trainer.sae, host) if hasattr(value, "to_local") else value
                 for key, value in found.items()
             }
             for leaf, found in trainer.optimizer.state.items()
         }
-        counts = {name: join("tokens_since_fired", getattr(trainer, name), sae) for name in COUNTS}
-        return {"sae": whole, "optimizer": optimizer, **counts}
+        return optimizer
 
     def _log_whole(self, trainer: Any) -> None:
         """What SAELens logs of a step is of all features; it evaluates and draws histograms of the whole SAE."""
@@ -190,9 +200,7 @@ class Team(Alone):
         def of_whole(method: Any) -> Any:
             def called() -> Any:
                 before = {name: getattr(trainer, name) for name in ("sae", *COUNTS)}
-                vars(trainer).update(
-                    {name: value for name, value in self._whole(trainer).items() if name != "optimizer"}
-                )
+                vars(trainer).update({"sae": self._joined(trainer.sae, False), **self._counts(trainer, False)})
                 try:
                     return method()
                 finally:

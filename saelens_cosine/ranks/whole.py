@@ -58,9 +58,9 @@ class OverRanks(Whole):
 
     @override
     def norm(self, x: torch.Tensor, p: float = 2) -> torch.Tensor:
-        if p == 1:
-            return self.total(x.abs().sum(dim=-1))
-        return self.total(x.abs().pow(p).sum(dim=-1)).pow(1 / p)
+        there = x != 0  # what is zero has no gradient, in one process too
+        total = self.total(torch.where(there, torch.where(there, x, 1).abs().pow(p), 0).sum(dim=-1))
+        return torch.where(total > 0, torch.where(total > 0, total, 1).pow(1 / p), 0)
 
     @override
     def mean(self, x: torch.Tensor) -> torch.Tensor:

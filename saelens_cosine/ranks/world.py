@@ -53,9 +53,9 @@ class Processes:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach().contiguous()
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._collective("all_gather", x, lambda: dist.all_gather(parts, x))
-        return torch.stack(parts)
+        every = x.new_empty(self.size, *x.shape)
+        self._collective("all_gather", x, lambda: dist.all_gather(list(every.unbind()), x))
+        return every
 
     def forget(self) -> None:
         """Begin to count anew."""

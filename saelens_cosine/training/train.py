@@ -184,6 +184,10 @@ def _places(cfg: Any, placing: Mapping[str, str | None], processes: Alone) -> di
     Raises:
         ValueError: the model is not Transformers', or there are no ranks to split it over.
     """
+    if processes is not ALONE and cfg.prefetch_llm_batches:
+        raise ValueError(
+            "--prefetch_llm_batches reads ahead in a thread of its own, which ranks of one run cannot: leave it out, or start it without torchrun."
+        )
     places = {name: value for name, value in placing.items() if value is not None}
     for name in places:
         flag = f"--{name.replace('_', '-')}"

@@ -111,3 +111,24 @@ def test_entries_with_ties_are_those_of_one_process(select, signed, hint):
     assert len(expected) == (4 if select is best_of_batch else 4 * 6)
     for edges in ([0, 12, 24], [0, 9, 9, 18, 24]):
         assert sorted(chain.from_iterable(on_parts(edges, entries))) == expected
+
+
+@pytest.mark.parametrize("p", [1, 2, 0.5])
+def test_norms_over_parts_and_their_gradients(p):
+    """Of 3, 0, -4 and 0, and of zeros alone, whose gradient is zero."""
+    rows = torch.tensor([[3.0, 0, -4, 0], [0, 0, 0, 0]], dtype=torch.float64)
+
+    def norm(whole, mine):
+        x = rows[:, mine].clone().requires_grad_()
+        value = whole.norm(x, p)
+        value.sum().backward()
+        return value.detach(), x.grad
+
+    length = (3**p + 4**p) ** (1 / p)
+    slope = [(size / length) ** (p - 1) for size in (3, 4)]
+    for found in (on_parts([0, 2, 4], norm), on_parts([0, 1, 1, 4], norm), [norm(HERE, slice(0, 4))]):
+        for value, _ in found:
+            assert value.tolist() == pytest.approx([length, 0])
+        gradient = torch.cat([gradient for _, gradient in found], dim=1)
+        assert gradient.tolist()[0] == pytest.approx([slope[0], 0, -slope[1], 0])
+        assert gradient.tolist()[1] == [0, 0, 0, 0]

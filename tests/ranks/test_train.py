@@ -84,7 +84,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(size, ranks, text, alone, tm
 def test_what_ranks_have_saved_one_process_goes_on_with(ranks, text, alone, tmp_path):
     output = tmp_path / "sae"
     found = ranks(*[command(text, output, "--keep", "9")] * 2, fault="stop_at_step_9", on=1)
-    assert found["statuses"][0] == 143, found["told"]
+    assert found["statuses"] == [143, 143], found["told"]
     assert "Stopped after 2,304 of 4,096 tokens; all of it is in" in found["told"][0]
     assert "Stopped" not in found["told"][1]
     assert not output.exists()
@@ -151,6 +151,21 @@ def test_an_earlier_run_is_kept_and_all_ranks_stop(ranks, text, alone):
 def test_an_architecture_of_saelens_is_refused(ranks, text, tmp_path):
     found = ranks(*[command(text, tmp_path / "sae", architecture="topk", k=6, dead_feature_window_tokens=None)] * 2)
     assert "trains in one process" in told_once(found, "'topk' is an architecture of SAELens")
+
+
+def test_reading_ahead_is_refused(ranks, text, tmp_path):
+    found = ranks(*[command(text, tmp_path / "sae", "--prefetch_llm_batches", "2")] * 2)
+    assert "start it without torchrun" in told_once(found, "--prefetch_llm_batches")
+
+
+def test_what_is_logged_is_of_the_whole(ranks, text, tmp_path, monkeypatch):
+    """Evaluation while training takes text from the stream, so that it ends as one process only if all ranks evaluate alike."""
+    logs = {"log_to_wandb": "true", "wandb_log_frequency": 2, "eval_every_n_wandb_logs": 3}
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert main(command(text, tmp_path / "alone", **logs)) == 0
+    found = ranks(*[command(text, tmp_path / "ranks", **logs)] * 2)
+    assert found["statuses"] == [0, 0], found["told"]
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone")
 
 
 def test_a_dead_rank_ends_the_others(ranks, text, tmp_path):

@@ -36,7 +36,7 @@ def benchmark(settings: BenchmarkSettings, on_progress: Progress | None = None) 
     report = shown(on_progress)
     clock = Clock(settings.device)
     batches = [activations(settings, seed) for seed in range(4)]
-    with _matmul_precision(settings):
+    with matmul_precision(settings):
         floor = _Floor(settings)
         arms = {}
         for i, name in enumerate(settings.arms):
@@ -105,7 +105,7 @@ def activations(settings: BenchmarkSettings, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def _matmul_precision(settings: BenchmarkSettings) -> Generator[None]:
+def matmul_precision(settings: BenchmarkSettings) -> Generator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
     try:

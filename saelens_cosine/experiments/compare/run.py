@@ -135,10 +135,10 @@ def _compare(
             Setting(settings, model, HeldOut(settings, model, contexts, progress), text.rule, documents, state)
             for model in hooked
         ]
+        work, every = Work(settings, at, state, progress, on_point, processes), points(settings)
+        work.take(every)  # what ranks that were stopped have handed over
         if processes.first:
             processes.wait()
-        work = Work(settings, at, state, progress, on_point, processes)
-        every = points(settings)
         tuned = [point for point in every if is_tuned(point, settings)]
         for point in tuned:
             work.try_rates(point)

@@ -33,6 +33,9 @@ _SEED = re.compile(r"(?!broken-)(?:.+-)?seed(\d+)(?:-lr[^/]+?)?(?:\.json|-saes|-
 
 _RECORD, _MADE = "record.json", "made"
 
+_KEPT = ("-saes", "-done")
+"""Ends of names of folders with SAEs that are not in their places yet."""
+
 MAY_DIFFER = frozenset({"seeds", "device", "activations"})
 """Settings that change nothing of a seed that is finished or begun; that activations are kept does, and where does not."""
 
@@ -88,7 +91,7 @@ class ComparisonState:
             )
         if not (resume or overwrite):
             for path in sorted(path for path, _ in _seeds(output.folder)):
-                if path.is_dir() and Checkpoints(path).all():
+                if path.is_dir() and (path.name.endswith(_KEPT) or Checkpoints(path).all()):
                     raise FileExistsError(
                         f"{output.folder} holds a comparison that is not finished ({path}). Pass --resume to go on with it, "
                         "--overwrite to replace it, or choose another folder."
@@ -98,12 +101,10 @@ class ComparisonState:
             self._forget_records()
 
     def _forget_records(self) -> None:
-        """What an earlier comparison has left that was stopped between two trainings."""
+        """Records of an earlier comparison whose SAEs are gone."""
         for path, _ in _seeds(self.output.results):
             if path.is_file():
                 path.unlink()
-            elif not Checkpoints(path).all():
-                shutil.rmtree(path, ignore_errors=True)
 
     def check(self) -> None:
         """Before the first training, once the settings are complete.
@@ -168,9 +169,12 @@ class ComparisonState:
             if isinstance(found, PointResult):
                 for arm in found.arms:
                     below(self.output.results, arm.path, "path of an SAE")
+        except FileNotFoundError:  # likewise
+            return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             aside = unused(path.with_name(f"broken-{path.name}"))
-            path.rename(aside)  # its place is needed, and what is in it is not what was written
+            with suppress(FileNotFoundError):  # another process has seen it first
+                path.rename(aside)  # its place is needed, and what is in it is not what was written
             tell(f"{path} is broken ({type(error).__name__}) and now {aside.name}; {then}.")
             return None
         check_same(settings, self.settings, path)
@@ -210,6 +214,7 @@ class ComparisonState:
 
     def hand_over(self, point: Point, found: PointResult, made: Path) -> None:
         """A point is finished, and its SAEs, in `made`, and its record are for the process that keeps the results."""
+        shutil.rmtree(self._handed_over(point), ignore_errors=True)
         with whole_folder(self._handed_over(point)) as unfinished:
             made.replace(unfinished / _MADE)
             (unfinished / _RECORD).write_text(json.dumps(self._record(found)))
@@ -237,9 +242,10 @@ class ComparisonState:
         """What trainings of a point have left, once it is finished: SAEs among which learning rates were chosen, and checkpoints
         where a process was killed before they went."""
         for path in sorted((self.output.results / FOLDER).glob(f"{point.name}*")):
-            if not path.is_dir() or not (path.name == point.name or path.name.startswith(f"{point.name}-lr")):
+            ours = path.name in (point.name, f"{point.name}-done") or path.name.startswith(f"{point.name}-lr")
+            if not path.is_dir() or not ours:
                 continue
-            if path.name.endswith("-saes"):
+            if path.name.endswith(_KEPT):
                 shutil.rmtree(path, ignore_errors=True)
                 continue
             with open_output(path, "checkpoints", keep_empty=False):

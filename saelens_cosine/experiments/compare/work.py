@@ -145,10 +145,9 @@ class Work:
 
     def _keep(self, point: Point, result: PointResult) -> None:
         self.found[point] = result
-        if self.processes.first:
-            self.state.forget(point)
-            if self.on_point is not None:
-                self.on_point(self.gathered())
+        self.state.forget(point)
+        if self.on_point is not None:
+            self.on_point(self.gathered())
 
 
 def _called(point: Point, settings: ComparisonSettings) -> str:

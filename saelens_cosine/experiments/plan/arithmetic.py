@@ -48,6 +48,7 @@ class Memory:
         parameters (float): Encoder and decoder.
         gradients (float): Theirs.
         moments (float): Adam's two.
+        checkpoint (float): Where features are split, a matrix and a copy on its way to the host's memory.
         scores (float): Of as many tokens as are made at a time.
         activations (float): The batch, its reconstruction and their gradients.
         buffer (float): The mixing buffer.
@@ -57,6 +58,7 @@ class Memory:
     parameters: float
     gradients: float
     moments: float
+    checkpoint: float
     scores: float
     activations: float
     buffer: float
@@ -144,13 +146,12 @@ def plan(training: Training, cluster: Cluster, split: str) -> Plan:
     scores = tokens * columns * score_bytes
     if scores > 0.1 * device.memory * 1e9:
         scores = min(tokens, CHUNK_TOKENS) * columns * score_bytes
-    gathered = (
-        2 * weights * parts * (2 if split == "parameters" else 0)
-    )  # once forward, once backward; held while it is used
+    every_weight = 2 * t.d_sae * t.d_in * FLOAT
     memory = Memory(
-        parameters=weights + (2 * t.d_sae * t.d_in * FLOAT if split == "parameters" else 0),
+        parameters=weights + (every_weight if split == "parameters" else 0),
         gradients=weights,
         moments=2 * weights,
+        checkpoint=2 * t.d_sae * t.d_in * FLOAT if features > 1 else 0.0,
         scores=scores * (3 if t.step == "dense" else 1),
         activations=4 * tokens * t.d_in * FLOAT,
         buffer=t.buffer / replicas * t.d_in * FLOAT,
@@ -172,8 +173,8 @@ def plan(training: Training, cluster: Cluster, split: str) -> Plan:
     if split == "replicas" and n > 1:
         reduce = 2 * (n - 1) / n * weights / across + latency
     if split == "parameters" and n > 1:
-        gather = (n - 1) / n * gathered / 2 / across + 2 * latency
-        reduce = (n - 1) / n * weights * parts / across + latency
+        gather = (n - 1) / n * 2 * every_weight / across + 2 * latency
+        reduce = (n - 1) / n * every_weight / across + latency
     times = Times(
         language_model=2 * t.model_parameters * t.batch / n / model_rate,
         product=(DENSE_PRODUCTS if dense else 1) * 2 * tokens * t.d_in * columns / rate,

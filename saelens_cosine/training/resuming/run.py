@@ -226,6 +226,7 @@ class ResumableRun:
             saved = self.checkpoints.add(tokens, lambda folder: self._write(whole, folder))
             where = f"all of it is in {saved}. {self.go_on}"
         if stopped:
+            where = self.processes.from_first(where)  # nobody goes before the checkpoint is written
             assert received is not None
             raise StopError(received, f"Stopped after {tokens:,} of {total:,} tokens; {where}")
 
