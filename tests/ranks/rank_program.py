@@ -68,11 +68,12 @@ def main(file, dtype, both):
         for kernels in ("reference", "fast")
         if (name in FAST) == (kernels == "fast") or (both == "both" and kernels == "reference")
     }
-    for name, options in (
+    further = (
         ("cosine_topk", {"normalize_activations": "expected_average_only_in"}),
         ("per_feature_cosine_batchtopk", {"exponent_sharing": "groups", "n_exponent_groups": 4}),
         ("per_feature_cosine_batchtopk", {"exponent_sharing": "base_delta"}),
-    ):
+    )
+    for name, options in further if both == "both" else ():
         cases[f"{name} {options}"] = compared(name, "auto", dtype, **options)
     if dist.get_rank() == 0:
         Path(file).write_text(json.dumps(cases))

@@ -11,6 +11,7 @@ from saelens_cosine.cli import main
 PAGE = (Path(__file__).parents[2] / "tutorials" / "05_many_devices.md").read_text()
 SHORTER = {
     "300k": "1024",
+    "--seeds 4": "--seeds 2",
     "500_000": "2048",
     "--n_batches_in_buffer 64": "--n_batches_in_buffer 40 --train_batch_size_tokens 512",
     "4096": "64",

@@ -12,7 +12,7 @@ def test_every_architecture_is_that_of_one_process(size, dtype, paths, ranks, tm
     found = ranks(*[["every-architecture", file, dtype, paths]] * size)
     assert found["statuses"] == [0] * size, found["told"][0][-3000:]
     cases = json.loads(file.read_text())
-    assert len(cases) == {"both": len(TRAINING) + len(FAST), "fastest": len(TRAINING)}[paths] + 3
+    assert len(cases) == {"both": len(TRAINING) + len(FAST) + 3, "fastest": len(TRAINING)}[paths]
     for case, differences in cases.items():
         # a trained JumpReLU's thresholds are float32 in SAELens whatever the rest is
         exact = 1e-6 if dtype == "float32" or "jumprelu" in case else 1e-12

@@ -25,6 +25,7 @@ ASSUMED = (
     "collectives are rings: an all-reduce moves 2 (n - 1) / n of its bytes over each link, a gather (n - 1) / n; nothing overlaps",
     "the language model runs at half of the product's rate, and every token passes it once",
     "each device holds the whole language model, and the mixing buffer of the tokens that it sees",
+    "not counted: reading text, evaluation, writing checkpoints, and host memory, where a checkpoint takes weights and moments once per rank",
     "no auxiliary loss: with many dead features it can take as long as the rest",
 )
 """What the arithmetic rests on."""

@@ -14,6 +14,9 @@ from saelens_cosine.experiments.plan.settings import Cluster, Training
 from saelens_cosine.files.whole import write_json
 from saelens_cosine.plain import plain
 
+OFFERED = "features"
+"""The split that `saelens-cosine train` makes; the others stand beside it to be compared."""
+
 WHY = {
     "features": "moves the batch, not the weights: the least where a batch has fewer tokens than there are features",
     "nodes": "moves the batch within a node and a device's gradients between nodes",
@@ -68,7 +71,12 @@ class Planned:
                     hours,
                     "best" if one is chosen else "",
                 )
-        times.caption = "\n".join([*self.advice(), "", "Assumed:", *(f"- {line}" for line in ASSUMED)])
+        others = (
+            f"`train` splits by {OFFERED!r}; the other splits are for comparison."
+            if len(self.plans[0]) > 1 or len(self.plans) > 1
+            else ""
+        )
+        times.caption = "\n".join([*self.advice(), others, "Assumed:", *(f"- {line}" for line in ASSUMED)])
         return [memory, times]
 
     def advice(self) -> list[str]:
@@ -85,6 +93,12 @@ class Planned:
                 lines.append(f"{cluster.gpus} GPUs: does not fit; {where}.")
             elif cluster.gpus == 1:
                 lines.append(f"1 GPU: {chosen.hours:,.1f} h.")
+            elif chosen.split != OFFERED:
+                ours = next(one for one in found if one.split == OFFERED)
+                told = f"{ours.hours:,.1f} h" if ours.fits else "does not fit"
+                lines.append(
+                    f"{cluster.gpus} GPUs: {chosen.split!r} would take {chosen.hours:,.1f} h; `train` splits by {OFFERED!r}: {told}. Fewer may do as well."
+                )
             else:
                 lines.append(
                     f"{cluster.gpus} GPUs: split {chosen.split!r}, {chosen.hours:,.1f} h. It {WHY[chosen.split]}."
