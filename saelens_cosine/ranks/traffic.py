@@ -32,8 +32,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-COUNTERS = 256
-"""Of a digit of eight bits."""
+from saelens_cosine.ranks.whole import DIGIT_BITS
+
+COUNTERS = 2**DIGIT_BITS
+"""Of a digit."""
 
 
 class Moved(NamedTuple):

@@ -126,13 +126,8 @@ class OverRanks(Whole):
     @override
     def best_each(self, values: torch.Tensor, k: int) -> Best:
         ours = HERE.best_each(values, k)
-        parts = self.gather(_filled(ours.values, k)).permute(1, 0, 2).flatten(1)
-        keep = keep_best(ours.values, parts.topk(k, dim=-1).values[:, -1:], k, True, self)
+        keep = keep_best(ours.values, self.largest_each(ours.values, k)[:, -1:], k, True, self)
         return ours._replace(values=torch.where(keep, ours.values, -torch.inf))
-
-
-def _filled(values: torch.Tensor, k: int) -> torch.Tensor:
-    return torch.nn.functional.pad(values, (0, k - values.shape[-1]), value=-torch.inf)
 
 
 class _Total(torch.autograd.Function):

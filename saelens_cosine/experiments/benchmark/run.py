@@ -106,6 +106,7 @@ def activations(settings: BenchmarkSettings, seed: int) -> torch.Tensor:
 
 @contextmanager
 def matmul_precision(settings: BenchmarkSettings) -> Generator[None]:
+    """Products in TF32 where the settings ask for it, else in float32, in a with block."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if settings.dtype == "tf32" else "highest")
     try:

@@ -24,9 +24,7 @@ from saelens_cosine.activations.text import TextSplits, load_text
 from saelens_cosine.devices import check_device
 from saelens_cosine.experiments.compare.grid import is_tuned, points
 from saelens_cosine.experiments.compare.heldout import HeldOut, context_size, heldout_contexts
-from saelens_cosine.experiments.compare.results import (
-    Comparison,
-)
+from saelens_cosine.experiments.compare.results import Comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.state import FOLDER, ComparisonState, Place, begun
 from saelens_cosine.experiments.compare.training import Setting, buffer_tokens
