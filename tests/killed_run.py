@@ -10,36 +10,23 @@ import json
 import mmap
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from asked_process import AskedProcess
+
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
-class KilledRuns:
+class KilledRuns(AskedProcess):
     """A process that runs commands and kills them."""
 
     def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
+        super().__init__(__file__)
 
     def __call__(self, command, watched: Path, event: int = 0, seconds: float = 0.0) -> dict:
-        request = {"command": [*map(str, command)], "watched": str(watched), "event": event, "seconds": seconds}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-        self.server.stdout.close()
+        return self.ask(command=[*map(str, command)], watched=str(watched), event=event, seconds=seconds)
 
 
 def _watch(folder: str, kill_at: int, count: mmap.mmap) -> None:

@@ -8,38 +8,29 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from asked_process import AskedProcess
+
 GRACE_S = 20
 
+HERE = [str(folder) for folder in Path(__file__).parents[:2]]
+"""Folders of what this script imports."""
 
-class ForkedRanks:
+
+class ForkedRanks(AskedProcess):
     """A process that runs commands on several ranks."""
 
     def __init__(self):
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"},
-        )
+        folders = filter(None, [*HERE, os.environ.get("PYTHONPATH")])
+        super().__init__(__file__, PYTHONPATH=os.pathsep.join(folders), WANDB_MODE="disabled")
 
     def __call__(self, *commands, fault="", on=0) -> dict:
         """A command line for each rank; `fault` is a function of this file that is called on rank `on` before its command."""
-        request = {"commands": [[*map(str, command)] for command in commands], "fault": fault, "on": on}
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=60)
-        self.server.stdout.close()
+        return self.ask(commands=[[*map(str, command)] for command in commands], fault=fault, on=on)
 
 
 def at_step(step, number):
@@ -160,7 +151,6 @@ def _run(request):
 
 def _serve():
     answers = os.fdopen(os.dup(1), "w")
-    sys.path.append(str(Path(__file__).parents[1]))
     import torch.distributed
     from small_runs import small_batches
 
