@@ -171,6 +171,7 @@ class ScoresOnDemand(DenseOnDemand):
     Args:
         compute: makes `[tokens, len(columns)]` pre-activations of the given features, or of all for None.
         parameters: what they depend on; once these have changed, the pre-activations of that step are gone.
+        few: gives the k best positive pre-activations of each token among some features, `few(features, certain, k)`.
         active: `[N]`, those of the active entries.
         shape, dtype, device: of the whole.
     """
@@ -179,6 +180,7 @@ class ScoresOnDemand(DenseOnDemand):
     def __new__(
         cls: type[Any],
         compute: Callable[[torch.Tensor | None], torch.Tensor],
+        few: Callable[[torch.Tensor, torch.Tensor, int], EntryCodes | None],
         parameters: Iterable[torch.Tensor],
         active: torch.Tensor,
         *,
@@ -191,11 +193,12 @@ class ScoresOnDemand(DenseOnDemand):
     def __init__(  # pyright: ignore[reportInconsistentConstructor]
         self,
         compute: Callable[[torch.Tensor | None], torch.Tensor],
+        few: Callable[[torch.Tensor, torch.Tensor, int], EntryCodes | None],
         parameters: Iterable[torch.Tensor],
         active: torch.Tensor,
         **_: Any,
     ):
-        self._compute = compute
+        self._compute, self._few = compute, few
         self.active = active
         self._versions = [(parameter, parameter._version) for parameter in parameters]
 
@@ -209,12 +212,33 @@ class ScoresOnDemand(DenseOnDemand):
         Raises:
             RuntimeError: the weights have changed since.
         """
+        self._check_weights()
+        return self._compute(features)
+
+    def few_positive(self, features: torch.Tensor, certain: torch.Tensor, k: int) -> EntryCodes | None:
+        """The k highest positive pre-activations of each token among the given features, differentiable.
+
+        Args:
+            features: `[n]` int64, ascending.
+            certain: `[n]` booleans, which of them count.
+            k: at most so many of each token.
+
+        Returns:
+            Codes `[tokens, d_sae]`, or None where dense `columns` are faster: with many positive ones, on a GPU, in a part of a
+            dictionary.
+
+        Raises:
+            RuntimeError: the weights have changed since.
+        """
+        self._check_weights()
+        return self._few(features, certain, k)
+
+    def _check_weights(self) -> None:
         if any(parameter._version != version for parameter, version in self._versions):
             raise RuntimeError(
                 "This step's pre-activations were never computed and its weights have changed since (an optimizer step). "
                 'Read hidden_pre before the step, or train with kernels="reference", which keeps it.'
             )
-        return self._compute(features)
 
 
 def scores_of(codes: torch.Tensor, hidden_pre: torch.Tensor) -> torch.Tensor:

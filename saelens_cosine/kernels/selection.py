@@ -34,6 +34,9 @@ SHORT_TOKENS = 0.01
 
 SAMPLE_TOKENS = 64
 
+FEW = 8
+"""Positive scores are worth finding one by one where at most one in so many is positive; elsewhere dense scores are faster."""
+
 
 @dataclass(frozen=True)
 class UnitInputs:
@@ -128,10 +131,21 @@ def above(inputs: UnitInputs, encoder: Encoder, threshold: torch.Tensor) -> Scor
     floor = threshold.clamp_min(0).to(inputs.unit.dtype)
     if len(inputs.unit) == 0:
         return _nothing(inputs, encoder)
-    if _on_gpu(inputs):
+    if on_gpu(inputs):
         return _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.places_above(*scores, floor))
     scored = score_entries(*_candidates(inputs, encoder, floor), inputs, encoder)
     return scored.where(scored.score > (floor if floor.ndim == 0 else floor.index_select(0, scored.entries.features)))
+
+
+@torch.no_grad()
+def few_positive_of_each(inputs: UnitInputs, encoder: Encoder, k: int) -> Scored | None:
+    """The k highest positive scores of each token, from a CPU's whole dictionary; None where a sample has more than one in `FEW` positive."""
+    sample = encoder.dense(_sample(inputs))
+    if FEW * int((sample > 0).sum()) > sample.numel():
+        return None
+    scored = above(inputs, encoder, sample.new_zeros(()))
+    most = int(scored.entries.token_offsets.diff().max()) if len(scored.entries) else 0
+    return scored if most <= k else _best_each(scored, k, HERE)[0]
 
 
 @torch.no_grad()
@@ -143,7 +157,7 @@ def best_of_batch(
     Args:
         hint: `[]`, a score that somewhat more entries than wanted should exceed. It changes the time taken only.
     """
-    if _on_gpu(inputs):
+    if on_gpu(inputs):
         best = _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, n_wanted, False))
         return best if encoder.whole is HERE else _best(best, n_wanted, encoder.whole)[0], None
     if n_wanted == 0 or len(inputs.unit) == 0:
@@ -192,7 +206,7 @@ def best_of_each(
         hint: `[]`, a score that most tokens' k-th largest should exceed, at norm 1: a token's floor goes with the same
             power of its norm as its scores do. It changes the time taken only.
     """
-    if _on_gpu(inputs):
+    if on_gpu(inputs):
         best = _scored_by_gpu(inputs, encoder, lambda gpu, *scores: gpu.best_places(*scores, k, True))
         if encoder.whole is HERE:
             return best, None
@@ -247,7 +261,7 @@ def _nothing(inputs: UnitInputs, encoder: Encoder) -> Scored:
     return Scored(entries, value, value, value, encoder.terms.signed)
 
 
-def _on_gpu(inputs: UnitInputs) -> bool:
+def on_gpu(inputs: UnitInputs) -> bool:
     """Whether the device's kernels pick entries themselves."""
     return hasattr(operations.kernels_for(inputs.unit), "best_places")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from saelens_cosine.kernels.autograd import EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded
-from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs
+from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs, few_positive_of_each, on_gpu
 from saelens_cosine.kernels.terms import ScoreTerms
+from saelens_cosine.kernels.whole import HERE
 from saelens_cosine.saes.path import decline_reason, defined_together
 from saelens_cosine.saes.scored_encoder import ScoredEncoder, rescales_by_decoder_norm
 from saelens_cosine.score import NORM_FLOOR, centred_norm, folded_score
@@ -46,40 +48,67 @@ class SparseCodes(NamedTuple):
     indices: torch.Tensor
 
 
+class Selected(NamedTuple):
+    """
+    Entries of a batch, and what their gradients take.
+
+    Args:
+        scored (Scored): The entries.
+        inputs (UnitInputs): The batch.
+        inverse_square (torch.Tensor | None): `[d_sae]`, 1 / ||w_i||^2 of their features where the score is by direction.
+    """
+
+    scored: Scored
+    inputs: UnitInputs
+    inverse_square: torch.Tensor | None
+
+
 def fast_encode(sae: ScoredEncoder, x: torch.Tensor) -> tuple[EntryCodes, ScoresOnDemand]:
     """Codes and pre-activations of a training batch `[tokens, d_in]`, as entries and as a promise."""
     sae_in = sae.sae_input(x)
     x_centered = sae.centre(sae_in)
-    norm_exponent, log_scale, _ = sae.score_parameters()
-    rescale = rescales_by_decoder_norm(sae.cfg)
-    scored, inputs, inverse_square = _select(sae, x_centered)
-    entries, factor = scored.entries, scored.factor
-    decoder_norm = sae.W_dec.norm(dim=-1).index_select(0, entries.features) if rescale else None
-    if decoder_norm is not None:
-        factor = factor / decoder_norm.detach()
-    batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square, scored.signed)
-    b_dec = sae.whole.shared(sae.b_dec) if sae.cfg.apply_b_dec_to_input else None
-    values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
-    if decoder_norm is not None:
-        values = values * decoder_norm
+    selected = _select(sae, x_centered)
+    active = _with_gradients(sae, sae_in, selected)
 
     def scores(features: torch.Tensor | None) -> torch.Tensor:
         hidden_pre = sae.score(x_centered) if features is None else sae.score_features(x_centered, features)
-        if rescale:
+        if rescales_by_decoder_norm(sae.cfg):
             decoder = sae.W_dec if features is None else sae.W_dec[features]
             hidden_pre = hidden_pre * decoder.norm(dim=-1)
         return hidden_pre
 
+    def few(features: torch.Tensor, certain: torch.Tensor, k: int) -> EntryCodes | None:
+        if on_gpu(selected.inputs) or sae.whole is not HERE:
+            return None
+        found = _few_positive(sae, selected.inputs, features[certain], k)
+        return None if found is None else _with_gradients(sae, sae_in, found)
+
     hidden_pre = ScoresOnDemand(
         scores,
+        few,
         [parameter for _, parameter in sae.named_parameters()],
-        values.detach(),
+        active.values.detach(),
         shape=(len(x), sae.cfg.d_sae),
         dtype=x_centered.dtype,
         device=x.device,
     )
-    codes: Any = sae.finish(EntryCodes(entries, values), x_centered)
+    codes: Any = sae.finish(active, x_centered)
     return codes.to(sae.dtype), hidden_pre
+
+
+def _with_gradients(sae: ScoredEncoder, sae_in: torch.Tensor, selected: Selected) -> EntryCodes:
+    """The selected scores, rectified unless signed, as functions of the weights."""
+    scored, inputs, inverse_square = selected
+    entries, factor = scored.entries, scored.factor
+    decoder_norm = None
+    if rescales_by_decoder_norm(sae.cfg):
+        decoder_norm = sae.W_dec.norm(dim=-1).index_select(0, entries.features)
+        factor = factor / decoder_norm.detach()
+    norm_exponent, log_scale, _ = sae.score_parameters()
+    batch = ScoredBatch(entries, scored.product, factor, inputs.unit, inputs.log_norm, inverse_square, scored.signed)
+    b_dec = sae.whole.shared(sae.b_dec) if sae.cfg.apply_b_dec_to_input else None
+    values: Any = EntryScores.apply(sae_in, b_dec, sae.W_enc, sae.b_enc, norm_exponent, log_scale, batch)
+    return EntryCodes(entries, values if decoder_norm is None else values * decoder_norm)
 
 
 @torch.no_grad()
@@ -151,7 +180,7 @@ def encode_entries(sae: ScoredEncoder, x: torch.Tensor) -> tuple[Entries, torch.
 
 def _entries(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Entries, torch.Tensor]:
     if decline_reason(sae, x_centered) is None:
-        scored = _select(sae, x_centered)[0]
+        scored = _select(sae, x_centered).scored
         return _as_entries(sae.finish(EntryCodes(scored.entries, scored.score), x_centered))
     return _entries_in_chunks(sae, x_centered)
 
@@ -177,36 +206,66 @@ def _as_entries(codes: torch.Tensor) -> tuple[Entries, torch.Tensor]:
 
 
 @torch.no_grad()
-def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Scored, UnitInputs, torch.Tensor | None]:
-    """The entries that an SAE keeps of centred inputs `[tokens, d_in]`; with unit columns also 1 / ||w_i||^2 `[d_sae]`."""
+def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> Selected:
+    """The entries that an SAE keeps of centred inputs `[tokens, d_in]`."""
     device = x_centered.device.type
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
         norm = centred_norm(x_centered)
         inputs = UnitInputs(x_centered / norm, norm.log().squeeze(-1))
-        weight, column_norm, rounded = _prepared(sae, len(x_centered))
-        norm_exponent, log_scale, unit_columns = sae.score_parameters()
-        gain = column_norm.reciprocal() if unit_columns else torch.ones_like(column_norm)
-        bias = sae.b_enc.detach()
-        if rescales_by_decoder_norm(sae.cfg):
-            decoder_norm = sae.W_dec.norm(dim=-1)
-            gain, bias = gain * decoder_norm, bias * decoder_norm
-        terms = ScoreTerms(norm_exponent.detach(), log_scale.detach(), gain, bias)
-        encoder = Encoder(weight, terms, rounded, product_dtype, sae.whole)
+        encoder, inverse_square = _encoder(sae, len(x_centered), product_dtype=product_dtype)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"
         hint = sae.floor_hint if sae.floor_hint is None or sae.floor_hint.isfinite() else None
         scored, sae.floor_hint = select(inputs, encoder, hint)
-    return scored, inputs, column_norm.square().reciprocal() if unit_columns else None
+    return Selected(scored, inputs, inverse_square)
 
 
-def _prepared(sae: ScoredEncoder, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Rounded | None]:
-    """Encoder columns as rows, their norms, and the rows as the filter multiplies them.
+@torch.no_grad()
+def _few_positive(sae: ScoredEncoder, inputs: UnitInputs, features: torch.Tensor, k: int) -> Selected | None:
+    """Each token's k highest positive scores among some features, if few are positive."""
+    with torch.autocast(inputs.unit.device.type, enabled=False):
+        encoder, inverse_square = _encoder(sae, len(inputs.unit), features)
+        scored = few_positive_of_each(inputs, encoder, k)
+    if scored is None:
+        return None
+    found = scored.entries
+    entries = Entries(found.tokens, features.index_select(0, found.features), found.n_tokens, sae.cfg.d_sae)
+    if inverse_square is not None:
+        inverse_square = inverse_square.new_zeros(sae.cfg.d_sae).index_copy(0, features, inverse_square)
+    return Selected(replace(scored, entries=entries), inputs, inverse_square)
+
+
+def _encoder(
+    sae: ScoredEncoder,
+    n_tokens: int,
+    features: torch.Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> tuple[Encoder, torch.Tensor | None]:
+    """The encoder of all features or some; with unit columns also 1 / ||w_i||^2 of each."""
+
+    def of(parameter: torch.Tensor) -> torch.Tensor:
+        parameter = parameter.detach()
+        return parameter if features is None or parameter.ndim == 0 else parameter.index_select(0, features)
+
+    weight, column_norm, rounded = _prepared(of(sae.W_enc.T), n_tokens)
+    norm_exponent, log_scale, unit_columns = sae.score_parameters()
+    gain = column_norm.reciprocal() if unit_columns else torch.ones_like(column_norm)
+    bias = of(sae.b_enc)
+    if rescales_by_decoder_norm(sae.cfg):
+        decoder_norm = of(sae.W_dec).norm(dim=-1)
+        gain, bias = gain * decoder_norm, bias * decoder_norm
+    terms = ScoreTerms(of(norm_exponent), of(log_scale), gain, bias)
+    encoder = Encoder(weight, terms, rounded, product_dtype, sae.whole)
+    return encoder, column_norm.square().reciprocal() if unit_columns else None
+
+
+def _prepared(columns: torch.Tensor, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor, Rounded | None]:
+    """Encoder columns as rows, `[n, d_in]`, their norms, and the rows as the filter multiplies them.
 
     Made anew in each call: nothing would tell that a write to `W_enc.data`, SAELens' own way to fold, has made them stale.
     """
-    W_enc = sae.W_enc.detach()
-    weight = W_enc.T.to(torch.promote_types(W_enc.dtype, torch.float32)).contiguous()
+    weight = columns.to(torch.promote_types(columns.dtype, torch.float32)).contiguous()
     if weight.device.type != "cpu":
         return weight, weight.norm(dim=1).clamp_min(NORM_FLOOR), None
     rounded = Rounded.of(weight, None if n_tokens >= WORTH_ROUNDING else weight.dtype)

@@ -255,7 +255,11 @@ def make_scores(parameter):
         calls.append(features)
         return x @ (parameter if features is None else parameter[:, features])
 
-    return ScoresOnDemand(compute, [parameter], torch.zeros(0), shape=(3, 6), dtype=F32, device=x.device), x, calls
+    return (
+        ScoresOnDemand(compute, lambda *_: None, [parameter], torch.zeros(0), shape=(3, 6), dtype=F32, device=x.device),
+        x,
+        calls,
+    )
 
 
 def test_scores_on_demand():

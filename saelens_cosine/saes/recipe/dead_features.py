@@ -109,7 +109,7 @@ class DeadFeatureRevival(ScoredTrainingSAE):
         residual: torch.Tensor,
         hidden_pre: torch.Tensor,
         dead: DeadFeatures,
-        gain: torch.Tensor | float = 1.0,
+        gain: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Error of predicting the residual `e [tokens, d_in]` from the top `d_in // 2` dead features of each token.
 
@@ -128,24 +128,34 @@ class DeadFeatureRevival(ScoredTrainingSAE):
                 "is in the units of the activations, the decoder in those of the normalised ones. Use 'none' or "
                 "'expected_average_only_in', or aux_loss_coefficient=0."
             )
-        lazy = isinstance(hidden_pre, ScoresOnDemand)
-        scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
-        if self.cfg.normalize_aux_loss:
-            scores = scores.relu()
         most = self.cfg.d_in // 2
-        rank = scores.abs() if self.signed_codes else scores
-        top = self.whole.best_each(torch.where(dead.certain, rank.detach(), -torch.inf), most)
-        values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
-        codes = gain * torch.zeros_like(scores).scatter(-1, top.indices, values)
-        prediction = self.whole.total(
-            act_times_W_dec(codes.to(self.dtype), self.W_dec[dead.features], rescales_by_decoder_norm(self.cfg))
-        )
+        codes, W_dec = self._codes_of_dead(hidden_pre, dead, most)
+        if gain is not None:
+            codes = codes * gain
+        prediction = self.whole.total(act_times_W_dec(codes.to(self.dtype), W_dec, rescales_by_decoder_norm(self.cfg)))
         error = (residual - prediction).pow(2).sum(dim=-1).mean()
         n_dead = self.whole.sum(dead.certain.sum())
         if not self.cfg.normalize_aux_loss:
             return (n_dead.to(error.dtype) / most).clamp_max(1) * error
         variance = (residual - residual.mean(dim=0)).pow(2).sum(dim=-1).mean()
         return (error / variance.clamp_min(1e-8)).nan_to_num(0.0) * (n_dead > 0)
+
+    def _codes_of_dead(
+        self, hidden_pre: torch.Tensor, dead: DeadFeatures, most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of each token's best dead features, `[tokens, n]`, and decoder rows `[n, d_in]`: of the dead, or of all where few have codes."""
+        lazy = isinstance(hidden_pre, ScoresOnDemand)
+        if lazy and self.cfg.normalize_aux_loss:
+            few = hidden_pre.few_positive(dead.features, dead.certain, most)
+            if few is not None:
+                return few, self.W_dec
+        scores = hidden_pre.columns(dead.features) if lazy else hidden_pre[:, dead.features]
+        if self.cfg.normalize_aux_loss:
+            scores = scores.relu()
+        rank = scores.abs() if self.signed_codes else scores
+        top = self.whole.best_each(torch.where(dead.certain, rank.detach(), -torch.inf), most)
+        values = torch.where(top.values == -torch.inf, 0, scores.gather(-1, top.indices))
+        return torch.zeros_like(scores).scatter(-1, top.indices, values), self.W_dec[dead.features]
 
     @torch.no_grad()
     def _count_firings(self, feature_acts: torch.Tensor) -> DeadFeatures | None:
