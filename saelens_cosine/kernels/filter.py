@@ -116,16 +116,22 @@ def candidates(
         norm, loss = rows.norm[tile].max(), rows.loss[tile].max()
         bound -= loss * column_norm + norm * columns.loss + sums * (norm + loss) * column_norm
         # the rounding of the result, of the bound itself, and of what makes a score of a product
-        bound = as_ordered(bound - (2.5 * rounding + 64 * exact) * bound.abs(), dtype)
+        bound = bound - (2.5 * rounding + 64 * exact) * bound.abs()
+        ordered = as_ordered(bound, dtype)
+        signs = not terms.signed and bool((bound <= 0).any())  # integers order no negative floats
+        bound = bound.to(dtype)
         for first in range(0, len(bound), per_tile):
             part = slice(first, min(first + per_tile, len(bound)))
             size = (tile.stop - tile.start, part.stop - part.start)
             product = torch.mm(rows.rows[tile], columns.rows[part].T, out=buffer[: size[0] * size[1]].view(size))
             passed = mask[: size[0] * size[1]].view(size)
-            bits = product.view(bound.dtype)
-            if terms.signed:
-                bits &= torch.iinfo(bound.dtype).max  # without the sign
-            torch.ge(bits, bound[part], out=passed)
+            if signs:
+                torch.ge(product, bound[part], out=passed)
+            else:
+                bits = product.view(ordered.dtype)
+                if terms.signed:
+                    bits &= torch.iinfo(ordered.dtype).max  # without the sign
+                torch.ge(bits, ordered[part], out=passed)
             flat = true_places(passed)
             row = torch.div(flat, size[1], rounding_mode="floor")
             found.append((row + start, flat - row * size[1] + first))
@@ -136,7 +142,7 @@ def candidates(
 def as_ordered(bound: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`bound` in `dtype`, as integers that floats of that width viewed as integers can be compared with, faster.
 
-    Positive floats are ordered as their bits are. A bound below zero becomes the smallest integer, which lets all pass.
+    Positive floats are ordered as their bits are. A bound below zero becomes the smallest integer, which lets all sizes pass.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return torch.where(bound > 0, bound.to(dtype).view(integer), torch.iinfo(integer).min)

@@ -34,7 +34,7 @@ SHORT_TOKENS = 0.01
 
 SAMPLE_TOKENS = 64
 
-FEW = 8
+FEW = 4
 """Positive scores are worth finding one by one where at most one in so many is positive; elsewhere dense scores are faster."""
 
 

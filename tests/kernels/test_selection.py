@@ -1,5 +1,7 @@
 """Which entries are kept: the best of a batch, the best of each token, those above a threshold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -19,11 +21,18 @@ from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.kernels.whole import HERE
 
 
+@pytest.mark.parametrize("all_negative", [False, True])
 @pytest.mark.parametrize("per_feature", [False, True])
-def test_few_are_candidates(per_feature, dtype, monkeypatch):
+def test_few_are_candidates(per_feature, all_negative, dtype, monkeypatch):
     monkeypatch.setattr(filter, "TILE_TOKENS", 16)
     inputs, encoder = random_scores(0, "random", per_feature, dtype, (256, 501, 64))
+    if all_negative:  # as dead features' scores are, and with them the floor
+        terms = replace(encoder.terms, bias=-encoder.terms.bias.abs() / 100)
+        weight = -encoder.weight.abs()
+        encoder = replace(encoder, terms=terms, weight=weight, rounded=Rounded.of(weight))
+        inputs = UnitInputs(inputs.unit.abs(), inputs.log_norm)
     score = exact_scores(inputs, encoder)[0]
+    assert (score < 0).all() == all_negative
     wanted = score.numel() // 100
     floor = score.flatten().topk(wanted).values[-1].to(dtype)
     found = filter.candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor)
