@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from sae_lens.training.optim import get_lr_scheduler
 
+from saelens_cosine.cli import _parser
 from saelens_cosine.registry import TRAINING_ARCHITECTURES
-from saelens_cosine.training.recipe import get_recipe, multi_runner_config, runner_config, sae_config
+from saelens_cosine.training.recipe import RECIPES, get_recipe, multi_runner_config, paper, runner_config, sae_config
 
 QUIET = {"checkpoint_path": None, "output_path": None}
 
@@ -117,6 +120,18 @@ def test_a_stock_architecture_keeps_its_own_defaults_beside_ours():
     assert config.saes["stock"].k == config.saes["ours"].k == 4
     assert not hasattr(config.saes["dense"], "k")
     assert config.saes["ours"].aux_loss_coefficient == 1 / 32
+
+
+@pytest.mark.parametrize("command", ["compare", "ground-truth"])
+def test_a_recipe_of_ones_own_is_named_like_the_others(command, monkeypatch):
+    def from_the_mean(training_tokens, batch=2048):
+        recipe = paper(training_tokens, batch)
+        return replace(recipe, sae=recipe.sae | {"b_dec_init": "mean"})
+
+    monkeypatch.setitem(RECIPES, "from the mean", from_the_mean)
+    name = _parser().parse_args([command, "--recipe", "from the mean"]).recipe
+    assert get_recipe(name, 100_000).sae["b_dec_init"] == "mean"
+    assert sae_config("cosine_batchtopk", get_recipe(name, 100_000), d_in=4, d_sae=8, k=2).b_dec_init == "mean"
 
 
 def test_settings_override_the_recipe():

@@ -19,6 +19,7 @@ from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
 from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import deterministic_algorithms
+from saelens_cosine.training.recipe import RECIPES
 from saelens_cosine.training.resuming.stop import raising_on_signals
 
 LISTED = 9
@@ -66,7 +67,7 @@ def add_compare_command(commands: Any) -> None:
     )
     add("--d-sae", type=int, default=default.d_sae, help="number of features")
     add("--seeds", type=int, default=default.seeds, help="runs with different initialisation and data order")
-    add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
+    add("--recipe", choices=tuple(RECIPES), default=default.recipe, help="training settings")
     add(
         "--max-norm-multiple",
         type=multiple,

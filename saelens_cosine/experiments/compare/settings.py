@@ -34,7 +34,7 @@ class ComparisonSettings:
         lr (float | tuple[float, ...] | None): Learning rate; None for the recipe's. Of several, each arm gets the one that it does best with at each hook, see `rates`.
         d_sae (int): Features.
         seeds (int): Runs with different initialisation and data order.
-        recipe (str): `paper` or `saelens`.
+        recipe (str): A name in `RECIPES`: `paper` or `saelens`.
         max_norm_multiple (float | None): Drop tokens above this multiple of their batch's median norm, in training and evaluation. None keeps them all in both.
         plant_sinks (bool): Whether the first position of each context becomes an attention sink of 30 to 300 times the median norm (`planted.plant_sinks`). The default filter drops these, None trains on them.
         device (str): Where everything runs.

@@ -14,6 +14,7 @@ from saelens_cosine.experiments.ground_truth.tables import as_tables, write_json
 from saelens_cosine.files.output import open_output
 from saelens_cosine.terminal.bar import progress_bar
 from saelens_cosine.terminal.options import add_command, count, settings_from
+from saelens_cosine.training.recipe import RECIPES
 
 SMALL = "small"
 """What `--model` calls `planted.small_model()`."""
@@ -56,7 +57,7 @@ def add_ground_truth_command(commands: Any) -> None:
     add("--sink-share", type=float, default=default.sink_share, help="share of the tokens that are sinks")
     add("--train-on-sinks", action="store_true", help="show sinks in training too, not only in scoring")
     add("--eval-samples", type=count, default=default.eval_samples, help="samples that each SAE is scored on")
-    add("--recipe", choices=("paper", "saelens"), default=default.recipe, help="training settings")
+    add("--recipe", choices=tuple(RECIPES), default=default.recipe, help="training settings")
     add("--device", default=default.device, help="where everything runs: cpu, cuda, cuda:1")
     add("--output", type=Path, default=Path("runs/ground-truth"), help=f"folder for {FILE}")
     add("--overwrite", action="store_true", help=f"replace an earlier {FILE} in the output folder")

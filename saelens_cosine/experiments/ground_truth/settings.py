@@ -28,7 +28,7 @@ class GroundTruthSettings:
         samples (int): Training samples of each SAE.
         d_sae (int | None): Features of each SAE; None for as many as there are to find.
         k (float | None): Active features per token; None for as many as are, on average.
-        recipe (str): `paper` or `saelens`.
+        recipe (str): A name in `RECIPES`: `paper` or `saelens`.
         batch (int): Samples per training step.
         sink_share (float): Share of the tokens that are sinks; 0 plants none.
         train_on_sinks (bool): Whether SAEs see sinks in training. False is what a perfect filter would do.
