@@ -1,5 +1,7 @@
 """What test_fast_path and its neighbours share."""
 
+import copy
+
 import pytest
 import torch
 from helpers import (
@@ -25,6 +27,13 @@ def _reasons_not_logged_yet():
 def make(name, kernels="auto", seed=1, **options):
     """Training SAE in training mode, of a size that takes the fast path."""
     return make_sae(name, seed=seed, kernels=kernels, **{**SIZE, **options}).train()
+
+
+def twin(sae, kernels):
+    """A deep copy that computes its steps the other way."""
+    other = copy.deepcopy(sae)
+    other.cfg.kernels = kernels
+    return other
 
 
 def dense(tensor):

@@ -170,8 +170,8 @@ class ScoresOnDemand(DenseOnDemand):
 
     Args:
         compute: makes `[tokens, len(columns)]` pre-activations of the given features, or of all for None.
-        parameters: what they depend on; once these have changed, the pre-activations of that step are gone.
         few: gives the k best positive pre-activations of each token among some features, `few(features, certain, k)`.
+        parameters: what they depend on; once these have changed, the pre-activations of that step are gone.
         active: `[N]`, those of the active entries.
         shape, dtype, device: of the whole.
     """

@@ -20,6 +20,7 @@ from fast_path_cases import (
     is_fast,
     make,
     run,
+    twin,
 )
 from helpers import (
     BATCHTOPK,
@@ -34,13 +35,6 @@ from helpers import (
 
 RECTIFIED = [name for name in FAST if "abstopk" not in name and "bypass" not in name]
 """With codes that b_enc can turn on and off."""
-
-
-def twin(sae, kernels):
-    """A deep copy that computes its steps the other way."""
-    other = copy.deepcopy(sae)
-    other.cfg.kernels = kernels
-    return other
 
 
 def steps(sae, batches, start=1):

@@ -12,9 +12,9 @@ from fast_path_cases import (
     gradients,
     is_fast,
     make,
+    twin,
 )
 from helpers import FAST, FREE_DECODER, assert_close, make_activations, train_step
-from test_fast_path import twin
 
 from saelens_cosine.kernels.codes import ScoresOnDemand
 from saelens_cosine.kernels.selection import FEW
