@@ -12,6 +12,8 @@ more roundings make room for the exact score's own, so that no score is missed a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,8 @@ BF16_PRODUCTS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 
 ROUNDING_BLOCK = 2**18
 TILE_TOKENS = 4096
+TILE_NORMS = 4.0
+"""The longest token of a tile may be this many times as long as its shortest: the bound allows for what the longest loses."""
 TILE_BYTES = 2**22
 """A tile of the product: small enough for the cache, large enough that a tile's dozen of calls do not count."""
 
@@ -106,8 +110,7 @@ def candidates(
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     buffer = torch.empty(min(TILE_TOKENS, n_tokens) * min(per_tile, len(columns.rows)), dtype=dtype)
     mask = torch.empty(buffer.shape, dtype=torch.bool)
-    for start in range(0, n_tokens, TILE_TOKENS):
-        tile = slice(start, min(start + TILE_TOKENS, n_tokens))
+    for tile in _tiles(log_norm):
         ends = log_norm[[tile.start, tile.stop - 1]]
         bias = terms.bias.abs() if terms.signed else terms.bias  # |p + b| > f only where |p| > f - |b|
         biases = [bias * (-rise * end).exp() for end in ends]
@@ -134,9 +137,20 @@ def candidates(
                 torch.ge(bits, ordered[part], out=passed)
             flat = true_places(passed)
             row = torch.div(flat, size[1], rounding_mode="floor")
-            found.append((row + start, flat - row * size[1] + first))
+            found.append((row + tile.start, flat - row * size[1] + first))
     tokens, features = (torch.cat(parts) for parts in zip(*found, strict=True))
     return order.index_select(0, tokens), features
+
+
+def _tiles(log_norm: torch.Tensor) -> Iterator[slice]:
+    """Parts of ascending norms, of at most `TILE_TOKENS`, that differ by at most `TILE_NORMS`."""
+    start = 0
+    while start < len(log_norm):
+        longest = log_norm[start] + math.log(TILE_NORMS)
+        alike = int(torch.searchsorted(log_norm, longest, right=True))
+        stop = max(start + 1, min(alike, start + TILE_TOKENS))
+        yield slice(start, stop)
+        start = stop
 
 
 def as_ordered(bound: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -39,6 +39,21 @@ def test_few_are_candidates(per_feature, all_negative, dtype, monkeypatch):
     assert wanted - 1 <= len(found[0]) <= 2 * wanted
 
 
+@pytest.mark.parametrize("per_feature", [False, True])
+def test_few_are_candidates_beside_sinks(per_feature, dtype):
+    # what the filter's product may lose of a sink is not what it may lose of a token 150 times shorter
+    inputs, encoder = random_scores(0, "random", per_feature, dtype, (256, 501, 64))
+    inputs = UnitInputs(inputs.unit, torch.where(torch.arange(256) % 64 == 0, 5.0, inputs.log_norm * 0.1))
+    terms = replace(encoder.terms, norm_exponent=1 + 0.1 * encoder.terms.norm_exponent, bias=0 * encoder.terms.bias)
+    encoder = replace(encoder, terms=terms)
+    score = exact_scores(inputs, encoder)[0]
+    short = score[torch.arange(256) % 64 > 0]
+    wanted = short.numel() // 100
+    floor = short.flatten().topk(wanted).values[-1].to(dtype)
+    tokens, _ = filter.candidates(inputs.unit, inputs.log_norm, encoder.rounded, encoder.terms, floor)
+    assert wanted - 1 <= (tokens % 64 > 0).sum() <= 1.5 * wanted
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("d_in", [1, 3, 40])
 def test_a_score_a_rounding_above_its_threshold_is_kept(d_in, dtype, monkeypatch):
