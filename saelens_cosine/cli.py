@@ -26,6 +26,7 @@ from saelens_cosine.terminal.options import Parser
 from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.command import add_train_command, run_train
 from saelens_cosine.training.resuming.stop import StopError, exit_status, raising_on_signals
+from saelens_cosine_command import outline
 
 COMMANDS = (
     add_train_command,
@@ -83,10 +84,7 @@ def _run(args: list[str], processes: Alone = ALONE, instead: Mapping[str, Callab
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="saelens-cosine", description="Train, compare and load cosine-scored sparse autoencoders in SAELens."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands = outline(Parser)
     for add in COMMANDS:
         add(commands)
     return parser

@@ -22,6 +22,7 @@ from saelens_cosine.loading.errors import CheckpointError
 from saelens_cosine.loading.pretrained import SAELENS, load, locate
 from saelens_cosine.loading.releases import RELEASES, Release
 from saelens_cosine.loading.verify import Verification, verify
+from saelens_cosine_command import COMMANDS
 
 EXIT_DIFFERS = 1
 
@@ -113,7 +114,7 @@ def add_convert_command(commands: Any) -> None:
     """Add `convert` to the subcommands of `saelens-cosine`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
-        help="write an SAE that others published in SAELens' format",
+        help=COMMANDS["convert"],
         description="Write an SAE in SAELens' format. Reads checkpoints of the paper's authors, of dictionary_learning and of "
         "sparsify; the files tell which.",
     )

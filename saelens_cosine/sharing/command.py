@@ -30,7 +30,6 @@ def add_share_command(commands: Any) -> None:
         commands,
         "share",
         run_share,
-        help="publish saved SAEs on the Hugging Face Hub, and their features on Neuronpedia",
         description="Publish a saved SAE, or all of a comparison, on the Hugging Face Hub in one commit, with a card that says "
         "how to load it and what was measured; and dashboards of an SAE's features on Neuronpedia.",
     )

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NoReturn, TypeVar
 
 from saelens_cosine.files.secrets import without_secrets
+from saelens_cosine_command import COMMANDS
 
 Settings = TypeVar("Settings")
 
@@ -20,12 +21,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {without_secrets(message)}. See {self.prog} --help.\n")
 
 
-def add_command(
-    commands: Any, name: str, run: Callable[[Any], int], *, help: str, description: str
-) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, run: Callable[[Any], int], *, description: str) -> argparse.ArgumentParser:
     """A subcommand whose help shows defaults; `run` takes the options and returns the exit status."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        name, help=COMMANDS[name], description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.set_defaults(run=run)
     return parser

@@ -11,6 +11,7 @@ from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.resuming.stop import exit_status, raising_on_signals
 from saelens_cosine.training.train import train
+from saelens_cosine_command import COMMANDS
 
 HELP = """\
 saelens-cosine train takes the flags of SAELens' training runner, which follow, and these:
@@ -38,9 +39,7 @@ torchrun --nproc-per-node N -m saelens_cosine train ... trains the same SAE with
 
 def add_train_command(commands: Any) -> None:
     """Add `train` to the subcommands of `saelens-cosine`, for their list; `run_train` reads its flags."""
-    commands.add_parser(
-        "train", add_help=False, help="train one SAE: SAELens' own flags, with our architectures in them"
-    )
+    commands.add_parser("train", add_help=False, help=COMMANDS["train"])
 
 
 def run_train(arguments: list[str], processes: Alone = ALONE) -> int:

@@ -18,7 +18,6 @@ def add_benchmark_command(commands: Any) -> None:
         commands,
         "benchmark",
         run_benchmark,
-        help="time a training step against SAELens' classes and against the hardware's floor",
         description="Time a step of SAELens' trainer for SAELens' classes and ours, on both paths, arm after arm within each "
         "repeat. The floor is the encoder's product alone plus one fused Adam pass.",
     )

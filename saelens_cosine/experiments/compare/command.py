@@ -32,7 +32,6 @@ def add_compare_command(commands: Any) -> None:
         commands,
         "compare",
         run_compare,
-        help="train several architectures on one activation stream and compare them on held-out text",
         description="Train several architectures on one activation stream and compare them on held-out text. With no "
         "arguments: the language model and the corpus that ship with the package, on the CPU, in a few minutes.",
     )

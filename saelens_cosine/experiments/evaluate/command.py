@@ -60,7 +60,6 @@ def add_evaluate_command(commands: Any) -> None:
         commands,
         "evaluate",
         run_evaluate,
-        help="diagnostics of saved SAEs, with and without attention sinks",
         description="Measure saved SAEs on the held-out part of a text (known to be held out for SAEs that this package trained), with and without tokens of a very high norm (attention sinks), and write "
         "evaluation.json and report.html. What an interrupted run has measured is not measured again.",
     )

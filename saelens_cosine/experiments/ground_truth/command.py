@@ -28,7 +28,6 @@ def add_ground_truth_command(commands: Any) -> None:
         commands,
         "ground-truth",
         run_ground_truth,
-        help="train SAEs on synthetic data and see how well they find its features",
         description="Train SAEs on SAELens' synthetic benchmark, whose features are known, with a planted spread of token norms and "
         "planted attention sinks, and score how well they find the features. With no arguments: a small model of 128 "
         "features, on the CPU, in minutes.",

@@ -20,7 +20,6 @@ def add_plan_command(commands: Any) -> None:
         commands,
         "plan",
         run_plan,
-        help="memory, time per step and hours of a training on any number of GPUs",
         description="Memory and time of a training step by part, for each way to split it over GPUs, by arithmetic whose assumptions are "
         "printed. Nothing is trained, and no GPU is needed.",
     )
