@@ -138,6 +138,12 @@ def test_area_under_the_curve_is_the_share_of_pairs_in_order():
     assert 0.6 < one.auc < 0.9
 
 
+def test_pairs_that_tie_count_by_half():
+    # of six pairs of a positive (2, 1) and a negative (1, 0, 3) context: three in order, one tied
+    margin, truth = np.array([2.0, 1.0, 1.0, 0.0, 3.0]), np.array([True, True, False, False, False])
+    assert probing._area_under_curve(margin, truth) == pytest.approx(3.5 / 6)
+
+
 def test_features_are_not_chosen_on_the_test_contexts():
     # 3000 features of pure noise: chosen on all contexts, the best tells 80 % of them apart
     rng = np.random.default_rng(0)
@@ -164,6 +170,32 @@ def test_all_features_agree_with_an_independent_fit():
         right += ((test @ w[:4] + w[4] > 0) == truth[part[1]]).mean() / 2
     assert full.accuracy == pytest.approx(right)
     assert full.features == ((), ())
+
+
+@pytest.mark.parametrize("few, within", [(2000, 1e-5), (0, 5e-2)])  # by second derivatives, and without
+@pytest.mark.parametrize("n_features", [3, 60, 300])
+def test_margins_are_those_of_the_penalised_regression(n_features, few, within, monkeypatch):
+    # features that never fire or are twice there, and contexts that are twice there: what has no unique basis
+    monkeypatch.setattr(probing, "FEW", few)
+    rng = np.random.default_rng(5)
+    x = rng.exponential(size=(90, n_features)) * (rng.random((90, n_features)) < 0.3)
+    x[:, 1], x[10], x[:, -1] = x[:, 0], x[11], 0
+    truth = x[:, 0] + 0.5 * rng.normal(size=90) > 0.3
+    train, test = np.arange(60), np.arange(60, 90)
+    spread = x[train].std(axis=0)
+    scaled = x / np.where(spread > 0, spread, 1)
+    sign = np.where(truth[train], 1, -1)
+
+    def loss(w):  # C = 1, no penalty on the intercept
+        margin = scaled[train] @ w[:-1] + w[-1]
+        pull = -sign / (1 + np.exp(sign * margin))
+        gradient = np.append(w[:-1] + pull @ scaled[train], pull.sum())
+        return 0.5 * w[:-1] @ w[:-1] + np.logaddexp(0, -sign * margin).sum(), gradient
+
+    w = optimize.minimize(loss, np.zeros(n_features + 1), jac=True, method="BFGS", options={"gtol": 1e-9}).x
+    for codes in (x, sparse.csr_array(x)):
+        found = probing._margins(codes, truth, train, test)
+        assert found == pytest.approx(scaled[test] @ w[:-1] + w[-1], abs=within)
 
 
 def test_probes_converge_whatever_the_units_and_all_features_read_the_same_in_any():

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 from sae_lens.saes.sae import SAE
-from scipy import sparse
+from scipy import sparse, stats
 
 from saelens_cosine.activations.sample import TokenSample
 from saelens_cosine.metrics.codes import canonical_codes
@@ -35,6 +35,15 @@ K_VALUES: tuple[int | None, ...] = (1, 2, 5, None)
 
 ITERATIONS = 10_000
 """Of the regression at most; on scaled inputs tens to hundreds are enough."""
+
+FEW = 2000
+"""Contexts or features, whichever are fewer, up to which the regression is solved by its second derivatives."""
+
+BLOCK = 4096
+"""Features whose products are summed at a time, as dense arrays."""
+
+SPAN = 1e-13
+"""Share of the largest eigenvalue of a Gram matrix below which one is rounding."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +250,54 @@ def _parts(truth: Array, splits: int, seed: int) -> Iterator[tuple[Array, Array]
 def _fit(x: Any, truth: Array, train: Array, test: Array) -> tuple[float, float]:
     """Test accuracy and area under the curve of one probe."""
     from sklearn import config_context
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.preprocessing import StandardScaler
 
     # what scikit-learn checks, and where it looks for data frames, takes longer than to fit a few features
     with config_context(assume_finite=True, skip_parameter_validation=True):
-        scaler: Any = StandardScaler(with_mean=False).fit(x[train])  # sparse codes stay sparse
-        model: Any = LogisticRegression(max_iter=ITERATIONS).fit(scaler.transform(x[train]), truth[train])
-        margin = model.decision_function(scaler.transform(x[test]))
-        return float(((margin > 0) == truth[test]).mean()), float(roc_auc_score(truth[test], margin))
+        margin = _margins(x, truth, train, test)
+    return float(((margin > 0) == truth[test]).mean()), _area_under_curve(margin, truth[test])
+
+
+def _margins(x: Any, truth: Array, train: Array, test: Array) -> Array:
+    """What a logistic regression that is fitted to the rows of `train` says of those of `test`."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler: Any = StandardScaler(with_mean=False).fit(x[train])  # sparse codes stay sparse
+    inputs, others = scaler.transform(x[train]), scaler.transform(x[test])
+    if min(inputs.shape) > FEW:
+        model: Any = LogisticRegression(max_iter=ITERATIONS)
+    else:
+        model = LogisticRegression(max_iter=ITERATIONS, solver="newton-cholesky", tol=1e-8)
+        if inputs.shape[1] > len(train):
+            inputs, others = _in_their_span(inputs, others)
+    model.fit(inputs, truth[train])
+    return model.decision_function(others)
+
+
+def _area_under_curve(margin: Array, truth: Array) -> float:
+    """Share of pairs of a positive and a negative context in the right order, ties by half (Mann and Whitney's U)."""
+    n_positive = int(truth.sum())
+    wins = stats.rankdata(margin)[truth].sum() - n_positive * (n_positive + 1) / 2
+    return float(wins / (n_positive * (len(truth) - n_positive)))
+
+
+def _in_their_span(rows: Any, others: Any) -> tuple[Array, Array]:
+    """Coordinates of rows, and of others, in an orthonormal basis of the rows' span.
+
+    The weights of an L2-penalised regression are a combination of the rows that it is fitted to (the representer theorem), so
+    nothing else of its inputs counts, and both the weights' length and the margins are the same in these coordinates.
+    """
+    n_rows, n_columns = rows.shape
+    gram, cross = np.zeros((n_rows, n_rows)), np.zeros((others.shape[0], n_rows))
+    rows, others = (sparse.csc_array(x) for x in (rows, others))
+    for start in range(0, n_columns, BLOCK):
+        block, other = (x[:, start : start + BLOCK].toarray() for x in (rows, others))
+        gram += block @ block.T
+        cross += other @ block.T
+    square, basis = np.linalg.eigh(gram)
+    there = square > SPAN * square[-1]
+    size = np.sqrt(square[there])
+    return basis[:, there] * size, cross @ (basis[:, there] / size)
 
 
 def _difference_of_means(x: sparse.csr_array, truth: Array, rows: Array) -> Array:
