@@ -13,6 +13,7 @@ from saelens_cosine.bundled import load_bundled_model
 
 TUTORIALS = Path(__file__).parents[2] / "tutorials"
 TRAIN, STEER, WIN = "01_train_a_cosine_sae.ipynb", "02_load_and_steer.ipynb", "03_does_cosine_win.ipynb"
+REAL = "04_a_real_model.ipynb"
 SHRINK = {
     TRAIN: {
         "TRAINING_TOKENS = 800_000": "TRAINING_TOKENS = 40_960",
@@ -41,6 +42,22 @@ SHRINK = {
         'saes("removed", seeds=1), settings, OUT / "evaluation" / "saebench"': 'saes("removed", seeds=1)[:1], settings, OUT / "evaluation" / "saebench"',
         '"n_eval_reconstruction_batches": 8, "n_eval_sparsity_variance_batches": 32': '"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1',
         "samples=60_000": "samples=2_048",
+    },
+    REAL: {
+        'MODEL, TEXT = "smollm2", "sae-probes"': 'MODEL, TEXT = "bundled", "bundled"',
+        "TOKENS = {15: 2_000_000}": "TOKENS = {3: 4_096}",
+        "MIDDLE = 15": "MIDDLE = 3",
+        "\nRATES = (1e-3, 3e-3, 9e-3)": "\nRATES = (1e-3, 3e-3)",
+        "FINER_RATES = (1e-3, 3e-3, 4.5e-3, 9e-3)": "FINER_RATES = (1e-3, 2e-3)",
+        "LOSS_PROMPTS = {15: 128}": "LOSS_PROMPTS = {3: 2}",
+        "D_SAE, SEEDS, KS, K = 8192, 3, (16, 32, 64), 32": "D_SAE, SEEDS, KS, K = 64, 2, (2, 4, 8), 4",
+        "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 32_000, 2_048, 200": "EVAL_TOKENS, LOSS_TOKENS, TASK_TEXTS = 2_048, 128, 20",
+        "ARMS = tuple(LABELS)[:4]": "ARMS = tuple(LABELS)[:2]",
+        "WITH_SINKS_TOKENS = 1_000_000": "WITH_SINKS_TOKENS = 4_096",
+        '*("--tasks", *TASKS, "--task-texts", TASK_TEXTS),\n    )\n\n\nevaluated': '*("--tasks", *TASKS[:1], "--task-texts", TASK_TEXTS),\n    )\n\n\nevaluated',
+        '[*arms, *read_by_cosine(MIDDLE, f"layer{MIDDLE}", [f"k{K}/seed0"])],': "arms[:1],",
+        '"n_eval_reconstruction_batches": 8, "n_eval_sparsity_variance_batches": 32': '"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1',
+        "list(BENCH_TASKS)": "list(BENCH_TASKS[9:10])",
     },
 }
 
@@ -126,6 +143,18 @@ def test_comparison_tutorial_runs_shrunk(tmp_path):
     assert (tmp_path / "output/does_cosine_win/report.html").stat().st_size > 100_000
 
 
+def test_real_model_tutorial_runs_shrunk_and_keeps_its_figures(tmp_path):
+    pytest.importorskip("sae_bench")
+    printed = run_shrunk(REAL, tmp_path)
+    assert "layer 3: blocks.3.hook_resid_post, d_in 192" in printed
+    assert printed.count("minus the inner product's at its FVE") == 6  # best 1, best 5 and all; with sinks and without
+    row = printed.split("--- layer 3\nL0 ")[1].split("  inner product ")[1].split("\n")[0]
+    assert [float(l0) for l0 in row.split()] == pytest.approx([2, 4, 8, 2, 4, 8], rel=0.6)
+    made = {path.name.replace("layer3", "layer15") for path in (tmp_path / "a_real_model").iterdir()}
+    kept = {path.name for path in (TUTORIALS / "a_real_model").iterdir()}
+    assert made == kept
+
+
 def source(name, containing):
     """The one code cell that holds a text."""
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
@@ -209,7 +238,7 @@ def test_steering_tutorial_switches_off_as_many_features_as_are_active(bias, den
     assert len(lines) == (5 if bias > 0 and density > 0 else 1)  # the five that matter most, of seven
 
 
-@pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4), (WIN, 3)])
+@pytest.mark.parametrize(("name", "pictures"), [(TRAIN, 3), (STEER, 4), (WIN, 3), (REAL, 2)])
 def test_tutorial_is_committed_with_its_outputs(name, pictures):
     notebook = nbformat.read(TUTORIALS / name, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
