@@ -144,6 +144,14 @@ def test_pairs_that_tie_count_by_half():
     assert probing._area_under_curve(margin, truth) == pytest.approx(3.5 / 6)
 
 
+@pytest.mark.parametrize("n_features", [3, 300])
+def test_codes_that_are_never_active_are_a_guess_at_the_larger_class(n_features):
+    truth = np.arange(40) < 16
+    (one,) = probe(sparse.csr_array((40, n_features)), truth, (None,), splits=4)
+    assert one.accuracies == (0.6, 0.6, 0.6, 0.6)  # of ten, four are positive
+    assert one.aucs == (0.5, 0.5, 0.5, 0.5)
+
+
 def test_features_are_not_chosen_on_the_test_contexts():
     # 3000 features of pure noise: chosen on all contexts, the best tells 80 % of them apart
     rng = np.random.default_rng(0)

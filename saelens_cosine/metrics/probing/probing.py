@@ -295,9 +295,9 @@ def _in_their_span(rows: Any, others: Any) -> tuple[Array, Array]:
         gram += block @ block.T
         cross += other @ block.T
     square, basis = np.linalg.eigh(gram)
-    there = square > SPAN * square[-1]
-    size = np.sqrt(square[there])
-    return basis[:, there] * size, cross @ (basis[:, there] / size)
+    size = np.sqrt(np.where(square > SPAN * square[-1], square, 0))
+    # a coordinate that is 0 in all rows gets no weight
+    return basis * size, cross @ (basis / np.where(size > 0, size, 1))
 
 
 def _difference_of_means(x: sparse.csr_array, truth: Array, rows: Array) -> Array:
