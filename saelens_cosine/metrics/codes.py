@@ -76,7 +76,7 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     done = entries = bad = 0
     with flat_heads(sae):
         for x in activations.split(tokens_at_once(sae, activations)):
-            found = _compressed(_encode(sae, x.to(sae.device)))
+            found = entry_codes(sae, x)
             token, value = found.entries.tokens, found.values.float()
             end = entries + len(value)
             if end > len(features):
@@ -92,6 +92,12 @@ def sparse_codes(sae: SAE[Any], activations: torch.Tensor) -> sparse.csr_array:
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(get_index_dtype(maxval=entries))
     shape = (len(activations), sae.cfg.d_sae)
     return sparse.csr_array((values[:entries].copy(), features[:entries].copy(), indptr), shape=shape)
+
+
+@torch.no_grad()
+def entry_codes(sae: SAE[Any], x: torch.Tensor) -> EntryCodes:
+    """Codes of `x [tokens, d_in]` that are not 0 (NaN is not), on the SAE's device; at most `tokens_at_once` tokens."""
+    return _compressed(_encode(sae, x.to(sae.device)))
 
 
 def _longer(array: Any, length: int) -> Any:

@@ -201,7 +201,7 @@ def test_distribution_by_hand():
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = summarize_afa(measure_afa(sae, X))
-    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.afa.tokens_at_once", lambda sae: 9)
+    monkeypatch.setattr("saelens_cosine.metrics.reconstruction.afa.tokens_at_once", lambda *_: 9)
     pieces = summarize_afa(measure_afa(sae, X))
     assert dataclasses.astuple(pieces.epsilon_lbo) == pytest.approx(dataclasses.astuple(whole.epsilon_lbo), rel=1e-5)
 

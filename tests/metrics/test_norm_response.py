@@ -185,7 +185,7 @@ def test_saelens_own_classes(mode, power):
 def test_pieces_give_the_same(monkeypatch):
     sae = make_sae("per_feature_cosine_batchtopk")
     whole = norm_response(sae, X)
-    monkeypatch.setattr("saelens_cosine.metrics.norms.norm_response.tokens_at_once", lambda sae: 7)
+    monkeypatch.setattr("saelens_cosine.metrics.norms.norm_response.tokens_at_once", lambda *_: 7)
     pieces = norm_response(sae, X)
     for one, other in zip(pieces.at_scales, whole.at_scales, strict=True):
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-5)

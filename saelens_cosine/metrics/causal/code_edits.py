@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.metrics.codes import most_at_once
+from saelens_cosine.metrics.codes import most_at_once, tokens_at_once
+from saelens_cosine.metrics.codes import reconstruct as encode_and_decode
 from saelens_cosine.metrics.flat_tokens import flat_heads
 
 CodeChange = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,7 +47,7 @@ def reconstruct(sae: SAE[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     @torch.no_grad()
     def reconstructed(x: torch.Tensor) -> torch.Tensor:
         with flat_heads(sae):
-            parts = [sae.decode(sae.encode(part.to(sae.device))).float().cpu() for part in x.split(most_at_once(sae))]
+            parts = [encode_and_decode(sae, part)[1].float().cpu() for part in x.split(tokens_at_once(sae, x))]
         return torch.cat(parts)
 
     return reconstructed

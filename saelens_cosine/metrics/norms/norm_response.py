@@ -21,9 +21,9 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.metrics.codes import tokens_at_once
+from saelens_cosine.kernels.codes import EntryCodes
+from saelens_cosine.metrics.codes import entry_codes, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
-from saelens_cosine.metrics.not_finite import finite_rows
 
 SCALES = (0.5, 2.0, 5.0)
 """The authors' factors."""
@@ -119,12 +119,12 @@ def norm_response(
     at_scales = [_ScaledCodes(scale, sae) for scale in scales]
     base = _ScaledCodes(1.0, sae)
     with on_flat_tokens(sae):
-        for x in activations.split(tokens_at_once(sae)):
+        for x in activations.split(tokens_at_once(sae, activations)):
             x = x.to(sae.device)
-            codes = sae.encode(x).to_dense().abs()
+            codes = entry_codes(sae, x)
             base.add(codes, codes)
             for scaled in at_scales:
-                scaled.add(codes, sae.encode(centre + scaled.scale * (x - centre)).to_dense().abs())
+                scaled.add(codes, entry_codes(sae, centre + scaled.scale * (x - centre)))
     return NormResponse(
         tokens=len(activations),
         not_finite=max(scaled.not_finite for scaled in (base, *at_scales)),
@@ -195,22 +195,31 @@ class _ScaledCodes:
         self.total = self.joint = self.joint_before = self.joint_expected = 0.0
         self.identical = self.overlap = self.cosine = 0.0
 
-    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        on_before, on_after = before != 0, after != 0
-        both = on_before & on_after
-        shared, either = both.sum(dim=-1), (on_before | on_after).sum(dim=-1)
-        self.tokens += len(after)
-        self.not_finite += int((~finite_rows(before, after)).sum())
-        self.active += int(on_after.sum())
-        self.total += after.sum(dim=-1).cpu().double().sum().item()
-        self.joint += (after * both).sum(dim=-1).cpu().double().sum().item()
-        mass = (before * both).sum(dim=0).cpu().double()
-        self.joint_before += mass.sum().item()
-        self.joint_expected += (mass * self.gain).sum().item()
+    def add(self, before: EntryCodes, after: EntryCodes) -> None:
+        (token, place, size), (token_after, place_after, size_after) = map(_sizes, (before, after))
+        n = len(before)
+        at = torch.searchsorted(place_after, place).clamp_max(max(0, len(place_after) - 1))
+        both = place_after[at] == place if len(place_after) else torch.zeros_like(place, dtype=torch.bool)
+        joint, joint_before = size_after[at[both]], size[both]
+
+        def by_token(of: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+            return torch.bincount(of, values, minlength=n)
+
+        shared = by_token(token[both])
+        either = by_token(token) + by_token(token_after) - shared
+        wrong = by_token(torch.cat([token[~size.isfinite()], token_after[~size_after.isfinite()]]))
+        self.tokens += n
+        self.not_finite += int((wrong > 0).sum())
+        self.active += len(place_after)
+        self.total += size_after.sum().item()
+        self.joint += joint.sum().item()
+        self.joint_before += joint_before.sum().item()
+        self.joint_expected += (joint_before * self.gain[before.entries.features.cpu()[both]]).sum().item()
         self.identical += int((shared == either).sum())
-        self.overlap += (shared.cpu().double() / either.cpu()).nan_to_num(1.0).sum().item()
+        self.overlap += (shared.double() / either).nan_to_num(1.0).sum().item()
         self.with_codes += int((either > 0).sum())
-        self.cosine += torch.nn.functional.cosine_similarity(before, after, dim=-1).cpu().double().sum().item()
+        lengths = (by_token(token, size.square()) * by_token(token_after, size_after.square())).sqrt()
+        self.cosine += (by_token(token[both], joint_before * joint) / lengths)[lengths != 0].sum().item()
 
     @property
     def mean_code(self) -> float:
@@ -231,6 +240,12 @@ class _ScaledCodes:
             cosine=self.defined(_ratio(self.cosine, self.with_codes)),
             l0=self.defined(self.active / self.tokens),
         )
+
+
+def _sizes(codes: EntryCodes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, flat places, ascending, and sizes of the entries, `[N]` each, int64, int64 and float64 on the CPU."""
+    tokens, features = codes.entries.tokens.cpu(), codes.entries.features.cpu()
+    return tokens, tokens * codes.entries.d_sae + features, codes.values.cpu().double().abs()
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE
 
-from saelens_cosine.metrics.codes import code_units, tokens_at_once
+from saelens_cosine.metrics.codes import code_units, reconstruct, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import on_flat_tokens
 from saelens_cosine.metrics.not_finite import finite_rows
 from saelens_cosine.score import wide
@@ -194,7 +194,7 @@ def measure_afa(
     bias_norm = b_dec.norm().item()
     parts: list[torch.Tensor] = []
     with on_flat_tokens(sae):
-        for chunk in activations.split(tokens_at_once(sae)):
+        for chunk in activations.split(tokens_at_once(sae, activations)):
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z
@@ -249,16 +249,13 @@ def _in_decoder_space(sae: SAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, tor
     """Inputs and reconstructions `[tokens, d_in]` as the decoder writes them, and of the coefficients on unit directions
     `[tokens, 3]`: sum of squares, sum of sizes, how many are not 0. Float64 on the CPU."""
     normalised = sae.run_time_activation_norm_fn_in(x.float())
-    codes = sae.encode(x)
     seen: list[torch.Tensor] = []
     with sae.hooks(fwd_hooks=[("hook_sae_recons", lambda out, hook: seen.append(out))]):  # noqa: ARG005
-        sae.decode(codes)
-    codes = codes.to_dense()
-    token, feature = codes.nonzero(as_tuple=True)
-    coefficients = codes[token, feature].cpu().double() * code_units(sae)[feature.cpu()]
+        codes, _ = reconstruct(sae, x)
+    coefficients = codes.values.cpu().double() * code_units(sae)[codes.entries.features.cpu()]
     sums = torch.zeros(len(x), 3, dtype=torch.float64)
     terms = [coefficients.square(), coefficients.abs(), (coefficients != 0).double()]
-    sums.index_add_(0, token.cpu(), torch.stack(terms, dim=-1))
+    sums.index_add_(0, codes.entries.tokens.cpu(), torch.stack(terms, dim=-1))
     return normalised.cpu().double(), seen[0].cpu().double(), sums
 
 
