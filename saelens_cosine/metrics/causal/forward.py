@@ -1,7 +1,8 @@
 """A model's predictions after its activations at a hook are edited, against its clean ones.
 
 Clean activations and predictions are computed once. An edited forward pass starts at the hook where the model can do that, and
-only the tokens whose prediction is read are unembedded. The released code runs the whole model two or three times for each feature
+only the tokens whose prediction is read are unembedded. What comes after them is not run, and where nothing before them changes, and the
+model allows it, what comes before is run once for many edits (`branches`). The released code runs the whole model two or three times for each feature
 and text.
 """
 
@@ -15,11 +16,15 @@ import torch
 
 from saelens_cosine.activations.norm_filter import HighNormFilter
 from saelens_cosine.activations.sample import TokenSample
+from saelens_cosine.metrics.causal.branches import Branches
 from saelens_cosine.metrics.causal.resumed import LOGITS_AT_ONCE, ResumedModel
 from saelens_cosine.metrics.not_finite import NotFiniteError
 
 TOKENS_AT_ONCE = 4096
 """Tokens in one forward pass, or one context if that is longer."""
+
+EDITED_AT_ONCE = 4
+"""So many times the contexts of one forward pass are edited together: of those of one context that are branches, a pass takes more."""
 
 Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`edit(hidden, rows)`: float32 activations `[rows, length, d_in]` of the edits with numbers `rows [rows]`, changed."""
@@ -49,6 +54,7 @@ class CleanRun:
         read (torch.Tensor): `[contexts]` int64, the position of each context whose prediction is compared: its last token.
         hidden (torch.Tensor): `[contexts, length, d_in]`, activations at the hook in the model's dtype, of the head or heads flattened.
         log_probs (torch.Tensor): `[contexts, vocabulary]` float32, the clean prediction.
+        branches (Branches | None): Runs edits of the token that is read at the price of a token each; None for models that cannot.
     """
 
     resumed: ResumedModel
@@ -56,6 +62,7 @@ class CleanRun:
     read: torch.Tensor
     hidden: torch.Tensor
     log_probs: torch.Tensor
+    branches: Branches | None = None
 
     def sample(self, max_norm_multiple: float | None = 10.0) -> TokenSample:
         """The tokens of these contexts, up to the one that is read: what SAEs are measured on and what may be edited.
@@ -94,7 +101,14 @@ class CleanRun:
 
     def at(self, contexts: torch.Tensor, positions: torch.Tensor) -> CleanRun:
         """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
-        return replace(self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions)._predicted()
+        log_probs = self.log_probs.new_empty(len(contexts), self.log_probs.shape[-1])
+        for context in contexts.unique().tolist():
+            rows, end = contexts == context, int(positions[contexts == context].max()) + 1
+            hidden, tokens = self.hidden[[context], :end], self.tokens[[context], :end]
+            log_probs[rows] = self.resumed.log_probs(hidden, tokens, positions[rows].unsqueeze(0)).squeeze(0).cpu()
+        return replace(
+            self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions, log_probs=log_probs
+        )
 
     def alone(self, activations: torch.Tensor) -> CleanRun:
         """Activations `[n, d_in]`, each as the only one of a context with one token, whose own is replaced by it.
@@ -102,10 +116,14 @@ class CleanRun:
         The paper's one-token protocols. Nothing comes before the token, so no attention: a degenerate context.
         """
         hidden = activations.to(self.hidden.dtype).unsqueeze(1)
-        tokens = torch.zeros((len(hidden), 1), dtype=torch.int64)
-        return replace(
-            self, tokens=tokens, hidden=hidden, read=torch.zeros(len(hidden), dtype=torch.int64)
-        )._predicted()
+        tokens, read = torch.zeros((len(hidden), 1), dtype=torch.int64), torch.zeros(len(hidden), dtype=torch.int64)
+        lone = replace(self, tokens=tokens, hidden=hidden, read=read)
+        parts = [
+            lone.resumed.log_probs(hidden[rows], tokens[rows], read[rows]).cpu()
+            for rows in torch.arange(len(hidden)).split(lone._contexts_at_once())
+            if len(rows)  # not every model takes no contexts
+        ]
+        return replace(lone, log_probs=torch.cat([self.log_probs[:0], *parts]))
 
     def predictions(
         self, contexts: torch.Tensor, edit: Edit
@@ -121,14 +139,37 @@ class CleanRun:
         """
         if len(contexts) == 0:
             return
-        for rows in torch.arange(len(contexts)).split(self._contexts_at_once()):
+        read = self.read[contexts]
+        order = (read * len(self.tokens) + contexts).argsort(
+            stable=True
+        )  # those of a context, and of like lengths, together
+        for rows in order.split(EDITED_AT_ONCE * self._contexts_at_once()):
             hidden = self.hidden[contexts[rows]]
             edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
-            changed = (edited != hidden).flatten(1).any(dim=-1)
-            if changed.any():
-                of = contexts[rows[changed]]
-                log_q = self.resumed.log_probs(edited[changed], self.tokens[of], self.read[of])
-                yield rows[changed], self.log_probs[of].to(log_q), log_q
+            differs = (edited != hidden).any(dim=-1)
+            for part, log_q in self._run(contexts[rows], edited, differs):
+                yield rows[part], self.log_probs[contexts[rows[part]]].to(log_q), log_q
+
+    def _run(
+        self, contexts: torch.Tensor, edited: torch.Tensor, differs: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Places among the edits `[b]`, and their predictions, where `differs [b, length]` at any token.
+
+        Several that change nothing but the token read of one context are branches of it.
+        """
+        read, left = self.read[contexts], differs.any(dim=-1)
+        at_end = (differs.sum(dim=-1) == 1) & differs[torch.arange(len(read)), read]
+        for context in contexts[at_end].unique().tolist() if self.branches else []:
+            part = (at_end & (contexts == context)).nonzero().squeeze(-1)
+            if self.branches and len(part) > 1 and self.branches.reach(int(self.read[context]) + 1):
+                left[part] = False
+                ends = edited[part, read[part]]
+                yield part, self.branches.log_probs(self.hidden[context], self.tokens[context], read[part], ends)
+        for part in left.nonzero().squeeze(-1).split(self._contexts_at_once()):
+            if len(part):  # not every model takes no contexts
+                length = int(read[part].max()) + 1  # what comes after has no say
+                tokens = self.tokens[contexts[part], :length]
+                yield part, self.resumed.log_probs(edited[part, :length], tokens, read[part])
 
     def kl(self, contexts: torch.Tensor, edit: Edit) -> torch.Tensor:
         """KL(clean || edited) of the token read, in nats: `[edits]` float64, 0 for edits that change nothing.
@@ -148,15 +189,6 @@ class CleanRun:
     def _contexts_at_once(self) -> int:
         vocabulary = self.log_probs.shape[-1]
         return max(1, min(TOKENS_AT_ONCE // self.tokens.shape[1], LOGITS_AT_ONCE // vocabulary))
-
-    def _predicted(self) -> CleanRun:
-        """With the clean predictions of the tokens now read, from the activations now held."""
-        parts = [
-            self.resumed.log_probs(self.hidden[rows], self.tokens[rows], self.read[rows]).cpu()
-            for rows in torch.arange(len(self.tokens)).split(self._contexts_at_once())
-            if len(rows)  # not every model takes no contexts
-        ]
-        return replace(self, log_probs=torch.cat([self.log_probs[:0], *parts]))
 
 
 def clean_run(
@@ -191,4 +223,4 @@ def clean_run(
         activations, predictions = resumed.run(tokens[rows], read[rows])
         hidden.append(activations.cpu())
         log_probs.append(predictions.cpu())
-    return CleanRun(resumed, tokens, read, torch.cat(hidden), torch.cat(log_probs))
+    return CleanRun(resumed, tokens, read, torch.cat(hidden), torch.cat(log_probs), Branches.of(resumed))

@@ -135,15 +135,16 @@ def direction_norm_patching(
     effect = _Effect(run, sample, context)
     some = draw.rows(rescaled_tokens)
     x = sample.activations[some]
-    turned = torch.randn(x.shape, generator=draw.rng)
+    turned = _with_norm_of(torch.randn(x.shape, generator=draw.rng), x)
+    *scaled, rotated = effect.kls(some, *(factor * x for factor in factors), turned)
     return Patching(
         context=context,
         tokens=len(sample),
         random=effect.patches(*draw.pairs(pairs)),
         same_norm=effect.patches(*draw.pairs(control_pairs, lambda cosine, ratio: (ratio < 1.1) & (cosine < 0.5))),
         same_direction=effect.patches(*draw.pairs(control_pairs, lambda cosine, ratio: (ratio > 1.5) & (cosine > 0.7))),
-        scaled=tuple(ScaledKL(factor, _mean(effect.kl(some, factor * x))) for factor in factors),
-        rotated=_mean(effect.kl(some, _with_norm_of(turned, x))),
+        scaled=tuple(ScaledKL(factor, _mean(kl)) for factor, kl in zip(factors, scaled, strict=True)),
+        rotated=_mean(rotated),
         rescaled_tokens=rescaled_tokens,
     )
 
@@ -187,24 +188,25 @@ class _Effect:
     sample: TokenSample
     context: str
 
-    def kl(self, rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Of `vectors [n, d_in]` in the place of the sample's `rows [n]`."""
-        parts: list[torch.Tensor] = []
-        for part in torch.arange(len(rows)).split(64):  # each has a copy of its context
+    def kls(self, rows: torch.Tensor, *vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Of each of several `vectors [n, d_in]` in the place of the sample's `rows [n]`."""
+        kinds = len(vectors)
+        parts = [torch.zeros(kinds, 0, dtype=torch.float64)]
+        order = self.sample.contexts[rows].argsort(stable=True)  # a context's clean predictions are made together
+        for part in order.split(64):  # each has a copy of its context
             token = rows[part]
             if self.context == "alone":
                 clean = self.run.alone(self.sample.activations[token])
             else:
                 clean = self.run.at(self.sample.contexts[token], self.sample.positions[token])
-            put = _put(clean, vectors[part])
-            parts.append(clean.kl(torch.arange(len(part)), put))
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+            put = _put(clean, torch.cat([of[part] for of in vectors]))
+            parts.append(clean.kl(torch.arange(len(part)).repeat(kinds), put).view(kinds, -1))
+        return list(torch.cat(parts, dim=1)[:, order.argsort()])
 
     def patches(self, a: torch.Tensor, b: torch.Tensor) -> Patches:
         """Of references a and donors b."""
         x, y = self.sample.activations[a], self.sample.activations[b]
-        direction = self.kl(a, _with_norm_of(y, x))
-        norm = self.kl(a, _with_norm_of(x, y))
+        direction, norm = self.kls(a, _with_norm_of(y, x), _with_norm_of(x, y))
         cosine, ratio = _cosine_and_ratio(self.sample, a, b)
         ratios = direction / norm
         return Patches(
@@ -219,8 +221,10 @@ class _Effect:
 
 
 def _put(clean: CleanRun, vectors: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The edit that puts vector i at the token read of context i, counted over and over again."""
+
     def put(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        hidden[torch.arange(len(rows)), clean.read[rows]] = vectors[rows]
+        hidden[torch.arange(len(rows)), clean.read[rows % len(clean.read)]] = vectors[rows]
         return hidden
 
     return put

@@ -122,14 +122,15 @@ class ResumedModel:
         Args:
             hidden: `[n, length, d_in]`, in the model's dtype.
             tokens: `[n, length]`, the contexts that they belong to.
-            read: `[n]`, the position whose prediction is wanted; None for all.
+            read: `[n]` or `[n, m]`, the positions whose predictions are wanted; None for all.
 
         Returns:
-            `[n, vocabulary]`, or `[n, length, vocabulary]` if read is None; float32 whatever the model's dtype.
+            `[n, vocabulary]` or `[n, m, vocabulary]`, or `[n, length, vocabulary]` if read is None; float32 whatever the model's
+            dtype.
         """
         with self._reading(read):
             logits = self.logits(hidden, tokens)
-        return _log_softmax(logits if read is None else logits.squeeze(1))
+        return _log_softmax(logits if read is None or read.ndim == 2 else logits.squeeze(1))
 
     @torch.no_grad()
     def _can_pass_over(self) -> bool:
@@ -161,14 +162,15 @@ class ResumedModel:
 
     @contextmanager
     def _reading(self, read: torch.Tensor | None) -> Generator[None]:
-        """Have only one position of each context unembedded: all logits of a large vocabulary would fill the memory."""
+        """Have only some positions of each context unembedded: all logits of a large vocabulary would fill the memory."""
         if read is None:
             yield
             return
+        places = read.unsqueeze(1) if read.ndim == 1 else read
 
         def pick(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             final, *others = inputs
-            return (final[torch.arange(len(read)), read.to(final.device)].unsqueeze(1), *others)
+            return (final[torch.arange(len(places)).unsqueeze(1), places.to(final.device)], *others)
 
         handle = self._unembedding.register_forward_pre_hook(pick)
         try:
