@@ -58,6 +58,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--deterministic", action="store_true", help="the same bits every time on a GPU too; slower there")
 
 
+def add_profile_option(parser: argparse.ArgumentParser) -> None:
+    """Where the time goes."""
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="say where the time went, part by part, and write profile.json beside the results",
+    )
+
+
 def count(text: str) -> int:
     """An integer, also written 1_500_000, 1e6, 500k or 2M."""
     factor = {"k": 1e3, "m": 1e6, "b": 1e9}.get(text[-1:].lower())

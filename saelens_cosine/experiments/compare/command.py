@@ -14,9 +14,17 @@ from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.summary.page import write_page
 from saelens_cosine.experiments.compare.summary.picture import draw
 from saelens_cosine.experiments.compare.tables import as_tables, write_json
+from saelens_cosine.experiments.profile import profiled, where_time_went
 from saelens_cosine.files.output import Output
 from saelens_cosine.terminal.bar import progress_bar
-from saelens_cosine.terminal.options import add_command, add_run_options, count, multiple, settings_from
+from saelens_cosine.terminal.options import (
+    add_command,
+    add_profile_option,
+    add_run_options,
+    count,
+    multiple,
+    settings_from,
+)
 from saelens_cosine.training.alone import ALONE, Alone
 from saelens_cosine.training.randomness import deterministic_algorithms
 from saelens_cosine.training.recipe import RECIPES
@@ -107,6 +115,7 @@ def add_compare_command(commands: Any) -> None:
     )
     add("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
     add_run_options(parser)
+    add_profile_option(parser)
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -134,20 +143,21 @@ def run_compare(options: Any, processes: Alone = ALONE) -> int:
                 with output.file(name) as path:
                     write(comparison, path)
 
-        comparison = compare(
-            settings,
-            output,
-            overwrite=options.overwrite,
-            resume=options.resume,
-            keep=options.keep,
-            stop_signals=options.stop_on,
-            on_progress=progress,
-            on_point=keep,
-            processes=processes,
-        )
+        with profiled(output if isinstance(output, Output) else None, options.profile) as watch:
+            comparison = compare(
+                settings,
+                output,
+                overwrite=options.overwrite,
+                resume=options.resume,
+                keep=options.keep,
+                stop_signals=options.stop_on,
+                on_progress=progress,
+                on_point=keep,
+                processes=processes,
+            )
     if not processes.first:
         return 0
-    console = print_tables(as_tables(comparison), 110)
+    console = print_tables([*as_tables(comparison), *where_time_went(watch)], 110)
     if not options.quiet:
         say(console, f"Written to {folder}: comparison.html, comparison.json, comparison.png, and a folder per SAE:")
         for arm in comparison.arms[:LISTED]:

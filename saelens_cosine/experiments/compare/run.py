@@ -37,6 +37,9 @@ from saelens_cosine.training.alone import ALONE, Alone
 SUMMARY = ("comparison.json", "comparison.png", "comparison.html")
 """What the command writes beside these folders."""
 
+PROFILE = "profile.json"
+"""And this, if it was profiled."""
+
 
 def compare(
     settings: ComparisonSettings,
@@ -86,7 +89,7 @@ def compare(
             saes = [point.path(arm) for point in points(settings) for arm in settings.arms]
             opened.begin(
                 before=written_before(opened.folder),
-                places=[*SUMMARY, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
+                places=[*SUMMARY, PROFILE, *(f"{sae}/{file}" for sae in saes for file in SAE_FILES)],
                 overwrite=overwrite,
                 resume=resume and begun(opened),
             )

@@ -38,6 +38,7 @@ from saelens_cosine.experiments.evaluate.results.listing import (
 from saelens_cosine.experiments.evaluate.results.matched import MatchedFigure
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
+from saelens_cosine.experiments.profile import profiled, where_time_went
 from saelens_cosine.files.whole import read_json
 from saelens_cosine.metrics.intervals import FEWEST_DOCUMENTS
 from saelens_cosine.report.estimate import short
@@ -45,7 +46,7 @@ from saelens_cosine.report.page import write_page
 from saelens_cosine.saebench import EVALS as SAEBENCH_EVALS
 from saelens_cosine.saebench import Judge
 from saelens_cosine.terminal.bar import progress_bar
-from saelens_cosine.terminal.options import add_command, count, settings_from
+from saelens_cosine.terminal.options import add_command, add_profile_option, count, settings_from
 
 GROUPS = {
     "diagnostics": tuple(name for name in EVALS if name not in SAEBENCH_EVALS),
@@ -153,6 +154,7 @@ def add_evaluate_command(commands: Any) -> None:
         action="store_true",
         help="replace the evaluation.json of other SAEs or settings in the output folder; what it measured is kept",
     )
+    add_profile_option(parser)
     add("--quiet", action="store_true", help="print only the tables")
 
 
@@ -169,7 +171,11 @@ def run_evaluate(options: Any) -> int:
         saebench=_saebench_settings(options.saebench_settings),
         judge=Judge(options.judge_model, options.judge_url),
     )
-    with progress_bar(options.quiet) as progress, open_evaluation(options.output) as output:
+    with (
+        progress_bar(options.quiet) as progress,
+        open_evaluation(options.output) as output,
+        profiled(output, options.profile) as watch,
+    ):
         found = evaluate(
             options.saes,
             settings,
@@ -181,7 +187,7 @@ def run_evaluate(options: Any) -> int:
         )
         with output.file("report.html") as path:
             write_page(evaluation_page(found), path)
-    console = print_tables(as_tables(found), 140)
+    console = print_tables([*as_tables(found), *where_time_went(watch)], 140)
     if not options.quiet:
         say(console, f"Written to {options.output}: evaluation.json, report.html")
     return 0

@@ -212,7 +212,7 @@ class _Measured:
             if kept is None:
                 start = time.perf_counter()
                 try:
-                    result = _measure(row, of)
+                    result = measure(row, of)
                 except saebench.SAEBenchError as error:  # not kept: the next run tries again
                     found.results[chosen] = NotMeasured(without_secrets(str(error)))
                     continue
@@ -230,7 +230,7 @@ class _Results(NamedTuple):
         return _Results(self.results | others.results, self.seconds | others.seconds)
 
 
-def _measure(row: Eval[Any], of: Any) -> Any:
+def measure(row: Eval[Any], of: Any) -> Any:
     """What a measure finds, or why it refuses this SAE or this text; the other evals go on."""
     try:
         return row.read(plain(row.measure(of)))  # in the form that a later run reads

@@ -13,8 +13,8 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import read_json
 
-FILES = ("evaluation.json", "report.html")
-"""What an evaluation gathers its results in. Those in `measured/` are named by their content, and never replaced."""
+FILES = ("evaluation.json", "report.html", "profile.json")
+"""What an evaluation gathers its results in, the last where it was profiled. Those in `measured/` are named by their content, and never replaced."""
 
 NEVER_LOST = ("evals", "device")
 """Settings of which another value loses nothing: evals are compared by name."""

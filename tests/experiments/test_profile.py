@@ -1,0 +1,96 @@
+"""`--profile`: the time between calls goes to the innermost part, and a run says which parts it had."""
+
+import json
+import sys
+
+import pytest
+from small_runs import compare_flags, small_batches, write_text
+
+from saelens_cosine import stopwatch
+from saelens_cosine.cli import main
+from saelens_cosine.experiments.profile import PARTS
+from saelens_cosine.stopwatch import REST, Part, Stopwatch, code_of
+from saelens_cosine.training.recipe import RECIPES
+
+NOW = [0.0]
+
+
+def spend(seconds):
+    NOW[0] += seconds
+
+
+def inner(tokens):
+    spend(3)
+    if tokens:
+        inner(tokens[1:])  # of the same part
+
+
+def outer():
+    spend(1)
+    inner([7, 7])
+    spend(2)
+    raise KeyError
+
+
+def many():
+    for _ in range(2):
+        spend(5)
+        yield
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    NOW[0] = 0.0
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: NOW[0])
+    monkeypatch.setattr(stopwatch, "peak_bytes", lambda: int(10 * NOW[0]))
+
+
+def test_time_goes_to_the_innermost_part(clock):
+    parts = (
+        Part("inner", (inner,), lambda of: len(of["tokens"])),
+        Part(lambda of: "outer", (outer,)),
+        Part("many", (many,)),
+    )
+    before = sys.getprofile()
+    with Stopwatch(parts) as watch:
+        spend(4)
+        with pytest.raises(KeyError):
+            outer()
+        for _ in many():
+            spend(6)
+    assert sys.getprofile() is before
+    spend(100)
+    found = {name: (of.seconds, of.calls, of.tokens, of.peak_growth_bytes) for name, of in watch.spent.items()}
+    # inner calls itself twice more, which is no call from outside; `many` is gone into three times, the last for nothing
+    assert found == {
+        REST: (4 + 2 * 6, 0, 0, 160),
+        "outer": (1 + 2, 1, 0, 30),
+        "inner": (3 * 3, 1, 2, 90),
+        "many": (2 * 5, 3, 0, 100),
+    }
+    assert watch.seconds == 38
+
+
+def test_every_part_has_code_of_its_own():
+    codes = [code_of(function) for part in PARTS for function in part.functions]
+    assert len(set(codes)) == len(codes)
+
+
+def test_compare_and_evaluate_say_where_the_time_went(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
+    text, folder = write_text(tmp_path / "text.jsonl"), tmp_path / "out"
+    assert main(["compare", *compare_flags(text, folder, seeds=1), "--profile"]) == 0
+    assert "language model" in capsys.readouterr().out
+    found = json.loads((folder / "profile.json").read_text())
+    assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["seconds"])
+    for arm in ("cosine_batchtopk", "inner_product_topk"):
+        assert found["parts"][f"steps of {arm}"]["tokens"] == 1024
+    # training, held-out tokens, and what the loss of each SAE and none takes; one buffer ahead at most
+    assert found["parts"]["language model"]["tokens"] >= 1024 + 320
+    for name in ("loading the model", "reading and tokenising text", "mixing buffer", "pictures and pages"):
+        assert found["parts"][name]["calls"] > 0
+    few = ["--evals", "reconstruction", "--tokens", "320", "--sinks", "drop", "--quiet", "--profile"]
+    assert main(["evaluate", str(folder), *few, "--output", str(tmp_path / "evaluated")]) == 0
+    found = json.loads((tmp_path / "evaluated" / "profile.json").read_text())
+    assert found["parts"]["eval reconstruction"]["calls"] == 2
+    assert 320 <= found["parts"]["language model"]["tokens"] < 400  # and the few that a model is tried with
