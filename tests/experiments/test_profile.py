@@ -2,12 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
+from sae_lens.saes.topk_sae import TopKTrainingSAE
 from small_runs import compare_flags, small_batches, write_text
 
 from saelens_cosine import stopwatch
 from saelens_cosine.cli import main
+from saelens_cosine.experiments.benchmark import command
+from saelens_cosine.experiments.benchmark import pipeline as pipeline_module
+from saelens_cosine.experiments.benchmark.pipeline import pipeline
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.profile import PARTS
 from saelens_cosine.stopwatch import REST, Part, Stopwatch, code_of
 from saelens_cosine.training.recipe import RECIPES
@@ -94,3 +101,58 @@ def test_compare_and_evaluate_say_where_the_time_went(tmp_path, monkeypatch, cap
     found = json.loads((tmp_path / "evaluated" / "profile.json").read_text())
     assert found["parts"]["eval reconstruction"]["calls"] == 2
     assert 320 <= found["parts"]["language model"]["tokens"] < 400  # and the few that a model is tried with
+
+
+def test_a_pipeline_is_timed_beside_its_floor_and_saelens(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "paper", small_batches)
+    monkeypatch.setattr(pipeline_module, "FLOOR_SECONDS", 0.01)
+    settings = ComparisonSettings(
+        arms=("cosine_batchtopk", "inner_product_topk"),
+        dataset=str(write_text(tmp_path / "text.jsonl")),
+        layer=0,
+        tokens=1024,
+        k=4,
+        d_sae=24,
+        context_size=32,
+        eval_tokens=320,
+    )
+    runners = []
+    own = pipeline_module.MultiSAETrainingRunner
+
+    def spied(config, **given):
+        runners.append(own(config, **given))
+        return runners[-1]
+
+    monkeypatch.setattr(pipeline_module, "MultiSAETrainingRunner", spied)
+    found = pipeline(settings)
+    (runner,) = runners
+    assert [type(sae) for sae in runner.saes.values()] == [BatchTopKTrainingSAE, TopKTrainingSAE]
+    assert found.watch.spent["steps of cosine_batchtopk"].tokens == 1024
+    assert "steps of batchtopk" not in found.watch.spent  # SAELens' are timed as a whole
+    assert min(found.model_seconds, found.sae_seconds, found.saelens_seconds) > 0
+    found.write(tmp_path / "pipeline.json")
+    written = json.loads((tmp_path / "pipeline.json").read_text())
+    assert written["floor_seconds"] == pytest.approx(written["model_seconds"] + written["sae_seconds"])
+    assert found.ratio_to_floor == pytest.approx(written["seconds"] / written["floor_seconds"])
+    for wrong, named in (
+        ({"k": (4, 8)}, "one point"),
+        ({"arms": ("cosine_standard",)}, "cosine_standard ends in none"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            pipeline(replace(settings, **wrong))
+
+
+def test_benchmark_has_the_pipeline_of_the_default_comparison(monkeypatch, tmp_path):
+    asked = []
+
+    class Found:
+        def tables(self):
+            return []
+
+        def write(self, path):
+            asked.append(path)
+
+    monkeypatch.setattr(command, "pipeline", lambda settings, progress: asked.append(settings) or Found())
+    place = tmp_path / "pipeline.json"
+    assert main(["benchmark", "--pipeline", "--tokens", "50k", "--json", str(place), "--quiet"]) == 0
+    assert asked == [ComparisonSettings(tokens=50_000), place]

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from saelens_cosine.console import print_tables
+from saelens_cosine.experiments.benchmark.pipeline import pipeline
 from saelens_cosine.experiments.benchmark.run import benchmark
 from saelens_cosine.experiments.benchmark.settings import DTYPES, BenchmarkSettings
+from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.terminal.bar import progress_bar
-from saelens_cosine.terminal.options import add_command, settings_from
+from saelens_cosine.terminal.options import add_command, count, settings_from
 
 
 def add_benchmark_command(commands: Any) -> None:
@@ -39,6 +41,13 @@ def add_benchmark_command(commands: Any) -> None:
         action="store_true",
         help="under torchrun: a step over its ranks, and what it moves between them",
     )
+    add(
+        "--pipeline",
+        action="store_true",
+        help="time `compare` with its defaults from text to page, part by part, beside its floor and SAELens' own runner; takes --tokens, "
+        "--device, --json",
+    )
+    add("--tokens", type=count, default=ComparisonSettings.tokens, help="with --pipeline: training tokens of each SAE")
 
 
 def run_benchmark(options: Any) -> int:
@@ -48,7 +57,10 @@ def run_benchmark(options: Any) -> int:
             "--distributed measures several ranks: torchrun --nproc-per-node 2 -m saelens_cosine benchmark --distributed."
         )
     with progress_bar(options.quiet) as progress:
-        result = benchmark(settings_from(BenchmarkSettings, options), progress)
+        if options.pipeline:
+            result = pipeline(ComparisonSettings(tokens=options.tokens, device=options.device), progress)
+        else:
+            result = benchmark(settings_from(BenchmarkSettings, options), progress)
     print_tables(result.tables(), 140)
     if options.json:
         result.write(options.json)

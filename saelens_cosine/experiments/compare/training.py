@@ -160,7 +160,6 @@ class Setting:
 
     def _runner(self, training: Training) -> tuple[MultiSAETrainingRunner, Any, dict[str, Any]]:
         settings, model, seed = self.settings, self.model, training.point.seed
-        size = context_size(settings, model)
         rate = {} if training.lr is None else {"lr": training.lr}
         config = multi_runner_config(
             {arm: arm for arm in training.arms},
@@ -170,19 +169,8 @@ class Setting:
             training_tokens=settings.tokens,
             recipe=settings.recipe,
             sae={"device": settings.device, "reshape_activations": _reshape(model.hook_name)},
-            hook_names=model.hook_name,
-            model_name=model.name,
-            model_class_name=model.class_name,
-            model_from_pretrained_kwargs=model.kwargs,
-            dataset_path=settings.dataset,
-            context_size=size,
-            n_batches_in_buffer=max(1, buffer_tokens(settings, model.d_in) // size),
-            store_batch_size_prompts=CONTEXTS_AT_ONCE,
-            device=settings.device,
             seed=seed,
-            logger=LoggingConfig(log_to_wandb=False),
-            checkpoint_path=None,
-            output_path=None,
+            **stream(settings, model),
             **rate,
         )
         saes: dict[str, Any] = {}
@@ -198,6 +186,25 @@ class Setting:
         )
         take_next_norms(runner)
         return runner, config, saes
+
+
+def stream(settings: ComparisonSettings, model: HookedModel) -> dict[str, Any]:
+    """What SAELens' multi-SAE runner is told of the activations that all arms are trained on; it writes nothing itself."""
+    size = context_size(settings, model)
+    return {
+        "hook_names": model.hook_name,
+        "model_name": model.name,
+        "model_class_name": model.class_name,
+        "model_from_pretrained_kwargs": model.kwargs,
+        "dataset_path": settings.dataset,
+        "context_size": size,
+        "n_batches_in_buffer": max(1, buffer_tokens(settings, model.d_in) // size),
+        "store_batch_size_prompts": CONTEXTS_AT_ONCE,
+        "device": settings.device,
+        "logger": LoggingConfig(log_to_wandb=False),
+        "checkpoint_path": None,
+        "output_path": None,
+    }
 
 
 def buffer_tokens(settings: ComparisonSettings, d_in: int) -> int:
