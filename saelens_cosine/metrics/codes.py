@@ -33,7 +33,7 @@ FEWEST_TOKENS = 256
 
 def tokens_at_once(sae: SAE[Any], activations: torch.Tensor | None = None) -> int:
     """Tokens whose dense codes are held at a time; more where codes of these activations are found without."""
-    if activations is not None and _by_entry(sae, activations):
+    if activations is not None and found_by_entry(sae, activations):
         return ENTRY_TOKENS
     return max(FEWEST_TOKENS, CODES_AT_ONCE // sae.cfg.d_sae)
 
@@ -107,7 +107,7 @@ def _longer(array: Any, length: int) -> Any:
     return longer
 
 
-def _by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
+def found_by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
     """Whether codes are found entry by entry, without the dense ones: of an SAE of ours whose `encode` is ours, and no length that overflows."""
     if not isinstance(sae, ScoredSAE) or "encode" in vars(sae) or not defined_together(sae, "encode", "encode_sparse"):
         return False
@@ -118,7 +118,7 @@ def _by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
 
 def _encode(sae: SAE[Any], x: torch.Tensor) -> EntryCodes | torch.Tensor:
     """Codes of `x [tokens, d_in]`, on the SAE's device: their entries where these are found without the dense ones."""
-    return EntryCodes(*encode_entries(sae, x)) if _by_entry(sae, x) else sae.encode(x).to_dense()
+    return EntryCodes(*encode_entries(sae, x)) if found_by_entry(sae, x) else sae.encode(x).to_dense()
 
 
 def _compressed(codes: EntryCodes | torch.Tensor) -> EntryCodes:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from saelens_cosine.metrics.codes import most_at_once
+from saelens_cosine.metrics.codes import found_by_entry, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import flat_heads
+from saelens_cosine.saes.encoding import scores_above
+
+SAMPLE_TOKENS = 2048
+"""From whose scores the floor of all is taken."""
+
+SPARE = 1.5
+"""So many times as many of the sample's scores as are wanted lie above the floor."""
 
 
 class Threshold(NamedTuple):
@@ -42,17 +50,10 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
     if not 0 < target_l0 < sae.cfg.d_sae:
         raise ValueError(f"target_l0={target_l0} must be above 0 and below d_sae={sae.cfg.d_sae}.")
     wanted = max(1, round(target_l0 * len(activations)))
-    chunks: list[torch.Tensor] = []
-    held, floor = 0, 0.0
     with flat_heads(sae):
-        for x in activations.split(most_at_once(sae)):
-            scores = _scores(sae, x.to(sae.device))
-            chunks.append(scores[(scores > 0) & (scores >= floor)])
-            held += chunks[-1].numel()
-            if held > 2 * wanted:
-                chunks = [_largest(torch.cat(chunks), wanted)]
-                held, floor = chunks[0].numel(), chunks[0].min().item()
-    scores = torch.cat(chunks)
+        scores = _by_entry(sae, activations, target_l0, wanted)
+        if scores is None:
+            scores = _from_dense(sae, activations, wanted)
     active, value = len(scores), 0.0
     if active >= wanted:
         cut = scores.topk(wanted, sorted=False).values.min()
@@ -74,11 +75,46 @@ def fit_threshold(sae: SAE[Any], activations: torch.Tensor, target_l0: float) ->
     return Threshold(value, active / len(activations))
 
 
+def _from_dense(sae: SAE[Any], activations: torch.Tensor, wanted: int) -> torch.Tensor:
+    """The `wanted` largest positive scores, or all where there are fewer, with what decides between them and the next."""
+    chunks: list[torch.Tensor] = []
+    held, floor = 0, 0.0
+    for x in activations.split(tokens_at_once(sae)):
+        scores = _scores(sae, x)
+        chunks.append(scores[(scores > 0) & (scores >= floor)])
+        held += chunks[-1].numel()
+        if held > 2 * wanted:
+            chunks = [_largest(torch.cat(chunks), wanted)]
+            held, floor = chunks[0].numel(), chunks[0].min().item()
+    return torch.cat(chunks)
+
+
+def _by_entry(sae: SAE[Any], activations: torch.Tensor, target_l0: float, wanted: int) -> torch.Tensor | None:
+    """The same, and some more, found without the dense scores of all tokens; None where that cannot be.
+
+    A sample says which scores can be among them.
+    """
+    if not found_by_entry(sae, activations):
+        return None
+    sample = activations[:: max(1, len(activations) // SAMPLE_TOKENS)]
+    scores = torch.cat([_scores(sae, x).flatten() for x in sample.split(tokens_at_once(sae))])
+    spare = math.ceil(SPARE * target_l0 * len(sample))
+    if spare >= len(scores):
+        return None
+    floor = scores.topk(spare, sorted=False).values.min().clamp_min(0)
+    parts = [scores_above(sae, x.to(sae.device), floor) for x in activations.split(tokens_at_once(sae, activations))]
+    found = torch.cat(parts)
+    if len(found) <= wanted:
+        return None
+    cut = found.topk(wanted, sorted=False).values.min()
+    return found if bool((found < cut).any()) else None
+
+
 def _scores(sae: SAE[Any], x: torch.Tensor) -> torch.Tensor:
     """Pre-activations `[tokens, d_sae]` as they meet the threshold."""
     seen: list[torch.Tensor] = []
     with sae.hooks(fwd_hooks=[("hook_sae_acts_pre", lambda scores, hook: seen.append(scores))]):  # noqa: ARG005
-        sae.encode(x)
+        sae.encode(x.to(sae.device))
     return seen[0]
 
 

@@ -15,7 +15,7 @@ from saelens_cosine.kernels.autograd import EntryScores, ScoredBatch
 from saelens_cosine.kernels.codes import EntryCodes, ScoresOnDemand
 from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.kernels.filter import TILE_TOKENS, Rounded
-from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs, few_positive_of_each, on_gpu
+from saelens_cosine.kernels.selection import Encoder, Scored, UnitInputs, above, few_positive_of_each, on_gpu
 from saelens_cosine.kernels.terms import ScoreTerms
 from saelens_cosine.kernels.whole import HERE
 from saelens_cosine.saes.path import decline_reason, defined_together
@@ -178,6 +178,13 @@ def encode_entries(sae: ScoredEncoder, x: torch.Tensor) -> tuple[Entries, torch.
     return _entries(sae, sae.process_sae_in(x))
 
 
+@torch.no_grad()
+def scores_above(sae: ScoredEncoder, x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """The scores of `x [tokens, d_in]` above a floor `[]` of 0 or more, `[N]`, whatever the SAE selects; for one whose `decline_reason` is None."""
+    inputs = _unit_inputs(sae.process_sae_in(x))
+    return above(inputs, _encoder(sae, len(x))[0], floor).score
+
+
 def _entries(sae: ScoredEncoder, x_centered: torch.Tensor) -> tuple[Entries, torch.Tensor]:
     if decline_reason(sae, x_centered) is None:
         scored = _select(sae, x_centered).scored
@@ -211,14 +218,18 @@ def _select(sae: ScoredEncoder, x_centered: torch.Tensor) -> Selected:
     device = x_centered.device.type
     product_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
-        norm = centred_norm(x_centered)
-        inputs = UnitInputs(x_centered / norm, norm.log().squeeze(-1))
+        inputs = _unit_inputs(x_centered)
         encoder, inverse_square = _encoder(sae, len(x_centered), product_dtype=product_dtype)
         select = sae.entry_selector(len(x_centered))
         assert select is not None, "asked of an SAE that declines"
         hint = sae.floor_hint if sae.floor_hint is None or sae.floor_hint.isfinite() else None
         scored, sae.floor_hint = select(inputs, encoder, hint)
     return Selected(scored, inputs, inverse_square)
+
+
+def _unit_inputs(x_centered: torch.Tensor) -> UnitInputs:
+    norm = centred_norm(x_centered)
+    return UnitInputs(x_centered / norm, norm.log().squeeze(-1))
 
 
 @torch.no_grad()

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from helpers import (
+    D_IN,
     make_activations,
+    make_sae,
+    save_inference,
 )
 from rescore_cases import build, by_hand, trained
 
@@ -38,7 +41,7 @@ def test_scores_with_nothing_between_them():
 
 
 def test_ties_across_chunks(monkeypatch):
-    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 1)
+    monkeypatch.setattr(threshold, "tokens_at_once", lambda *_: 1)
     sae, x = jumprelu_of([[5.0, 2.0, 1.0, -1.0], [5.0, 1.0, 1.0, -1.0]])
     # one code of 2 tokens: both fives or neither
     assert fit_threshold(sae, x, 0.5).l0 == 0
@@ -63,7 +66,7 @@ def test_chunks_do_not_matter(d_sae, monkeypatch):
     whole = fit_threshold(sae, x, 1.25)
     scores = (x @ weights["W_enc"]).flatten().sort(descending=True).values
     assert scores[375] < whole.value < scores[374]  # 375 of 300 tokens
-    monkeypatch.setattr(threshold, "most_at_once", lambda sae: 7)
+    monkeypatch.setattr(threshold, "tokens_at_once", lambda *_: 7)
     in_chunks = fit_threshold(sae, x, 1.25)
     assert in_chunks.l0 == whole.l0 == 1.25
     assert in_chunks.value == pytest.approx(whole.value, rel=1e-6)
@@ -73,3 +76,27 @@ def test_no_threshold_to_fit():
     for sae in (by_hand(), trained("cosine_batchtopk"), trained("jumprelu")):
         with pytest.raises(ValueError, match=f"{type(sae).__name__} is no inference form with thresholds"):
             fit_threshold(sae, torch.zeros(1, sae.cfg.d_in), 1.0)
+
+
+@pytest.mark.parametrize("name", ["cosine_batchtopk", "per_feature_cosine_batchtopk", "magnitude_bypass_batchtopk"])
+def test_our_saes_are_fitted_without_all_dense_scores(name, tmp_path, monkeypatch):
+    sae = save_inference(make_sae(name, d_sae=200), tmp_path)
+    x = make_activations(3000, D_IN, seed=4, spread=0.5)
+    seen = []
+    monkeypatch.setattr(threshold, "_scores", lambda sae, x, own=threshold._scores: seen.append(len(x)) or own(sae, x))
+    found = fit_threshold(sae, x, 6.0)
+    x_c = (x - sae.b_dec).double()
+    a, w = sae.norm_exponent.double(), sae.W_enc.double()
+    scores = x_c.norm(dim=-1, keepdim=True) ** (a - 1) * (x_c @ w) + sae.b_enc.double()
+    above, below = scores.flatten().sort(descending=True).values[[17_999, 18_000]]
+    assert below < found.value < above
+    assert found.l0 == 6.0
+    assert sum(seen) == 3000  # a sample of these few tokens is all of them
+    seen.clear()
+    monkeypatch.setattr(threshold, "SAMPLE_TOKENS", 300)
+    again = fit_threshold(sae, x, 6.0)
+    assert sum(seen) == 300
+    assert again.value == pytest.approx(found.value, rel=1e-5)
+    # a sample that says too high a floor
+    monkeypatch.setattr(threshold, "SPARE", 0.5)
+    assert fit_threshold(sae, x, 6.0).value == pytest.approx(found.value, rel=1e-5)
