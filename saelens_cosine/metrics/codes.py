@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 from scipy.sparse import get_index_dtype
@@ -16,7 +17,8 @@ from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.metrics.flat_tokens import check_eval_mode, flat_heads
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.encoding import encode_entries
-from saelens_cosine.saes.path import SPARSE_ENOUGH, decline_reason, defined_together
+from saelens_cosine.saes.jumprelu_sae import CosineJumpReLUSAE, CosineJumpReLUSAEConfig
+from saelens_cosine.saes.path import SPARSE_ENOUGH, decline_reason, defined_together, has_hooks
 from saelens_cosine.saes.scored_encoder import rescales_by_decoder_norm
 from saelens_cosine.saes.scored_sae import ScoredSAE
 from saelens_cosine.score import wide
@@ -33,7 +35,7 @@ FEWEST_TOKENS = 256
 
 def tokens_at_once(sae: SAE[Any], activations: torch.Tensor | None = None) -> int:
     """Tokens whose dense codes are held at a time; more where codes of these activations are found without."""
-    if activations is not None and found_by_entry(sae, activations):
+    if activations is not None and scored_form(sae, activations) is not None:
         return ENTRY_TOKENS
     return max(FEWEST_TOKENS, CODES_AT_ONCE // sae.cfg.d_sae)
 
@@ -107,18 +109,41 @@ def _longer(array: Any, length: int) -> Any:
     return longer
 
 
-def found_by_entry(sae: SAE[Any], activations: torch.Tensor) -> TypeGuard[ScoredSAE]:
-    """Whether codes are found entry by entry, without the dense ones: of an SAE of ours whose `encode` is ours, and no length that overflows."""
-    if not isinstance(sae, ScoredSAE) or "encode" in vars(sae) or not defined_together(sae, "encode", "encode_sparse"):
-        return False
-    if decline_reason(sae, activations[:1].to(sae.device)) is not None:
-        return False
-    return bool(activations.norm(dim=-1).isfinite().all())
+def scored_form(sae: SAE[Any], activations: torch.Tensor) -> ScoredSAE | None:
+    """What finds an SAE's codes entry by entry, without the dense ones; None where nothing does.
+
+    That is an SAE of ours itself, if its `encode` is ours and no length overflows, and of SAELens' own JumpReLU the same function as a
+    cosine score with an exponent of 1, which shares its weights.
+    """
+    if "encode" in vars(sae):
+        return None
+    form = _as_scored(sae) if type(sae) is JumpReLUSAE else sae
+    if not isinstance(form, ScoredSAE) or not defined_together(form, "encode", "encode_sparse"):
+        return None
+    if decline_reason(form, activations[:1].to(sae.device)) is not None:
+        return None
+    return form if bool(activations.norm(dim=-1).isfinite().all()) else None
+
+
+def _as_scored(sae: JumpReLUSAE) -> ScoredSAE | None:
+    cfg = sae.cfg
+    if cfg.normalize_activations != "none" or has_hooks(sae):  # pyright: ignore[reportArgumentType]  (it asks for hook points alone)
+        return None
+    dtype = str(sae.W_enc.dtype).removeprefix("torch.")
+    shape = CosineJumpReLUSAEConfig(cfg.d_in, cfg.d_sae, dtype, "meta", apply_b_dec_to_input=cfg.apply_b_dec_to_input)
+    with torch.device("meta"):  # no room, and no random numbers
+        form = CosineJumpReLUSAE(shape)
+    for name, parameter in sae.named_parameters():
+        setattr(form, name, parameter)
+    form.norm_exponent = torch.nn.Parameter(torch.ones((), device=sae.device))
+    form.device = sae.device
+    return form
 
 
 def _encode(sae: SAE[Any], x: torch.Tensor) -> EntryCodes | torch.Tensor:
     """Codes of `x [tokens, d_in]`, on the SAE's device: their entries where these are found without the dense ones."""
-    return EntryCodes(*encode_entries(sae, x)) if found_by_entry(sae, x) else sae.encode(x).to_dense()
+    form = scored_form(sae, x)
+    return sae.encode(x).to_dense() if form is None else EntryCodes(*encode_entries(form, x))
 
 
 def _compressed(codes: EntryCodes | torch.Tensor) -> EntryCodes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens.saes.sae import SAE, TrainingSAE
 
-from saelens_cosine.metrics.codes import found_by_entry, tokens_at_once
+from saelens_cosine.metrics.codes import scored_form, tokens_at_once
 from saelens_cosine.metrics.flat_tokens import flat_heads
 from saelens_cosine.saes.encoding import scores_above
 
@@ -94,7 +94,8 @@ def _by_entry(sae: SAE[Any], activations: torch.Tensor, target_l0: float, wanted
 
     A sample says which scores can be among them.
     """
-    if not found_by_entry(sae, activations):
+    form = scored_form(sae, activations)
+    if form is None:
         return None
     sample = activations[:: max(1, len(activations) // SAMPLE_TOKENS)]
     scores = torch.cat([_scores(sae, x).flatten() for x in sample.split(tokens_at_once(sae))])
@@ -102,7 +103,7 @@ def _by_entry(sae: SAE[Any], activations: torch.Tensor, target_l0: float, wanted
     if spare >= len(scores):
         return None
     floor = scores.topk(spare, sorted=False).values.min().clamp_min(0)
-    parts = [scores_above(sae, x.to(sae.device), floor) for x in activations.split(tokens_at_once(sae, activations))]
+    parts = [scores_above(form, x.to(sae.device), floor) for x in activations.split(tokens_at_once(sae, activations))]
     found = torch.cat(parts)
     if len(found) <= wanted:
         return None

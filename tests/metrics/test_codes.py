@@ -4,11 +4,12 @@ import pytest
 import torch
 from encode_sparse_cases import ALL, D, F, make  # noqa: F401
 from helpers import assert_close, make_activations, make_sae, save_inference
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 from saelens_cosine.kernels.codes import EntryCodes
 from saelens_cosine.kernels.entries import Entries
 from saelens_cosine.metrics import codes
-from saelens_cosine.metrics.codes import reconstruct, sparse_codes
+from saelens_cosine.metrics.codes import reconstruct, scored_form, sparse_codes
 from saelens_cosine.metrics.not_finite import NotFiniteError
 from saelens_cosine.saes.path import decline_reason
 from saelens_cosine.saes.scored_sae import ScoredSAE
@@ -66,3 +67,32 @@ def test_a_code_of_zero_is_none():
     assert found.entries.tokens.tolist() == [0, 2]
     assert found.entries.features.tolist() == [1, 0]
     assert found.values[0] == 2
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_saelens_own_jumprelu_is_encoded_entry_by_entry(centred, monkeypatch):
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=61, apply_b_dec_to_input=centred))
+    rng = torch.Generator().manual_seed(3)
+    for name, parameter in sae.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng) * (0.3 if name == "b_enc" else 1)
+    sae.threshold.data = torch.linspace(-1, 6, 61)
+    x = make_activations(500, D, seed=5, spread=1.0)
+    x_c = (x - sae.b_dec if centred else x).double()
+    scores = x_c @ sae.W_enc.double() + sae.b_enc.double()
+    expected = scores.relu() * (scores > sae.threshold.double())
+    encode = JumpReLUSAE.encode
+    monkeypatch.setattr(JumpReLUSAE, "encode", lambda *_: pytest.fail("all codes were made"))
+    found = torch.from_numpy(sparse_codes(sae, x).toarray())
+    assert_close(found, expected.float(), 1e-5)
+    entries, x_hat = reconstruct(sae, x)
+    assert_close(x_hat, (expected @ sae.W_dec.double() + sae.b_dec.double()).float(), 1e-5)
+    assert len(entries.values) == int((expected != 0).sum())
+    # what is not this function, or is seen by somebody, is asked itself
+    monkeypatch.setattr(JumpReLUSAE, "encode", encode)
+    seen = []
+    with sae.hooks(fwd_hooks=[("hook_sae_acts_post", lambda codes, hook: seen.append(codes))]):
+        sparse_codes(sae, x)
+    assert seen
+    normalised = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=61, normalize_activations="layer_norm"))
+    assert scored_form(normalised, x) is None
+    assert scored_form(sae.bfloat16(), x) is None

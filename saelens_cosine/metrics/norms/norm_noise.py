@@ -78,6 +78,7 @@ def norm_noise(
     high: float = NOISE[1],
     seed: int = 0,
     about: About = "zero",
+    clean_of: NormNoise | None = None,
 ) -> NormNoise:
     """Reconstruct activations that are scaled by random factors, with the threshold as it is and fitted again.
 
@@ -90,6 +91,7 @@ def norm_noise(
         high: largest.
         seed: of the factors.
         about: what stays in place, as in `norm_response`.
+        clean_of: what was found of this SAE on these activations before: what does not depend on factors is taken from there.
 
     Raises:
         ValueError: no activations, factors that are not positive or in the wrong order, `about="b_dec"` as in `norm_response`, or
@@ -99,11 +101,15 @@ def norm_noise(
         raise ValueError(f"low={low}, high={high}: 0 < low <= high is needed.")
     factors = torch.rand(len(activations), 1, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
     centre = centre_of(sae, about).to(activations)
-    kinds = (activations, centre + (activations - centre) * factors.to(activations))
+    scaled = centre + (activations - centre) * factors.to(activations)
     refits = hasattr(sae, "threshold") and not isinstance(sae, TrainingSAE)
-    clean, noisy = (_fit(sae, x) for x in kinds)
+    clean, noisy = clean_of.clean if clean_of else _fit(sae, activations), _fit(sae, scaled)
     fits = 0 < clean.l0 < sae.cfg.d_sae and not clean.not_finite and not noisy.not_finite
-    refitted = [_fit(with_threshold_for(sae, x, clean.l0)[0], x) for x in kinds] if refits and fits else []
+    clean_refitted = noisy_refitted = None
+    if refits and fits:
+        known = clean_of.clean_refitted if clean_of else None
+        clean_refitted = known or _refit(sae, activations, clean.l0)
+        noisy_refitted = _refit(sae, scaled, clean.l0)
     return NormNoise(
         tokens=len(activations),
         about=about,
@@ -112,10 +118,10 @@ def norm_noise(
         seed=seed,
         clean=clean,
         noisy=noisy,
-        clean_refitted=refitted[0] if refitted else None,
-        noisy_refitted=refitted[1] if refitted else None,
+        clean_refitted=clean_refitted,
+        noisy_refitted=noisy_refitted,
         drop=clean.fve - noisy.fve,
-        drop_refitted=refitted[0].fve - refitted[1].fve if refitted else None,
+        drop_refitted=clean_refitted.fve - noisy_refitted.fve if clean_refitted and noisy_refitted else None,
     )
 
 
@@ -129,3 +135,7 @@ def with_threshold_for(sae: SAE[Any], activations: torch.Tensor, target_l0: floa
 def _fit(sae: SAE[Any], activations: torch.Tensor) -> NoiseFit:
     measured = evaluate_reconstruction(sae, activations)
     return NoiseFit(measured.fve, measured.l0, measured.not_finite)
+
+
+def _refit(sae: SAE[Any], activations: torch.Tensor, target_l0: float) -> NoiseFit:
+    return _fit(with_threshold_for(sae, activations, target_l0)[0], activations)

@@ -43,7 +43,8 @@ def _measure(subject: Subject) -> BySinks[Scaled]:
         about_0 = norm_response(sae, x), norm_noise(sae, x)
         if scores_about(sae) is None:
             return Scaled(*about_0)
-        return Scaled(*about_0, norm_response(sae, x, about="b_dec"), norm_noise(sae, x, about="b_dec"))
+        noise = norm_noise(sae, x, about="b_dec", clean_of=about_0[1])
+        return Scaled(*about_0, norm_response(sae, x, about="b_dec"), noise)
 
     return BySinks(**subject.by_treatment(of))
 
