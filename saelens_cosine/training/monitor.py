@@ -12,7 +12,10 @@ import torch
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput, TrainStepOutput
 
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
+from saelens_cosine.saes.encoding import fast_encode
+from saelens_cosine.saes.path import use_fast_path
 from saelens_cosine.saes.recipe.training_sae import not_finite
+from saelens_cosine.saes.scored_sae import ScoredTrainingSAE
 
 
 @dataclass(frozen=True)
@@ -204,17 +207,28 @@ class TrainingMonitor:
         sae = self.saes[name]
         x = x[:1024].to(sae.device)
         with torch.autocast(x.device.type, enabled=False):
-            codes = sae.encode(x)
+            codes, active = _codes(sae, x)
             fve = explained_variance(x, sae.decode(codes))
         metrics: dict[str, torch.Tensor] = getattr(sae, "training_metrics", dict)()
         self.log[name].append(
             TrainingLogEntry(
                 training_tokens=training_tokens,
                 fve=fve,
-                l0=(codes.to_dense() != 0).sum(dim=-1).float().mean().item(),
+                l0=active / len(x),
                 metrics={key: value.item() for key, value in metrics.items()},
             )
         )
+
+
+def _codes(sae: TrainingSAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Codes of `x [tokens, d_in]`, by entries where the SAE trains so, and how many are active. What speeds up its next step stays as it is."""
+    if not isinstance(sae, ScoredTrainingSAE) or not use_fast_path(sae, x):
+        codes = sae.encode(x)
+        return codes, int((codes.to_dense() != 0).sum())
+    hint = sae.floor_hint
+    codes, _ = fast_encode(sae, x)
+    sae.floor_hint = hint
+    return codes, int((codes.values != 0).sum())
 
 
 def _no_step(sae: TrainingSAE[Any], step_input: TrainStepInput) -> TrainStepOutput:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import HOOK, make_config, tiny_dataset
+from helpers import HOOK, make_activations, make_config, make_sae, tiny_dataset
 from sae_lens import LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 
@@ -85,3 +85,21 @@ def test_a_forward_pass_within_its_own_counts_once(model):
     # top-AFA on normalised activations calls itself with these
     monitor, _, _ = watched(model, "layer_norm", ["top_afa"], every_steps=3)
     assert [entry.training_tokens for entry in monitor.log["top_afa"]] == [0, 192, 384]
+
+
+def test_an_entry_is_measured_as_the_sae_trains_and_leaves_its_next_step_alone(monkeypatch):
+    sae, dense = (make_sae("cosine_batchtopk", d_sae=200, kernels=kernels).train() for kernels in ("fast", "reference"))
+    x = make_activations(300, sae.cfg.d_in, seed=2)
+    with torch.no_grad():
+        codes = dense.encode(x)
+        error = (x - dense.decode(codes)).double()
+    by_hand = 1 - error.var(0, correction=0).sum() / x.double().var(0, correction=0).sum()
+    monkeypatch.setattr(type(sae), "encode", lambda *_: pytest.fail("dense codes were made"))
+    monitor = TrainingMonitor({"arm": sae}, {"arm": HOOK})
+    monitor.log["arm"] = []
+    sae.floor_hint = hint = torch.tensor(0.1)
+    monitor.record("arm", x, 0)
+    (entry,) = monitor.log["arm"]
+    assert entry.fve == pytest.approx(by_hand.item(), abs=1e-5)
+    assert entry.l0 == codes.count_nonzero() / 300
+    assert sae.floor_hint is hint
