@@ -153,6 +153,7 @@ def test_real_model_tutorial_runs_shrunk_and_keeps_its_figures(tmp_path):
     assert [float(l0) for l0 in row.split()] == pytest.approx([2, 4, 8, 2, 4, 8], rel=0.6)
     made = {path.name.replace("layer3", "layer15") for path in (tmp_path / "a_real_model").iterdir()}
     kept = {path.name for path in (TUTORIALS / "a_real_model").iterdir()}
+    kept = {name for name in kept if not name.startswith(("layer5", "layer25"))}  # one layer stands for all
     assert made == kept - {"b_dec_geometric_median.json.gz", "b_dec_zeros.json.gz"}
 
 
