@@ -12,8 +12,9 @@ from scipy.stats import norm
 
 from saelens_cosine.metrics.codes import canonical_codes
 from saelens_cosine.metrics.probing import probing
+from saelens_cosine.metrics.probing import decomposition
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
-from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_in_both_units, probe_sae
+from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_in_units, probe_sae
 from saelens_cosine.rescoring import rescore
 
 pytest.importorskip("sklearn", reason="probing needs scikit-learn")
@@ -88,7 +89,7 @@ def test_the_same_features_are_probed_once_for_both_units(monkeypatch):
     expected = {units: probe(codes, truth, ks, units, 2) for units in ("canonical", "scale_free")}
     seen, fit = [], probing._fit
     monkeypatch.setattr(probing, "_fit", lambda x, *args: seen.append(x.shape[1]) or fit(x, *args))
-    found = probe_in_both_units(codes, truth, ks, 2)
+    found = probe_in_units(codes, truth, ks, splits=2)
     assert sorted(seen) == sorted(2 * [1, 1, 2, 3])  # in each split: feature 0, feature 1, the two, all
     for units, probes in expected.items():
         assert [one.k for one in found[units]] == list(ks)
@@ -314,6 +315,16 @@ def test_decomposition_by_hand():
     assert one.discovery == pytest.approx(0.5)
     assert one.matched_features == (1, 1)
     assert len(one.accuracies) == 4
+    assert np.mean(one.accuracies, axis=1) == pytest.approx([1, 0.8, 0.9, 0.8])
+
+
+def test_what_is_known_is_not_probed_again(monkeypatch):
+    a, b = codes_of(EVEN.astype(float), flipped(EVEN, *range(20))), codes_of(np.zeros(200), flipped(EVEN, *range(40)))
+    known = [probe(codes, EVEN, (1,), "scale_free") for codes in (a, b)]
+    read = []
+    monkeypatch.setattr(decomposition, "probe", lambda codes, *given: read.append(codes.shape) or probe(codes, *given))
+    (one,) = decompose(a, b, EVEN, [1], [1], (1,), units="scale_free", known=known)
+    assert read == [(200, 1), (200, 1)]  # the matched features alone
     assert np.mean(one.accuracies, axis=1) == pytest.approx([1, 0.8, 0.9, 0.8])
 
 

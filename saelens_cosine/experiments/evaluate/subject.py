@@ -34,7 +34,7 @@ from saelens_cosine.loading import from_pretrained
 from saelens_cosine.metrics.causal.forward import CleanRun, clean_run
 from saelens_cosine.metrics.codes import canonical_codes, sparse_codes
 from saelens_cosine.metrics.dictionary.matching import FeatureMatching, match_codes
-from saelens_cosine.metrics.probing.probing import pool
+from saelens_cosine.metrics.probing.probing import KProbe, Units, pool, probe_in_units
 from saelens_cosine.metrics.reconstruction.clean_losses import CleanLosses, clean_losses
 from saelens_cosine.plain import digest, fingerprint, model_fingerprint
 from saelens_cosine.progress import Progress, shown
@@ -202,6 +202,21 @@ class Subject:
         tasks, codes = self.text.tasks, cast("Any", self._task_codes)
         rows, contexts = tasks.tokens[task].treated(treatment)
         return pool(codes[rows.numpy()], contexts.numpy(), len(tasks.tasks[task].labels))
+
+    @cached_property
+    def _probes(self) -> dict[Any, tuple[KProbe, ...]]:
+        return {}
+
+    def probed(
+        self, task: int, treatment: str, ks: tuple[int | None, ...], splits: int, *units: Units
+    ) -> dict[Units, tuple[KProbe, ...]]:
+        """Probes of `pooled` codes, by units of the codes, k by k; made once for all evals that read them."""
+        missing: list[Units] = [name for name in units if (task, treatment, ks, splits, name) not in self._probes]
+        if missing:
+            codes, labels = self.pooled(task, treatment), self.text.labelled[task].labels
+            found = probe_in_units(codes, labels, ks, missing, splits)
+            self._probes.update({(task, treatment, ks, splits, name): probes for name, probes in found.items()})
+        return {name: self._probes[task, treatment, ks, splits, name] for name in units}
 
     def codes_of(self, treatment: str) -> sparse.csr_array:
         """`codes` of all tokens or of the ordinary ones."""

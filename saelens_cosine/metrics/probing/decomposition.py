@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 
 from saelens_cosine.metrics.intervals import Difference, paired_difference
-from saelens_cosine.metrics.probing.probing import K_VALUES, Units, probe
+from saelens_cosine.metrics.probing.probing import K_VALUES, KProbe, Units, probe
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def decompose(
     units: Units = "canonical",
     splits: int = 5,
     seed: int = 0,
+    known: Sequence[Sequence[KProbe]] | None = None,
 ) -> tuple[Decomposition, ...]:
     """Split the gap on one task, for each k.
 
@@ -64,13 +65,15 @@ def decompose(
         matched_b: numbers of their matches. Take mutual matches, so that both sides have as many.
         ks: numbers of features; None is all.
         units, splits, seed: as in `probe`.
+        known: what `probe` finds of a's and of b's codes with these arguments, where that is known.
 
     Raises:
         ValueError: as `probe`; a k above the number of matched features among them.
     """
     only_a, only_b = np.unique(np.asarray(matched_a, dtype=np.int64)), np.unique(np.asarray(matched_b, dtype=np.int64))
-    sets: tuple[Any, ...] = (codes_a, codes_b, codes_a[:, only_a], codes_b[:, only_b])
-    probes = [probe(codes, labels, ks, units, splits, seed) for codes in sets]
+    matched: tuple[Any, ...] = (codes_a[:, only_a], codes_b[:, only_b])
+    sets = matched if known else (codes_a, codes_b, *matched)
+    probes = [*(known or ()), *(probe(codes, labels, ks, units, splits, seed) for codes in sets)]
     return tuple(
         _decomposition(k, tuple(by_k[i].accuracies for by_k in probes), (len(only_a), len(only_b)))
         for i, k in enumerate(ks)

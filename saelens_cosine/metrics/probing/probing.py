@@ -116,7 +116,7 @@ def probe_sae(
     """
     truth = _check_labels(labels, splits)
     pooled = pool(canonical_codes(sae, sample.activations), sample.contexts, len(truth), pooling)
-    results = probe_in_both_units(pooled, truth, ks, splits, seed)
+    results = probe_in_units(pooled, truth, ks, splits=splits, seed=seed)
     return Probing(len(truth), len(sample), float(truth.mean()), pooling, **results)
 
 
@@ -172,24 +172,18 @@ def probe(
     L2-penalised logistic regression with C = 1, as SAEBench; sae-probes fits C, which this does not. Unlike SAEBench's, its inputs
     are scaled to a standard deviation of 1 on the training split, not centred, so that the penalty weighs all features alike.
     """
-    return _probe(codes, labels, ks, (units,), splits, seed)[units]
+    return probe_in_units(codes, labels, ks, (units,), splits, seed)[units]
 
 
-def probe_in_both_units(
-    codes: sparse.csr_array, labels: ArrayLike, ks: Sequence[int | None] = K_VALUES, splits: int = 5, seed: int = 0
-) -> dict[Units, tuple[KProbe, ...]]:
-    """`probe` in either units; where these choose the same features, all of them for one, they are fitted once."""
-    return _probe(codes, labels, ks, get_args(Units), splits, seed)
-
-
-def _probe(
+def probe_in_units(
     codes: sparse.csr_array,
     labels: ArrayLike,
-    ks: Sequence[int | None],
-    units: Sequence[Units],
-    splits: int,
-    seed: int,
+    ks: Sequence[int | None] = K_VALUES,
+    units: Sequence[Units] = get_args(Units),
+    splits: int = 5,
+    seed: int = 0,
 ) -> dict[Units, tuple[KProbe, ...]]:
+    """`probe` in several units; where these choose the same features, all of them for one, they are fitted once."""
     truth = _check_labels(labels, splits)
     n_contexts, n_features = _shape(codes)
     if len(truth) != n_contexts:

@@ -29,10 +29,11 @@ def _measure(subject: Subject) -> BySinks[tuple[Decomposition, ...]]:
             raise NotApplicable("No feature has a mutual match in the SAE that it is compared with.")
         ours, theirs = zip(*matched, strict=True)
         ks = ks_up_to(len(matched))
-        parts = [
-            decompose(subject.pooled(i, name), baseline.pooled(i, name), task.labels, ours, theirs, ks, splits=SPLITS)
-            for i, task in enumerate(tasks)
-        ]
+        parts: list[tuple[Decomposition, ...]] = []
+        for i, task in enumerate(tasks):
+            codes = subject.pooled(i, name), baseline.pooled(i, name)
+            known = [one.probed(i, name, ks, SPLITS, "canonical")["canonical"] for one in (subject, baseline)]
+            parts.append(decompose(*codes, task.labels, ours, theirs, ks, splits=SPLITS, known=known))
         by_k = (list(by_task) for by_task in zip(*parts, strict=True))
         return tuple(over_tasks(by_task) if len(by_task) > 1 else by_task[0] for by_task in by_k)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from saelens_cosine.experiments.evaluate.evals.eval import BySinks, Eval, EvalSection, Figure, Shown, by_sinks
 from saelens_cosine.experiments.evaluate.subject import Subject
-from saelens_cosine.metrics.probing.probing import K_VALUES, KProbe, Units, probe_in_both_units
+from saelens_cosine.metrics.probing.probing import K_VALUES, KProbe, Units
 from saelens_cosine.report.chart import Axis, Chart, Plot, beside, cut, ends
 from saelens_cosine.report.estimate import Estimate, over_seeds
 from saelens_cosine.report.table import Table
@@ -45,9 +45,7 @@ def _measure(subject: Subject) -> ProbingByTask:
     ks = ks_up_to(subject.sae.cfg.d_sae)
 
     def of(name: str) -> dict[str, tuple[tuple[KProbe, ...], ...]]:
-        by_task = [
-            probe_in_both_units(subject.pooled(i, name), task.labels, ks, SPLITS) for i, task in enumerate(tasks)
-        ]
+        by_task = [subject.probed(i, name, ks, SPLITS, *get_args(Units)) for i in range(len(tasks))]
         return {units: tuple(found[units] for found in by_task) for units in get_args(Units)}
 
     return ProbingByTask(
