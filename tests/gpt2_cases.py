@@ -3,9 +3,9 @@
 import torch
 from helpers import make_sae
 
+from saelens_cosine.experiments.evaluate.loader import Loader
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
-from saelens_cosine.experiments.evaluate.subject import Loader
 
 D, HEADS, CONTEXT = 16, 2, 16
 TOKENS = torch.tensor([[0, 3, 4, 5, 6, 2], [0, 9, 9, 1, 30, 7]])

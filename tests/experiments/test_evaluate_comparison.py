@@ -12,10 +12,11 @@ from saved_comparison import ARMS, HOOKS, saved_comparison
 from saved_evaluations import saved_sae, with_evals
 
 from saelens_cosine.experiments.evaluate.command import as_tables
+from saelens_cosine.experiments.evaluate.loader import Loader
 from saelens_cosine.experiments.evaluate.page import evaluation_page
 from saelens_cosine.experiments.evaluate.run import evaluate, in_turn
 from saelens_cosine.experiments.evaluate.sources import parse_sources
-from saelens_cosine.experiments.evaluate.subject import Loader, Text
+from saelens_cosine.experiments.evaluate.subject import Text
 
 pytestmark = pytest.mark.usefixtures("short_text")
 

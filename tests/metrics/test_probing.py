@@ -11,8 +11,7 @@ from scipy import optimize, sparse
 from scipy.stats import norm
 
 from saelens_cosine.metrics.codes import canonical_codes
-from saelens_cosine.metrics.probing import probing
-from saelens_cosine.metrics.probing import decomposition
+from saelens_cosine.metrics.probing import decomposition, probing
 from saelens_cosine.metrics.probing.decomposition import decompose, over_tasks
 from saelens_cosine.metrics.probing.probing import pool, probe, probe_activations, probe_in_units, probe_sae
 from saelens_cosine.rescoring import rescore

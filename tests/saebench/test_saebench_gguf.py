@@ -10,10 +10,10 @@ from saebench_cases import CORE, D_IN, mirror
 
 from saelens_cosine.activations.sae_probes_text import TRAINED_ON
 from saelens_cosine.experiments.evaluate.evals.of_sae.saebench import saebench_settings
+from saelens_cosine.experiments.evaluate.loader import Loader
 from saelens_cosine.experiments.evaluate.run import evaluate
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
-from saelens_cosine.experiments.evaluate.subject import Loader
 from saelens_cosine.saebench import check_data, data_contents, evals, run
 from saelens_cosine.saebench.evals import text_folder
 

@@ -291,7 +291,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_command_as_shells_ex
 
     for module in ("training.train", "experiments.compare.run"):
         monkeypatch.setattr(f"saelens_cosine.{module}.load_text", signalled)
-    monkeypatch.setattr("saelens_cosine.experiments.evaluate.subject.Loader.subject", signalled)
+    monkeypatch.setattr("saelens_cosine.experiments.evaluate.loader.Loader.subject", signalled)
     monkeypatch.setattr("saelens_cosine.experiments.benchmark.command.benchmark", signalled)
     monkeypatch.setattr("saelens_cosine.loading.command.load", signalled)
     monkeypatch.setattr("saelens_cosine.experiments.ground_truth.command.ground_truth", signalled)

@@ -21,12 +21,13 @@ from saelens_cosine import saebench
 from saelens_cosine.devices import check_device
 from saelens_cosine.experiments.evaluate.evals import EVALS, Eval, NotApplicable, NotMeasured
 from saelens_cosine.experiments.evaluate.evals.of_sae.saebench import saebench_settings
+from saelens_cosine.experiments.evaluate.loader import Loader
 from saelens_cosine.experiments.evaluate.results.earlier import begin, open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import SCHEMA, Evaluation, MeasuredSAE, MeasuredText
 from saelens_cosine.experiments.evaluate.results.kept import Kept, keep, read_kept
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import Source, controls, pair_seeds, parse_sources
-from saelens_cosine.experiments.evaluate.subject import Loader, Subject, Text
+from saelens_cosine.experiments.evaluate.subject import Subject, Text
 from saelens_cosine.experiments.evaluate.texts.tasks import check_tasks
 from saelens_cosine.experiments.evaluate.training_log import COURSE, training_log
 from saelens_cosine.files.output import Output
