@@ -6,6 +6,7 @@ Transformers are told so with an attention mask and position ids. Whether a mode
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +15,21 @@ import torch
 
 from saelens_cosine.metrics.causal.resumed import ResumedModel
 
-NOT_HEEDED = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-"""What models raise that take no such mask."""
+REACHES = (
+    "sliding_window",
+    "window_size",
+    "attention_window_size",
+    "local_attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
+"""What configs call how far attention reaches back in some layers, by number of keys or in chunks: a branch stands behind the others."""
+
+ROTARY = ("rope_theta", "rope_parameters", "rope_scaling", "rotary_dim", "rotary_pct")
+"""What configs have whose models take positions of any number; others may keep masks of `max_position_embeddings`."""
+
+TRIED_TOKENS = 6
+"""Of the context that a model is tried with."""
 
 TOLERANCE = 1e-3
 """By how much a log-probability may differ from that of a pass of its own: a mask that is not heeded changes it by more."""
@@ -28,7 +42,7 @@ class Branches:
     Args:
         resumed (ResumedModel): The model.
         inner (torch.nn.Module): Transformers' own, inside it.
-        longest (int | None): Positions that its attention reaches back, beyond which branches would see more; None for all.
+        longest (int | None): Tokens, those of the branches too, that a pass may have; None for any.
     """
 
     def __init__(self, resumed: ResumedModel, inner: torch.nn.Module, longest: int | None):
@@ -39,20 +53,20 @@ class Branches:
         """None for a model that takes none: TransformerLens' own, recurrent ones, one in half precision, where it could not be tried."""
         model: Any = resumed.model
         inner = getattr(model, "original_model", None) or getattr(model, "model", None)
-        config = getattr(inner, "config", None)
-        if not isinstance(inner, torch.nn.Module) or config is None:
+        if not isinstance(inner, torch.nn.Module):
             return None
-        if next(inner.parameters()).dtype not in (torch.float32, torch.float64):
-            return None
-        found = cls(resumed, inner, getattr(config.get_text_config(), "sliding_window", None))
         try:
-            return found if found._heeded() else None
-        except NOT_HEEDED:
+            config: Any = inner.config.get_text_config()
+            if next(inner.parameters()).dtype not in (torch.float32, torch.float64):
+                return None
+            found = cls(resumed, inner, _longest(config))
+            return found if found.room(TRIED_TOKENS) >= 4 and found._heeded() else None
+        except Exception:  # of any kind: a model may do as it likes with what it does not know
             return None
 
-    def reach(self, length: int) -> bool:
-        """Whether contexts of this length may be branched."""
-        return self.longest is None or length <= self.longest
+    def room(self, length: int) -> int:
+        """How many branches contexts of this length may have in a pass."""
+        return sys.maxsize if self.longest is None else max(0, self.longest - length)
 
     @torch.no_grad()
     def log_probs(
@@ -94,11 +108,17 @@ class Branches:
             handle.remove()
 
     def _heeded(self) -> bool:
-        tokens = torch.arange(6)
-        hidden = self.resumed.run(tokens.unsqueeze(0), torch.tensor([5]))[0][0].cpu()
+        tokens = torch.arange(TRIED_TOKENS)
+        hidden = self.resumed.run(tokens.unsqueeze(0), tokens[-1:])[0][0].cpu()
         at = torch.tensor([4, 2, 4, 0])
         edited = hidden[at] * torch.tensor([0.5, 2.0, 0.0, 1.5]).unsqueeze(-1).to(hidden)
         copies = hidden.repeat(len(at), 1, 1)
         copies[torch.arange(len(at)), at] = edited
         alone = self.resumed.log_probs(copies, tokens.repeat(len(at), 1), at)
         return torch.allclose(self.log_probs(hidden, tokens, at, edited), alone, rtol=0, atol=TOLERANCE)
+
+
+def _longest(config: Any) -> int | None:
+    names = REACHES if any(hasattr(config, name) for name in ROTARY) else (*REACHES, "max_position_embeddings")
+    found = [getattr(config, name, None) for name in names]
+    return min((size for size in found if isinstance(size, int) and size > 0), default=None)

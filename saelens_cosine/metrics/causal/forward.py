@@ -26,6 +26,9 @@ TOKENS_AT_ONCE = 4096
 EDITED_AT_ONCE = 4
 """So many times the contexts of one forward pass are edited together: of those of one context that are branches, a pass takes more."""
 
+BRANCHED_PASS = 256
+"""Tokens that a pass over one context costs beside its own: many contexts in a pass take less than as many passes."""
+
 Edit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`edit(hidden, rows)`: float32 activations `[rows, length, d_in]` of the edits with numbers `rows [rows]`, changed."""
 
@@ -55,6 +58,7 @@ class CleanRun:
         hidden (torch.Tensor): `[contexts, length, d_in]`, activations at the hook in the model's dtype, of the head or heads flattened.
         log_probs (torch.Tensor): `[contexts, vocabulary]` float32, the clean prediction.
         branches (Branches | None): Runs edits of the token that is read at the price of a token each; None for models that cannot.
+        origin (torch.Tensor | None): `[contexts]`, the same number for copies of one context; None where there are no copies.
     """
 
     resumed: ResumedModel
@@ -63,6 +67,7 @@ class CleanRun:
     hidden: torch.Tensor
     log_probs: torch.Tensor
     branches: Branches | None = None
+    origin: torch.Tensor | None = None
 
     def sample(self, max_norm_multiple: float | None = 10.0) -> TokenSample:
         """The tokens of these contexts, up to the one that is read: what SAEs are measured on and what may be edited.
@@ -102,12 +107,21 @@ class CleanRun:
     def at(self, contexts: torch.Tensor, positions: torch.Tensor) -> CleanRun:
         """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
         log_probs = self.log_probs.new_empty(len(contexts), self.log_probs.shape[-1])
-        for context in contexts.unique().tolist():
-            rows, end = contexts == context, int(positions[contexts == context].max()) + 1
-            hidden, tokens = self.hidden[[context], :end], self.tokens[[context], :end]
-            log_probs[rows] = self.resumed.log_probs(hidden, tokens, positions[rows].unsqueeze(0)).squeeze(0).cpu()
+        origin = contexts if self.origin is None else self.origin[contexts]
+        for one in origin.unique():
+            for rows in (origin == one).nonzero().squeeze(-1).split(LOGITS_AT_ONCE // self.log_probs.shape[-1] or 1):
+                first, end = contexts[rows[:1]], int(positions[rows].max()) + 1
+                found = self.resumed.log_probs(
+                    self.hidden[first, :end], self.tokens[first, :end], positions[rows].unsqueeze(0)
+                )
+                log_probs[rows] = found.squeeze(0).cpu()
         return replace(
-            self, tokens=self.tokens[contexts], hidden=self.hidden[contexts], read=positions, log_probs=log_probs
+            self,
+            tokens=self.tokens[contexts],
+            hidden=self.hidden[contexts],
+            read=positions,
+            log_probs=log_probs,
+            origin=origin,
         )
 
     def alone(self, activations: torch.Tensor) -> CleanRun:
@@ -117,7 +131,7 @@ class CleanRun:
         """
         hidden = activations.to(self.hidden.dtype).unsqueeze(1)
         tokens, read = torch.zeros((len(hidden), 1), dtype=torch.int64), torch.zeros(len(hidden), dtype=torch.int64)
-        lone = replace(self, tokens=tokens, hidden=hidden, read=read)
+        lone = replace(self, tokens=tokens, hidden=hidden, read=read, origin=None)
         parts = [
             lone.resumed.log_probs(hidden[rows], tokens[rows], read[rows]).cpu()
             for rows in torch.arange(len(hidden)).split(lone._contexts_at_once())
@@ -139,11 +153,10 @@ class CleanRun:
         """
         if len(contexts) == 0:
             return
-        read = self.read[contexts]
-        order = (read * len(self.tokens) + contexts).argsort(
-            stable=True
-        )  # those of a context, and of like lengths, together
-        for rows in order.split(EDITED_AT_ONCE * self._contexts_at_once()):
+        read, origin = self.read[contexts], self._origin(contexts)
+        # those of a context, and of like lengths, together
+        order = read.argsort(stable=True) if self.branches is None else (origin * self.tokens.shape[1] + read).argsort()
+        for rows in order.split(self._contexts_at_once() * (EDITED_AT_ONCE if self.branches else 1)):
             hidden = self.hidden[contexts[rows]]
             edited = edit(hidden.to(torch.float32, copy=True), rows).to(hidden.dtype)
             differs = (edited != hidden).any(dim=-1)
@@ -155,21 +168,38 @@ class CleanRun:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Places among the edits `[b]`, and their predictions, where `differs [b, length]` at any token.
 
-        Several that change nothing but the token read of one context are branches of it.
+        Those that change nothing but the token read are branches of their context, where that is worth a pass of its own.
         """
         read, left = self.read[contexts], differs.any(dim=-1)
         at_end = (differs.sum(dim=-1) == 1) & differs[torch.arange(len(read)), read]
-        for context in contexts[at_end].unique().tolist() if self.branches else []:
-            part = (at_end & (contexts == context)).nonzero().squeeze(-1)
-            if self.branches and len(part) > 1 and self.branches.reach(int(self.read[context]) + 1):
-                left[part] = False
-                ends = edited[part, read[part]]
-                yield part, self.branches.log_probs(self.hidden[context], self.tokens[context], read[part], ends)
-        for part in left.nonzero().squeeze(-1).split(self._contexts_at_once()):
+        for part in self._branches_of(contexts, read, at_end):
+            assert self.branches is not None
+            left[part] = False
+            context = contexts[part[0]]
+            ends = edited[part, read[part]]
+            yield part, self.branches.log_probs(self.hidden[context], self.tokens[context], read[part], ends)
+        whole = left.nonzero().squeeze(-1)
+        for part in whole[read[whole].argsort(stable=True)].split(self._contexts_at_once()):
             if len(part):  # not every model takes no contexts
                 length = int(read[part].max()) + 1  # what comes after has no say
                 tokens = self.tokens[contexts[part], :length]
                 yield part, self.resumed.log_probs(edited[part, :length], tokens, read[part])
+
+    def _branches_of(self, contexts: torch.Tensor, read: torch.Tensor, at_end: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Of the edits `at_end [b]`, those of one context that run together, context by context."""
+        if self.branches is None or not bool(at_end.any()):
+            return
+        origin = self._origin(contexts)
+        for one in origin[at_end].unique():
+            every = (at_end & (origin == one)).nonzero().squeeze(-1)
+            length = int(read[every].max()) + 1
+            for part in every.split(max(1, self.branches.room(length))):
+                if len(part) * length > BRANCHED_PASS + length + len(part) and self.branches.room(length):
+                    yield part
+
+    def _origin(self, contexts: torch.Tensor) -> torch.Tensor:
+        """Numbers that are the same for copies of one context."""
+        return contexts if self.origin is None else self.origin[contexts]
 
     def kl(self, contexts: torch.Tensor, edit: Edit) -> torch.Tensor:
         """KL(clean || edited) of the token read, in nats: `[edits]` float64, 0 for edits that change nothing.
