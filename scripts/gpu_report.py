@@ -57,7 +57,14 @@ def table(benchmarks: list[dict]) -> str:
 
 
 def profiled(device: str, size: str) -> str:
-    """The operations that take longest, of three steps after as many to warm up."""
+    """The operations that take longest, of three steps after as many to warm up; or why there are none, which costs the report nothing else."""
+    try:
+        return _profiled(device, size)
+    except RuntimeError as error:  # out of memory, most likely
+        return f"{type(error).__name__}: {error}"
+
+
+def _profiled(device: str, size: str) -> str:
     d_in, d_sae, batch, k = map(int, size.split(","))
     settings = BenchmarkSettings((PROFILED,), d_in, d_sae, batch, k, device, "bfloat16")
     arm, x = Arm(PROFILED, settings, Clock(device)), activations(settings, 0)

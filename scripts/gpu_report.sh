@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
 sizes=${SIZES:-"256,4096,4096,32 512,8192,1024,32 768,16384,2048,32 4096,65536,2048,80 4096,65536,8192,80"}
 found=$(mktemp -d)
-trap 'rm -rf "$found"' EXIT
+trap 'echo "What was measured is in $found" >&2' ERR
 if [ "${TESTS:-yes}" = yes ]; then
     python -m pytest -q -m gpu -rs tests > "$found/tests.txt" 2>&1 || true # their last lines are in the report
 fi
@@ -26,4 +26,5 @@ for dtype in ${DTYPES:-bfloat16 float32}; do
     done
 done
 python scripts/gpu_report.py "$found" "$device" "${sizes##* }" > "$report"
+rm -rf "$found"
 echo "Written to $report"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -41,9 +42,6 @@ from saelens_cosine.report.page import write_page
 from saelens_cosine.stopwatch import Of, Part, Stopwatch
 from saelens_cosine.training.monitor import TrainingMonitor
 from saelens_cosine.training.resuming.checkpoints import Checkpoints
-
-FILE = "profile.json"
-"""Beside the results."""
 
 SCHEMA = "saelens-cosine/profile/1"
 
@@ -99,21 +97,22 @@ PARTS = (
 
 
 @contextmanager
-def profiled(output: Output | None, on: bool) -> Generator[Stopwatch | None]:
-    """Time the parts of what runs in a with block and write them beside its results, if that was asked for."""
+def profiled(output: Output | None, name: str, on: bool) -> Generator[Stopwatch | None]:
+    """Time the parts of what runs in a with block and write them beside its results, to the file of this name, if that was asked for."""
     if not on or output is None:
         yield None
         return
     with Stopwatch(PARTS) as watch:
         yield watch
-    with output.file(FILE) as path:
+    with output.file(name) as path:
         write_json(as_json(watch), path)
 
 
 def as_json(watch: Stopwatch) -> Mapping[str, Any]:
-    """What was timed, and of which versions."""
+    """What was timed, when that ended, and of which versions."""
     return {
         "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": watch.seconds,
         "threads": torch.get_num_threads(),
         "parts": {name: asdict(spent) for name, spent in watch.spent.items()},

@@ -117,7 +117,9 @@ def scored_form(sae: SAE[Any], activations: torch.Tensor) -> ScoredSAE | None:
     """
     if "encode" in vars(sae):
         return None
-    form = _as_scored(sae) if type(sae) is JumpReLUSAE else sae
+    form = sae
+    if type(sae) is JumpReLUSAE:  # whose encoder is turned and rounded for each call
+        form = _as_scored(sae) if len(activations) >= FEWEST_TOKENS else None
     if not isinstance(form, ScoredSAE) or not defined_together(form, "encode", "encode_sparse"):
         return None
     if decline_reason(form, activations[:1].to(sae.device)) is not None:
@@ -135,6 +137,7 @@ def _as_scored(sae: JumpReLUSAE) -> ScoredSAE | None:
         form = CosineJumpReLUSAE(shape)
     for name, parameter in sae.named_parameters():
         setattr(form, name, parameter)
+    form.hook_sae_input = sae.hook_sae_input
     form.norm_exponent = torch.nn.Parameter(torch.ones((), device=sae.device))
     form.device = sae.device
     return form

@@ -16,6 +16,9 @@ from saelens_cosine.saes.encoding import scores_above
 SAMPLE_TOKENS = 2048
 """From whose scores the floor of all is taken."""
 
+WORTH_A_SAMPLE = 2
+"""So many times the sample's tokens from which on a sample is taken."""
+
 SPARE = 1.5
 """So many times as many of the sample's scores as are wanted lie above the floor."""
 
@@ -94,15 +97,13 @@ def _by_entry(sae: SAE[Any], activations: torch.Tensor, target_l0: float, wanted
 
     A sample says which scores can be among them.
     """
-    form = scored_form(sae, activations)
+    form = scored_form(sae, activations) if len(activations) > WORTH_A_SAMPLE * SAMPLE_TOKENS else None
     if form is None:
         return None
-    sample = activations[:: max(1, len(activations) // SAMPLE_TOKENS)]
-    scores = torch.cat([_scores(sae, x).flatten() for x in sample.split(tokens_at_once(sae))])
+    sample = activations[:: -(-len(activations) // SAMPLE_TOKENS)]
     spare = math.ceil(SPARE * target_l0 * len(sample))
-    if spare >= len(scores):
-        return None
-    floor = scores.topk(spare, sorted=False).values.min().clamp_min(0)
+    held = _from_dense(sae, sample, spare)
+    floor = held.topk(spare, sorted=False).values.min() if len(held) > spare else held.new_zeros(())
     parts = [scores_above(form, x.to(sae.device), floor) for x in activations.split(tokens_at_once(sae, activations))]
     found = torch.cat(parts)
     if len(found) <= wanted:

@@ -63,7 +63,7 @@ def add_profile_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="say where the time went, part by part, and write profile.json beside the results",
+        help="say where the time of this run went, part by part, and write it beside the results, as JSON",
     )
 
 

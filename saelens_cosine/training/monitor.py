@@ -222,7 +222,8 @@ class TrainingMonitor:
 
 def _codes(sae: TrainingSAE[Any], x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Codes of `x [tokens, d_in]`, by entries where the SAE trains so, and how many are active. What speeds up its next step stays as it is."""
-    if not isinstance(sae, ScoredTrainingSAE) or not use_fast_path(sae, x):
+    finite = bool(x.norm(dim=-1).isfinite().all()) and not not_finite(sae.state_dict().items())  # NaN is no entry
+    if not finite or not isinstance(sae, ScoredTrainingSAE) or not use_fast_path(sae, x):
         codes = sae.encode(x)
         return codes, int((codes.to_dense() != 0).sum())
     hint = sae.floor_hint

@@ -7,7 +7,7 @@ from helpers import make_sae
 
 from saelens_cosine.cli import main
 from saelens_cosine.experiments.evaluate import run as module
-from saelens_cosine.experiments.evaluate.results.earlier import begin, open_evaluation
+from saelens_cosine.experiments.evaluate.results.earlier import PROFILE, begin, open_evaluation
 from saelens_cosine.experiments.evaluate.run import SCHEMA
 from saelens_cosine.experiments.evaluate.settings import EvaluationSettings
 from saelens_cosine.experiments.evaluate.sources import parse_sources
@@ -60,6 +60,14 @@ def test_what_would_be_lost_is_named_and_the_way_out(earlier, message, tmp_path)
     told = lost(tmp_path, earlier)
     assert message in told
     assert "--overwrite" in told
+
+
+def test_versions_that_kept_no_list_wrote_no_profile(tmp_path):
+    (tmp_path / "evaluation.json").write_text(json.dumps(document(["three"])))
+    (tmp_path / PROFILE).write_text("mine")
+    with pytest.raises(FileExistsError, match=PROFILE), open_evaluation(tmp_path) as output:
+        begin(output, SCHEMA, parse_sources(["one"]), SETTINGS, overwrite=True)
+    assert (tmp_path / PROFILE).read_text() == "mine"
 
 
 def test_a_file_of_somebody_else_is_never_replaced(tmp_path):

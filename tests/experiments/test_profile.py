@@ -88,7 +88,7 @@ def test_compare_and_evaluate_say_where_the_time_went(tmp_path, monkeypatch, cap
     text, folder = write_text(tmp_path / "text.jsonl"), tmp_path / "out"
     assert main(["compare", *compare_flags(text, folder, seeds=1), "--profile"]) == 0
     assert "language model" in capsys.readouterr().out
-    found = json.loads((folder / "profile.json").read_text())
+    found = json.loads((folder / "comparison-profile.json").read_text())
     assert sum(part["seconds"] for part in found["parts"].values()) == pytest.approx(found["seconds"])
     for arm in ("cosine_batchtopk", "inner_product_topk"):
         assert found["parts"][f"steps of {arm}"]["tokens"] == 1024
@@ -97,8 +97,8 @@ def test_compare_and_evaluate_say_where_the_time_went(tmp_path, monkeypatch, cap
     for name in ("loading the model", "reading and tokenising text", "mixing buffer", "pictures and pages"):
         assert found["parts"][name]["calls"] > 0
     few = ["--evals", "reconstruction", "--tokens", "320", "--sinks", "drop", "--quiet", "--profile"]
-    assert main(["evaluate", str(folder), *few, "--output", str(tmp_path / "evaluated")]) == 0
-    found = json.loads((tmp_path / "evaluated" / "profile.json").read_text())
+    assert main(["evaluate", str(folder), *few, "--output", str(folder)]) == 0  # two profiles, one folder
+    found = json.loads((folder / "evaluation-profile.json").read_text())
     assert found["parts"]["eval reconstruction"]["calls"] == 2
     assert 320 <= found["parts"]["language model"]["tokens"] < 400  # and the few that a model is tried with
 

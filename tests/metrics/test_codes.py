@@ -87,6 +87,10 @@ def test_saelens_own_jumprelu_is_encoded_entry_by_entry(centred, monkeypatch):
     entries, x_hat = reconstruct(sae, x)
     assert_close(x_hat, (expected @ sae.W_dec.double() + sae.b_dec.double()).float(), 1e-5)
     assert len(entries.values) == int((expected != 0).sum())
+    with sae.hooks(fwd_hooks=[("hook_sae_input", lambda x, hook: 2 * x)]):
+        twice = sparse_codes(sae, x / 2)
+    assert_close(torch.from_numpy(twice.toarray()), expected.float(), 1e-5)
+    assert scored_form(sae, x[:255]) is None  # few tokens are not worth preparing its encoder
     # what is not this function, or is seen by somebody, is asked itself
     monkeypatch.setattr(JumpReLUSAE, "encode", encode)
     seen = []

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import math
 
@@ -10,8 +11,10 @@ import torch
 from helpers import D_IN, make_activations, make_sae, save_inference
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 
+from saelens_cosine.metrics.codes import tokens_at_once
 from saelens_cosine.metrics.norms.norm_noise import norm_noise, with_threshold_for
 from saelens_cosine.metrics.norms.norm_response import code_exponents, norm_response, scores_about
+from saelens_cosine.metrics.reconstruction.afa import measure_afa
 from saelens_cosine.metrics.reconstruction.fve import explained_variance
 from saelens_cosine.saes import CosineJumpReLUSAE, CosineJumpReLUSAEConfig
 
@@ -189,6 +192,19 @@ def test_pieces_give_the_same(monkeypatch):
     pieces = norm_response(sae, X)
     for one, other in zip(pieces.at_scales, whole.at_scales, strict=True):
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-5)
+
+
+@pytest.mark.parametrize("module, run", [("norms.norm_response", norm_response), ("reconstruction.afa", measure_afa)])
+def test_few_tokens_are_held_at_a_time_however_many_are_encoded(module, run, tmp_path, monkeypatch):
+    # of long tokens nearly all features may be active, and inputs are held in float64
+    sae = save_inference(make_sae("cosine_batchtopk"), tmp_path)
+    assert tokens_at_once(sae, X) > 1024
+    where = importlib.import_module(f"saelens_cosine.metrics.{module}")
+    read = "entry_codes" if run is norm_response else "reconstruct"
+    held, own = [], getattr(where, read)
+    monkeypatch.setattr(where, read, lambda sae, x: held.append(len(x)) or own(sae, x))
+    run(sae, X.repeat(10, 1))
+    assert max(held) == 1024
 
 
 def test_refusals():

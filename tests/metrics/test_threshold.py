@@ -91,12 +91,13 @@ def test_our_saes_are_fitted_without_all_dense_scores(name, tmp_path, monkeypatc
     above, below = scores.flatten().sort(descending=True).values[[17_999, 18_000]]
     assert below < found.value < above
     assert found.l0 == 6.0
-    assert sum(seen) == 3000  # a sample of these few tokens is all of them
+    assert sum(seen) == 3000  # so few are read as they are
     seen.clear()
-    monkeypatch.setattr(threshold, "SAMPLE_TOKENS", 300)
-    again = fit_threshold(sae, x, 6.0)
-    assert sum(seen) == 300
-    assert again.value == pytest.approx(found.value, rel=1e-5)
+    for size, taken in ((300, 300), (700, 600)):  # one in ten; one in five, the first step that takes no more
+        monkeypatch.setattr(threshold, "SAMPLE_TOKENS", size)
+        assert fit_threshold(sae, x, 6.0).value == pytest.approx(found.value, rel=1e-5)
+        assert sum(seen) == taken
+        seen.clear()
     # a sample that says too high a floor
     monkeypatch.setattr(threshold, "SPARE", 0.5)
     assert fit_threshold(sae, x, 6.0).value == pytest.approx(found.value, rel=1e-5)

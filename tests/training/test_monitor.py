@@ -1,6 +1,7 @@
 """The log of a training run: measured on what the trainer feeds, counted in tokens that were trained on."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -103,3 +104,15 @@ def test_an_entry_is_measured_as_the_sae_trains_and_leaves_its_next_step_alone(m
     assert entry.fve == pytest.approx(by_hand.item(), abs=1e-5)
     assert entry.l0 == codes.count_nonzero() / 300
     assert sae.floor_hint is hint
+
+
+@pytest.mark.parametrize("where", ["W_enc", "b_dec", "x"])
+def test_an_entry_of_what_is_not_finite_is_not_finite(where):
+    sae = make_sae("cosine_batchtopk", d_sae=200, kernels="fast").train()
+    x = make_activations(300, sae.cfg.d_in, seed=2)
+    broken = {"W_enc": sae.W_enc.data[:, 3], "b_dec": sae.b_dec.data[:1], "x": x[7]}[where]
+    broken.fill_(torch.nan)
+    monitor = TrainingMonitor({"arm": sae}, {"arm": HOOK})
+    monitor.log["arm"] = []
+    monitor.record("arm", x, 0)
+    assert math.isnan(monitor.log["arm"][0].fve)

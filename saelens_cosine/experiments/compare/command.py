@@ -9,7 +9,7 @@ from typing import Any
 from saelens_cosine.console import print_tables, say
 from saelens_cosine.experiments.compare.budget import as_table, budget
 from saelens_cosine.experiments.compare.results import Comparison
-from saelens_cosine.experiments.compare.run import SUMMARY, compare, open_comparison
+from saelens_cosine.experiments.compare.run import PROFILE, SUMMARY, compare, open_comparison
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.summary.page import write_page
 from saelens_cosine.experiments.compare.summary.picture import draw
@@ -143,7 +143,7 @@ def run_compare(options: Any, processes: Alone = ALONE) -> int:
                 with output.file(name) as path:
                     write(comparison, path)
 
-        with profiled(output if isinstance(output, Output) else None, options.profile) as watch:
+        with profiled(output if isinstance(output, Output) else None, PROFILE, options.profile) as watch:
             comparison = compare(
                 settings,
                 output,

@@ -37,7 +37,7 @@ from saelens_cosine.training.alone import ALONE, Alone
 SUMMARY = ("comparison.json", "comparison.png", "comparison.html")
 """What the command writes beside these folders."""
 
-PROFILE = "profile.json"
+PROFILE = "comparison-profile.json"
 """And this, if it was profiled."""
 
 

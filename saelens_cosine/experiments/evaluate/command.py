@@ -15,7 +15,7 @@ from rich.table import Table
 from saelens_cosine.console import plain_table, print_tables, say, shown_number
 from saelens_cosine.experiments.evaluate.evals import EVALS, TREATMENTS, Figure
 from saelens_cosine.experiments.evaluate.page import evaluation_page
-from saelens_cosine.experiments.evaluate.results.earlier import open_evaluation
+from saelens_cosine.experiments.evaluate.results.earlier import PROFILE, open_evaluation
 from saelens_cosine.experiments.evaluate.results.evaluation import Evaluation
 from saelens_cosine.experiments.evaluate.results.listing import (
     Figures,
@@ -174,7 +174,7 @@ def run_evaluate(options: Any) -> int:
     with (
         progress_bar(options.quiet) as progress,
         open_evaluation(options.output) as output,
-        profiled(output, options.profile) as watch,
+        profiled(output, PROFILE, options.profile) as watch,
     ):
         found = evaluate(
             options.saes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -56,7 +56,7 @@ class Branches:
         if not isinstance(inner, torch.nn.Module):
             return None
         try:
-            config: Any = inner.config.get_text_config()
+            config = cast("Any", inner).config.get_text_config()
             if next(inner.parameters()).dtype not in (torch.float32, torch.float64):
                 return None
             found = cls(resumed, inner, _longest(config))

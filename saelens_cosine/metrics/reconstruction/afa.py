@@ -34,6 +34,9 @@ AFAReference = Literal["input", "reconstruction"]
 Bias = Literal["augment", "center", "ignore"]
 """What b_dec is: one more direction with its norm as coefficient, as in the paper; subtracted from z, as top-AFA selects; nothing."""
 
+MEASURED_AT_ONCE = 1024
+"""Tokens of which inputs and reconstructions are held in float64."""
+
 WINSORISED_AT = 0.99
 """Values above this quantile count as that quantile in `winsorised_mean`, as in the paper's plots."""
 
@@ -194,7 +197,7 @@ def measure_afa(
     bias_norm = b_dec.norm().item()
     parts: list[torch.Tensor] = []
     with on_flat_tokens(sae):
-        for chunk in activations.split(tokens_at_once(sae, activations)):
+        for chunk in activations.split(min(MEASURED_AT_ONCE, tokens_at_once(sae, activations))):
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z

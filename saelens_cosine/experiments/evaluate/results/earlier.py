@@ -13,7 +13,9 @@ from saelens_cosine.files.output import Output, open_output
 from saelens_cosine.files.secrets import without_secrets
 from saelens_cosine.files.whole import read_json
 
-FILES = ("evaluation.json", "report.html", "profile.json")
+PROFILE = "evaluation-profile.json"
+
+FILES = ("evaluation.json", "report.html", PROFILE)
 """What an evaluation gathers its results in, the last where it was profiled. Those in `measured/` are named by their content, and never replaced."""
 
 NEVER_LOST = ("evals", "device")
@@ -41,7 +43,7 @@ def begin(
             f"{file} is of an earlier evaluation: {lost}. Pass --overwrite (overwrite=True) to replace it, or choose another "
             "--output. What it measured stays in measured/ either way, and is not measured again."
         )
-    output.begin(before=FILES if earlier else (), places=FILES, overwrite=overwrite, resume=not lost)
+    output.begin(before=FILES[:2] if earlier else (), places=FILES, overwrite=overwrite, resume=not lost)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
