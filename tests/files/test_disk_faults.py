@@ -18,7 +18,7 @@ ARMS = ("cosine_batchtopk", "inner_product_topk")
 MIDWAY = {
     "compare": "saelens_cosine.experiments.compare.training.weights_sha256",
     "train": "saelens_cosine.training.train.record_training",
-    "evaluate": "saelens_cosine.experiments.evaluate.run._measure",
+    "evaluate": "saelens_cosine.experiments.evaluate.run.measure",
     "ground-truth": "saelens_cosine.experiments.ground_truth.command.ground_truth",
     "benchmark": "saelens_cosine.experiments.benchmark.command.benchmark",
     "convert": "saelens_cosine.loading.command.load",
