@@ -15,7 +15,6 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
-from transformer_lens import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
 from saelens_cosine.activations.cache.cache import ActivationCache, open_cache
@@ -32,6 +31,7 @@ from saelens_cosine.experiments.evaluate.run import measure
 from saelens_cosine.experiments.evaluate.texts.tasks import load_tasks
 from saelens_cosine.files.output import Output
 from saelens_cosine.files.whole import write_json
+from saelens_cosine.hooked_transformer import hooked_transformer
 from saelens_cosine.metrics.causal.resumed import ResumedModel
 from saelens_cosine.metrics.codes import entry_codes, reconstruct, sparse_codes
 from saelens_cosine.metrics.reconstruction.by_norm import diagnose_reconstruction
@@ -58,6 +58,8 @@ def _input_tokens(of: Of) -> int:
     return first.numel() if isinstance(first, torch.Tensor) else 0
 
 
+MODELS = tuple(filter(None, (HookedProxyLM, TransformerBridge, hooked_transformer())))
+
 PARTS = (
     Part("loading the model", (load_hooked_model,)),
     Part(
@@ -67,9 +69,7 @@ PARTS = (
     Part(
         "language model",
         (
-            HookedRootModule.run_with_cache,
-            HookedProxyLM.run_with_cache,
-            TransformerBridge.run_with_cache,
+            *(model.run_with_cache for model in MODELS),
             ResumedModel.run,
             ResumedModel.forward,
             ResumedModel.logits,
