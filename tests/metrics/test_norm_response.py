@@ -194,8 +194,14 @@ def test_pieces_give_the_same(monkeypatch):
         assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-5)
 
 
-@pytest.mark.parametrize("module, run", [("norms.norm_response", norm_response), ("reconstruction.afa", measure_afa)])
-def test_few_tokens_are_held_at_a_time_however_many_are_encoded(module, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "module, run, bound, sizes",
+    [
+        ("norms.norm_response", norm_response, "SCALED", "d_sae"),
+        ("reconstruction.afa", measure_afa, "MEASURED", "d_in"),
+    ],
+)
+def test_few_tokens_are_held_at_a_time_however_many_are_encoded(module, run, bound, sizes, tmp_path, monkeypatch):
     # of long tokens nearly all features may be active, and inputs are held in float64
     sae = save_inference(make_sae("cosine_batchtopk"), tmp_path)
     assert tokens_at_once(sae, X) > 1024
@@ -203,8 +209,11 @@ def test_few_tokens_are_held_at_a_time_however_many_are_encoded(module, run, tmp
     read = "entry_codes" if run is norm_response else "reconstruct"
     held, own = [], getattr(where, read)
     monkeypatch.setattr(where, read, lambda sae, x: held.append(len(x)) or own(sae, x))
-    run(sae, X.repeat(10, 1))
-    assert max(held) == 1024
+    for tokens in (1200, 1024):
+        held.clear()
+        monkeypatch.setattr(where, f"{bound}_AT_ONCE", tokens * getattr(sae.cfg, sizes) if tokens > 1024 else 1)
+        run(sae, X.repeat(10, 1))
+        assert max(held) == tokens
 
 
 def test_refusals():

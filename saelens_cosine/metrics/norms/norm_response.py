@@ -38,8 +38,8 @@ SCALING_NOTE = (
 PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 """SAELens' `normalize_activations` that take a token's norm out."""
 
-SCALED_AT_ONCE = 1024
-"""Tokens whose codes at all scales are compared at a time: of long inputs nearly every feature may be active."""
+SCALED_AT_ONCE = 2**22
+"""Codes, zeros among them, that are compared at a time, or those of 1,024 tokens: of long inputs nearly every feature may be active."""
 
 About = Literal["zero", "b_dec"]
 """What stays in place: "zero" for `s * x`, "b_dec" for `b_dec + s * (x - b_dec)`."""
@@ -122,7 +122,7 @@ def norm_response(
     at_scales = [_ScaledCodes(scale, sae) for scale in scales]
     base = _ScaledCodes(1.0, sae)
     with on_flat_tokens(sae):
-        for x in activations.split(min(SCALED_AT_ONCE, tokens_at_once(sae, activations))):
+        for x in activations.split(min(max(1024, SCALED_AT_ONCE // sae.cfg.d_sae), tokens_at_once(sae, activations))):
             x = x.to(sae.device)
             codes = entry_codes(sae, x)
             base.add(codes, codes)

@@ -34,8 +34,8 @@ AFAReference = Literal["input", "reconstruction"]
 Bias = Literal["augment", "center", "ignore"]
 """What b_dec is: one more direction with its norm as coefficient, as in the paper; subtracted from z, as top-AFA selects; nothing."""
 
-MEASURED_AT_ONCE = 1024
-"""Tokens of which inputs and reconstructions are held in float64."""
+MEASURED_AT_ONCE = 2**21
+"""Numbers of inputs and of reconstructions that are held in float64, or those of 1,024 tokens."""
 
 WINSORISED_AT = 0.99
 """Values above this quantile count as that quantile in `winsorised_mean`, as in the paper's plots."""
@@ -197,7 +197,9 @@ def measure_afa(
     bias_norm = b_dec.norm().item()
     parts: list[torch.Tensor] = []
     with on_flat_tokens(sae):
-        for chunk in activations.split(min(MEASURED_AT_ONCE, tokens_at_once(sae, activations))):
+        for chunk in activations.split(
+            min(max(1024, MEASURED_AT_ONCE // sae.cfg.d_in), tokens_at_once(sae, activations))
+        ):
             x, x_hat, f = _in_decoder_space(sae, chunk.to(sae.device))
             z = x if reference == "input" else x_hat
             z = z - b_dec if bias == "center" else z
