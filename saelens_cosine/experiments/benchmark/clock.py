@@ -68,3 +68,14 @@ def reset_peak_rss() -> int | None:
 def resident_bytes(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
+
+
+def per_second(run: Callable[[], int], seconds: float) -> float:
+    """Tokens, or whatever else, per second of what returns how many it took: after one call, for so long at least."""
+    run()
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        done += run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return done / spent

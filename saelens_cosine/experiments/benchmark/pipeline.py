@@ -7,10 +7,11 @@ same selectors on the same text; it measures nothing afterwards.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from saelens_cosine.activations.models import HookedModel
 from saelens_cosine.activations.sample import hook_activations
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.console import plain_table
+from saelens_cosine.experiments.benchmark.clock import per_second
 from saelens_cosine.experiments.benchmark.run import Floor
 from saelens_cosine.experiments.benchmark.settings import SELECTORS, BenchmarkSettings
 from saelens_cosine.experiments.compare.heldout import heldout_contexts
 from saelens_cosine.experiments.compare.run import compare, load_at_hooks
 from saelens_cosine.experiments.compare.settings import ComparisonSettings
 from saelens_cosine.experiments.compare.training import stream
-from saelens_cosine.experiments.profile import PARTS, where_time_went
+from saelens_cosine.experiments.profile import PARTS, as_json, where_time_went
 from saelens_cosine.files.whole import write_json
-from saelens_cosine.plain import plain, versions
+from saelens_cosine.plain import plain
 from saelens_cosine.progress import Progress, shown
-from saelens_cosine.stopwatch import Spent, Stopwatch
+from saelens_cosine.stopwatch import Stopwatch
 from saelens_cosine.training.recipe import get_recipe, multi_runner_config
 
 FLOOR_SECONDS = 3.0
@@ -91,23 +93,16 @@ class Pipeline:
 
     def write(self, path: Path) -> None:
         content = {
+            **as_json(self.watch),
             "schema": SCHEMA,
-            "seconds": self.watch.seconds,
             "floor_seconds": self.floor_seconds,
             "model_seconds": self.model_seconds,
             "sae_seconds": self.sae_seconds,
             "saelens_seconds": self.saelens_seconds,
-            "threads": torch.get_num_threads(),
-            "parts": _plain(self.watch.spent),
             "settings": plain(self.settings),
-            "versions": versions(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(content, path, indent=2)
-
-
-def _plain(spent: Mapping[str, Spent]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(one) for name, one in spent.items()}
 
 
 def pipeline(settings: ComparisonSettings, on_progress: Progress | None = None) -> Pipeline:
@@ -146,39 +141,28 @@ def _selector(arm: str) -> str:
     return found
 
 
+@torch.no_grad()
 def _tokens_per_second(model: HookedModel, contexts: Contexts) -> float:
-    batches = contexts.batches
+    batches = itertools.cycle(contexts.batches)
 
-    def run(i: int) -> int:
-        hook_activations(model.model, model.hook_name, batches[i % len(batches)])
-        return batches[i % len(batches)].numel()
+    def run() -> int:
+        batch = next(batches)
+        hook_activations(model.model, model.hook_name, batch)
+        return batch.numel()
 
-    return _rate(run)
+    return per_second(run, FLOOR_SECONDS)
 
 
 def _step_seconds(settings: ComparisonSettings, d_in: int, batch: int) -> float:
     floor = Floor(BenchmarkSettings((), d_in, settings.d_sae, batch, 1, settings.device))
     x = torch.randn(batch, d_in, device=settings.device)
 
-    def run(_i: int) -> int:
+    def run() -> int:
         floor.product(x)
         floor.optimizer.step()
         return 1
 
-    return 1 / _rate(run)
-
-
-@torch.no_grad()
-def _rate(run: Callable[[int], int]) -> float:
-    """What `run` does in a second, by what it returns."""
-    run(0)
-    done, calls, start = 0, 1, time.perf_counter()
-    while (spent := time.perf_counter() - start) < FLOOR_SECONDS:
-        done += run(calls)
-        calls += 1
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return done / spent
+    return 1 / per_second(run, FLOOR_SECONDS)
 
 
 def _saelens(settings: ComparisonSettings, model: HookedModel, text: Any, selectors: Mapping[str, str]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from saelens_cosine.activations.sample import sample_tokens
 from saelens_cosine.activations.text import load_text
 from saelens_cosine.console import plain_table
 from saelens_cosine.experiments.benchmark.arm import trainer_config
+from saelens_cosine.experiments.benchmark.clock import per_second
 from saelens_cosine.experiments.benchmark.settings import BenchmarkSettings
 from saelens_cosine.experiments.compare.grid import tuned_k
 from saelens_cosine.experiments.compare.heldout import context_size
@@ -152,7 +152,7 @@ def _measured(settings: ComparisonSettings, hooked: list[HookedModel], output: P
         return batch_of_contexts.numel()
 
     with torch.no_grad():
-        rate = _rate(forward)
+        rate = per_second(forward, SECONDS)
     at = f"language model, {', '.join(names)}"
     needed = max(0, tokens + settings.eval_tokens - already)
     parts = (
@@ -171,10 +171,13 @@ def _measured(settings: ComparisonSettings, hooked: list[HookedModel], output: P
     for arm in settings.arms:
         progress(f"Measuring {arm}", 0, 1)
         sae, step = _stepper(arm, settings, first, x[:batch].to(settings.device))
-        parts.append(BudgetPart(f"training {arm}", n_saes + extra * len(hooked), settings.tokens, _rate(step)))
+        parts.append(
+            BudgetPart(f"training {arm}", n_saes + extra * len(hooked), settings.tokens, per_second(step, SECONDS))
+        )
         weights += sum(parameter.nbytes for parameter in sae.parameters())
         with torch.no_grad():
-            slowest = max(slowest, 1 / _rate(lambda sae=sae: len(sae.decode(sae.encode(x[:batch].to(sae.device))))))
+            encoded = per_second(lambda sae=sae: len(sae.decode(sae.encode(x[:batch].to(sae.device)))), SECONDS)
+            slowest = max(slowest, 1 / encoded)
     progress("Measuring the cross-entropy", 0, 1)
     parts.append(
         BudgetPart("reconstruction of held-out text", n_saes * len(settings.arms), settings.eval_tokens, 1 / slowest)
@@ -222,20 +225,9 @@ def _cross_entropy(settings: ComparisonSettings, model: HookedModel, contexts: t
         return batch.tokens.numel()
 
     with torch.no_grad():
-        rate = _rate(predict)
+        rate = per_second(predict, SECONDS)
     tokens = min(settings.eval_tokens, settings.eval_prompts * contexts.shape[1])
     return BudgetPart("cross-entropy of held-out text", saes, tokens, rate)
-
-
-def _rate(run: Callable[[], int]) -> float:
-    """Tokens per second of what returns how many it took."""
-    run()
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < SECONDS:
-        done += run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return done / spent
 
 
 def _existing(folder: Path) -> Path:

@@ -107,7 +107,7 @@ class CleanRun:
     def at(self, contexts: torch.Tensor, positions: torch.Tensor) -> CleanRun:
         """Some of the contexts `[n]`, repeats allowed, each read at another position `[n]`."""
         log_probs = self.log_probs.new_empty(len(contexts), self.log_probs.shape[-1])
-        origin = contexts if self.origin is None else self.origin[contexts]
+        origin = self._origin(contexts)
         for one in origin.unique():
             for rows in (origin == one).nonzero().squeeze(-1).split(LOGITS_AT_ONCE // self.log_probs.shape[-1] or 1):
                 first, end = contexts[rows[:1]], int(positions[rows].max()) + 1
@@ -194,7 +194,7 @@ class CleanRun:
             every = (at_end & (origin == one)).nonzero().squeeze(-1)
             length = int(read[every].max()) + 1
             for part in every.split(max(1, self.branches.room(length))):
-                if len(part) * length > BRANCHED_PASS + length + len(part) and self.branches.room(length):
+                if len(part) * length > BRANCHED_PASS + length + len(part):  # never of one, as where there is no room
                     yield part
 
     def _origin(self, contexts: torch.Tensor) -> torch.Tensor:
